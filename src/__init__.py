@@ -1,0 +1,1 @@
+"""Shared code of the five scripts; the README has a map of the modules."""

@@ -1,0 +1,44 @@
+"""Where a model runs and in which number format; no device is assumed anywhere else."""
+
+import contextlib
+
+import torch
+
+from src.errors import InputError
+
+_AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(local_rank: int) -> torch.device:
+    """The GPU of this process (`local_rank` counts the processes of one machine), else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"process {local_rank} of this machine finds only {torch.cuda.device_count()} GPU(s): "
+            "start as many processes as there are GPUs"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto` means bf16 on a GPU that computes in it, else fp32; the rest stays as it is."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """A context in which matrix products run in `precision` while weights stay in fp32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=_AUTOCAST_TYPES[precision])
+
+
+def describe(device: torch.device) -> str:
+    """The device in a few words, for the log."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

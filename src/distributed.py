@@ -1,0 +1,107 @@
+"""The process group, and collectives that take values and return values.
+
+Every function works in a single process too, where it does nothing; none needs an options object,
+because the process group knows who is who.
+"""
+
+import datetime
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from src.errors import InputError
+from src.slurm import Launch
+
+Value = TypeVar("Value")
+
+
+def start(launch: Launch, timeout: float = 600.0) -> None:
+    """Meet the other processes (nothing to do when there is one).
+
+    Args:
+        timeout: seconds after which a process that waits for another gives up.
+    """
+    if launch.world_size == 1:
+        return
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = launch.address, str(launch.port)
+    # Numbers that the CPU holds travel by gloo, tensors on a GPU by nccl.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(
+        backend,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the one process that writes and prints for all."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
+def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The element-wise sum over all processes, on the tensor's own device."""
+    if world_size() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_numbers(*numbers: float) -> list[float]:
+    """Each number's sum over all processes."""
+    return sum_tensor(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in at least one process."""
+    return sum_numbers(float(flag))[0] > 0 if world_size() > 1 else flag
+
+
+def gather(value: Value) -> list[Value]:
+    """The values of all processes by rank, in the main one; an empty list in the others."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size() if is_main() else []
+    dist.gather_object(value, values if is_main() else None)
+    return values
+
+
+def together(task: Callable[[], Value]) -> Value:
+    """Run a task that may find bad input in every process. If any does, all end with its error:
+    none is left waiting for one that has gone."""
+    error, value = None, None
+    try:
+        value = task()
+    except InputError as found:
+        error = found
+    if world_size() > 1:
+        messages: list[Any] = [None] * world_size()
+        dist.all_gather_object(messages, None if error is None else str(error))
+        first = next((message for message in messages if message is not None), None)
+        error = None if first is None else InputError(first)
+    if error is not None:
+        raise error
+    return value

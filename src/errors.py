@@ -1,0 +1,46 @@
+"""What a user can get wrong: one exception class, and how a script reports it.
+
+Everything that a user can cause (a missing file, a broken line, an impossible option) is raised as
+`InputError` with one line that names the file, the value and the cure. A script prints that line
+and exits with status 2; any other exception is a fault of ours and keeps its traceback.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """Bad use or bad input. The message is one line: file, value, cure."""
+
+
+def shorten(value: object, width: int = 80) -> str:
+    """`repr` of a user's value on one line, cut to `width` characters for an error message."""
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def first_line(error: BaseException, width: int = 300) -> str:
+    """The first line with text in an exception's message (libraries like to write paragraphs)."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:width]
+
+
+def reports_input_errors(main: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a script's `main` so that an `InputError` becomes one line and exit status 2."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs) -> None:
+        try:
+            main(*args, **kwargs)
+        except InputError as error:
+            # Under torchrun every process may meet the same error; the others say who they are.
+            rank = os.environ.get("RANK", "0")
+            prefix = "error: " if rank == "0" else f"error (process {rank}): "
+            # A data-loading worker hands on its traceback; the message is on its last line.
+            message = str(error).strip().split("\n")[-1].removeprefix("src.errors.InputError: ")
+            print(prefix + message, file=sys.stderr, flush=True)
+            sys.exit(2)
+
+    return wrapped

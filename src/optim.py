@@ -1,0 +1,44 @@
+"""Optimizers and learning-rate schedules, as the reference defines them."""
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def build_optimizer(
+    model: nn.Module, name: str, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Adam (no weight decay, as in the reference) or AdamW over all parameters."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=lr)
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+
+
+def linear_schedule(step: int, warmup_steps: int, scheduler_steps: int, fixed_lr: bool) -> float:
+    """The factor on the learning rate before update `step` (the first is 0).
+
+    It rises from 0 to 1 over `warmup_steps` updates, then falls to 0 at `scheduler_steps`, or stays
+    at 1 with `fixed_lr`.
+    """
+    if step < warmup_steps:
+        return step / max(1, warmup_steps)
+    if fixed_lr:
+        return 1.0
+    return max(0.0, 1.0 - (step - warmup_steps) / max(1.0, scheduler_steps - warmup_steps))
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    warmup_steps: int,
+    total_steps: int,
+    scheduler_steps: int | None,
+    fixed_lr: bool,
+) -> LambdaLR:
+    """`fixed`: always the optimizer's rate. `linear`: `linear_schedule` until `scheduler_steps`
+    (none: `total_steps`)."""
+    if name == "fixed":
+        return LambdaLR(optimizer, lambda step: 1.0)
+    end = total_steps if scheduler_steps is None else scheduler_steps
+    return LambdaLR(optimizer, lambda step: linear_schedule(step, warmup_steps, end, fixed_lr))

@@ -1,0 +1,257 @@
+"""The options of each script: one definition, one default, one help text.
+
+Names and defaults are the reference's where it has them; older spellings stay accepted and are left
+out of the help.
+"""
+
+import argparse
+import sys
+from typing import NoReturn
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong option in one line, as all bad input is reported."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,  # an abbreviation would change its meaning with a new option
+        )
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (python {self.prog} --help lists the options)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _number(kind: type, lowest: float, exclusive: bool = False, highest: float | None = None):
+    """A parser of numbers that are in range."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        too_low = value <= lowest if exclusive else value < lowest
+        if too_low or not value < float("inf") or (highest is not None and value > highest):
+            bounds = f"{'more than' if exclusive else 'at least'} {lowest}"
+            bounds += "" if highest is None else f" and at most {highest}"
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
+        return value
+
+    return parse
+
+
+_COUNT = _number(int, 1)
+_COUNT_OR_ZERO = _number(int, 0)
+_POSITIVE = _number(float, 0, exclusive=True)
+_AT_LEAST_ZERO = _number(float, 0)
+
+
+def _older_names(group: argparse._ArgumentGroup, option: str, *names: str) -> None:
+    """Accept other spellings of an option that has been added to the group."""
+    action = next(a for a in group._group_actions if option in a.option_strings)
+    group.add_argument(
+        *names,
+        dest=action.dest,
+        type=action.type,
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
+
+
+def _add_run_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--name", default="experiment_name", help="the run's name: a folder in --checkpoint_dir"
+    )
+    group.add_argument("--checkpoint_dir", default="./checkpoint/", help="where runs are kept")
+    group.add_argument("--seed", type=_COUNT_OR_ZERO, default=0, help="seed of everything random")
+    group.add_argument(
+        "--per_gpu_batch_size",
+        type=_COUNT,
+        default=batch_size,
+        help="questions in a batch of each process",
+    )
+    group.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        default="auto",
+        help="number format of matrix products; auto: bf16 where the GPU has it, else fp32",
+    )
+    group.add_argument(
+        "--num_workers",
+        type=_COUNT_OR_ZERO,
+        default=2,
+        help="processes that prepare batches, for each training process; 0: none of their own",
+    )
+    group.add_argument(
+        "--dist_timeout",
+        type=_POSITIVE,
+        default=600.0,
+        help="seconds after which a process stops waiting for another",
+    )
+    # Launchers before torchrun passed it; torchrun says it in the environment.
+    group.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    _older_names(group, "--local_rank", "--local-rank")
+
+
+def _add_reader_options(parser: argparse.ArgumentParser, model_help: str) -> None:
+    group = parser.add_argument_group("reader")
+    group.add_argument("--model_path", default="none", help=model_help)
+    group.add_argument(
+        "--model_size",
+        choices=["small", "base", "large", "3b", "11b"],
+        default="base",
+        help="the T5 to start from, t5-SIZE, and whose tokenizer is used when a model has none",
+    )
+    group.add_argument(
+        "--tokenizer",
+        default="none",
+        help="folder or hub name of the tokenizer for a model without one; none: t5-SIZE",
+    )
+    group.add_argument(
+        "--n_context", type=_COUNT, default=1, help="passages that are read a question"
+    )
+    group.add_argument(
+        "--text_maxlength",
+        type=_COUNT,
+        default=200,
+        help="tokens of a question with a passage; the rest is cut off",
+    )
+    group.add_argument("--no_title", action="store_true", help="read passages without their titles")
+    group.add_argument("--num_beams", type=_COUNT, default=1, help="beams in generation; 1: greedy")
+    group.add_argument(
+        "--generation_max_length",
+        type=_number(int, 2),
+        default=50,
+        help="tokens of a generated answer, the start token included",
+    )
+
+
+def _add_training_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--total_steps", type=_COUNT, default=1000, help="updates of the weights")
+    _older_names(group, "--total_steps", "--total_step")
+    group.add_argument(
+        "--accumulation_steps",
+        type=_COUNT,
+        default=1,
+        help="batches whose gradients are averaged for one update",
+    )
+    group.add_argument("--lr", type=_POSITIVE, default=1e-4, help="learning rate")
+    group.add_argument("--optim", choices=["adam", "adamw"], default="adam", help="optimizer")
+    group.add_argument(
+        "--weight_decay", type=_AT_LEAST_ZERO, default=0.1, help="weight decay of adamw"
+    )
+    group.add_argument(
+        "--scheduler",
+        choices=["fixed", "linear"],
+        default="fixed",
+        help="fixed: always --lr; linear: up over --warmup_steps, then down to 0",
+    )
+    group.add_argument(
+        "--warmup_steps", type=_COUNT_OR_ZERO, default=1000, help="of the linear schedule"
+    )
+    _older_names(group, "--warmup_steps", "--warmup_step")
+    group.add_argument(
+        "--scheduler_steps",
+        type=_COUNT,
+        default=None,
+        help="update at which the linear schedule reaches 0; none: --total_steps",
+    )
+    group.add_argument(
+        "--fixed_lr", action="store_true", help="the linear schedule stays at --lr after warm-up"
+    )
+    group.add_argument(
+        "--clip", type=_AT_LEAST_ZERO, default=1.0, help="the gradient's largest norm; 0: any"
+    )
+    group.add_argument(
+        "--dropout", type=_number(float, 0, highest=0.99), default=0.1, help="dropout rate"
+    )
+
+    group = parser.add_argument_group("evaluation and checkpoints")
+    group.add_argument(
+        "--eval_freq", type=_COUNT, default=500, help="updates between two evaluations"
+    )
+    group.add_argument(
+        "--save_freq", type=_COUNT, default=5000, help="updates between two checkpoints"
+    )
+    group.add_argument(
+        "--keep_checkpoints",
+        type=_COUNT_OR_ZERO,
+        default=0,
+        help="how many step-N checkpoints are kept, besides best_dev; 0: all",
+    )
+
+
+def train_reader_parser() -> argparse.ArgumentParser:
+    """Options of train_reader.py."""
+    parser = _Parser("Train a Fusion-in-Decoder reader on questions with passages and answers.")
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--train_data", default="train_data.json", help=".json or .jsonl file to train on"
+    )
+    group.add_argument(
+        "--eval_data",
+        default="eval_data.json",
+        help=".json or .jsonl file to evaluate on; none: train without evaluation",
+    )
+    _add_reader_options(
+        parser,
+        "T5 or reader to take the weights from, a folder or hub name; none: t5-SIZE. "
+        "(A run that was stopped goes on from its own checkpoint instead.)",
+    )
+    group = parser.add_argument_group("reader training")
+    group.add_argument(
+        "--model_config",
+        default="none",
+        help="T5 config file (JSON): start from fresh weights of this shape, with --tokenizer",
+    )
+    group.add_argument(
+        "--answer_maxlength",
+        type=_number(int, -1),
+        default=-1,
+        help="tokens of a target, fixed: longer ones are cut, shorter ones padded; -1: as they are",
+    )
+    group.add_argument(
+        "--use_checkpoint",
+        action="store_true",
+        help="keep less of the encoder in memory: compute its activations twice",
+    )
+    group.add_argument(
+        "--legacy_position_table",
+        action="store_true",
+        help="use the cross-attention position table in T5's weights, as the original code did",
+    )
+    _add_training_options(parser)
+    _add_run_options(parser, batch_size=1)
+    return parser
+
+
+def test_reader_parser() -> argparse.ArgumentParser:
+    """Options of test_reader.py."""
+    parser = _Parser("Answer questions with a reader, judge the answers, score the passages.")
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--eval_data", default="eval_data.json", help=".json or .jsonl file with the questions"
+    )
+    group.add_argument(
+        "--write_results",
+        action="store_true",
+        help="write the answers to final_output.txt (id, tab, answer) in the run's folder",
+    )
+    group.add_argument(
+        "--write_crossattention_scores",
+        action="store_true",
+        help="write the data with passage scores to dataset_wscores.json in the run's folder",
+    )
+    group.add_argument(
+        "--eval_print_freq",
+        type=_COUNT,
+        default=1000,
+        help="batches after which the results so far are printed",
+    )
+    _add_reader_options(parser, "the reader: a checkpoint folder or hub name; none: t5-SIZE")
+    _add_run_options(parser, batch_size=1)
+    return parser

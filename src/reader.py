@@ -1,0 +1,348 @@
+"""The reader: Fusion-in-Decoder around Transformers' T5.
+
+Every passage is encoded on its own, together with the question; the decoder attends over all of
+them, concatenated (Izacard and Grave, 2020, https://arxiv.org/abs/2007.01282, section 3). The same
+cross-attention tells how much each passage mattered: the passage scores that the retriever learns
+from (Izacard and Grave, 2021, https://arxiv.org/abs/2012.04584, section 3.2).
+
+Shapes: B questions, N passages of a question, L tokens of a passage, T tokens of an answer,
+D model, H heads, K size of a head.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+from src.device import autocast
+from src.errors import InputError
+from src.pretrained import from_pretrained, load_config, read_bin, read_tensor
+
+# T5 under transformers 3.0.2 added a table of relative positions to the decoder's cross-attention.
+# Published and legacy readers were trained with it; today's T5 has no place for it and drops it.
+POSITION_TABLE_KEY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+_LEGACY_ENCODER = "encoder.encoder."  # how the reference's checkpoints begin their encoder's keys
+
+
+class CrossAttentionPositions(nn.Module):
+    """Adds the position table of legacy readers to the decoder's cross-attention scores.
+
+    The distance counts from a token's place in the decoder's sequence to a key's place in the
+    concatenated passages as they were padded. Keys after the query, nearly all of them, share
+    bucket 0; so the table speaks about the first passage only, and only late in an answer.
+    """
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.n_buckets = config.relative_attention_num_buckets
+        self.max_distance = config.relative_attention_max_distance
+        self.table = nn.Embedding(self.n_buckets, config.num_heads)
+
+    def forward(self, query_places: torch.Tensor, key_places: torch.Tensor) -> torch.Tensor:
+        """Places [Q] and [K'] -> what to add to the scores, [1, H, Q, K']."""
+        distance = (query_places[:, None] - key_places[None, :]).clamp(min=0)
+        half = self.n_buckets // 2  # exact buckets for small distances, logarithmic ones beyond
+        ratio = torch.log(distance.clamp(min=1).float() / half)
+        ratio = ratio / math.log(self.max_distance / half) * (self.n_buckets - half)
+        large = half + ratio.long()
+        bucket = torch.where(distance < half, distance, large.clamp(max=self.n_buckets - 1))
+        return self.table(bucket).permute(2, 0, 1).unsqueeze(0)
+
+
+class FiDT5(nn.Module):
+    """Fusion-in-Decoder: a `T5ForConditionalGeneration` that reads many passages a question.
+
+    `positions` is the legacy cross-attention position table, or None (see POSITION_TABLE_KEY).
+    """
+
+    def __init__(self, t5: T5ForConditionalGeneration, position_table: torch.Tensor | None = None):
+        super().__init__()
+        self.t5 = t5
+        self.positions: CrossAttentionPositions | None = None
+        if position_table is not None:
+            self.positions = CrossAttentionPositions(t5.config)
+            self.positions.table.weight.data.copy_(position_table)
+            # The first block's bias is handed on to all others by T5 itself.
+            first_cross_attention = t5.decoder.block[0].layer[1]
+            first_cross_attention.register_forward_pre_hook(self._add_positions, with_kwargs=True)
+
+    @property
+    def config(self) -> T5Config:
+        return self.t5.config
+
+    def _add_positions(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        queries, keys = args[0], kwargs["key_value_states"]
+        cache = kwargs.get("past_key_values")
+        # By now the self-attention before this layer has put the queries' own keys in the cache.
+        first = 0 if cache is None else cache.get_seq_length() - queries.shape[1]
+        query_places = torch.arange(queries.shape[1], device=queries.device) + first
+        key_places = torch.arange(keys.shape[1], device=keys.device)
+        kwargs["position_bias"] = self.positions(query_places, key_places).to(queries.dtype)
+        return args, kwargs
+
+    def checkpoint_encoder(self) -> None:
+        """Recompute the encoder's activations in the backward pass instead of keeping them."""
+        self.t5.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def encode(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Passages [B, N, L] and their mask -> hidden states [B, N*L, D], mask [B, N*L]."""
+        B, N, L = input_ids.shape
+        ids, mask = input_ids.view(B * N, L), attention_mask.view(B * N, L)
+        present = mask.any(dim=1)
+        if present.all():
+            hidden = self.t5.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        else:  # a question with fewer passages than others: nothing to encode in their places
+            encoded = self.t5.encoder(input_ids=ids[present], attention_mask=mask[present])
+            hidden = encoded.last_hidden_state.new_zeros(B * N, L, self.config.d_model)
+            hidden[present] = encoded.last_hidden_state
+        return hidden.view(B, N * L, -1), mask.view(B, N * L)
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Passages [B, N, L], mask [B, N, L], labels [B, T] (-100: not counted) -> the mean
+        cross-entropy over the labels' tokens, and the logits [B, T, vocabulary]."""
+        hidden, mask = self.encode(input_ids, attention_mask)
+        output = self.t5(
+            encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+            attention_mask=mask,
+            labels=labels,
+            use_cache=False,
+        )
+        return output.loss, output.logits
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        max_length: int = 50,
+        num_beams: int = 1,
+    ) -> torch.Tensor:
+        """Passages [B, N, L] -> answers' token ids [B, at most `max_length`], the start token
+        included, greedily or by beam search."""
+        hidden, mask = self.encode(input_ids, attention_mask)
+        # Settings of our own: those saved with a model may hold another task's lengths.
+        settings = GenerationConfig(
+            max_length=max_length,
+            num_beams=num_beams,
+            do_sample=False,
+            decoder_start_token_id=self.config.decoder_start_token_id,
+            eos_token_id=self.config.eos_token_id,
+            pad_token_id=self.config.pad_token_id,
+        )
+        return self.t5.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+            attention_mask=mask,
+            generation_config=settings,
+        )
+
+    @contextlib.contextmanager
+    def capture_scores(self, attention_mask: torch.Tensor) -> Iterator["PassageScores"]:
+        """Within this block, the next `forward` or `generate` over passages with this mask
+        [B, N, L] leaves their scores in the object that is given; the model is left as it was."""
+        scores = PassageScores(self, attention_mask)
+        try:
+            yield scores
+        finally:
+            scores.remove_hooks()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config and weights under plain T5 keys, so that T5 itself opens them too."""
+        weights = self.t5.state_dict()
+        if self.positions is not None:
+            weights[POSITION_TABLE_KEY] = self.positions.table.weight
+        self.config.fid_position_table = self.positions is not None
+        self.t5.save_pretrained(folder, state_dict=weights)
+
+
+class PassageScores:
+    """How much the decoder looks at each passage when it writes the first token of the answer.
+
+    The score of a passage is the pre-softmax cross-attention score, averaged over all decoder
+    layers, heads and the passage's real tokens (Izacard and Grave, 2021, section 3.2). A mean of
+    dot products with keys is the dot product with the mean key, and a mean of keys is the key of
+    the mean hidden state: so the [B, H, N*L] scores are never built, and it costs next to nothing.
+    """
+
+    def __init__(self, reader: FiDT5, attention_mask: torch.Tensor):
+        self._reader = reader
+        self._mask = attention_mask  # [B, N, L]
+        self._mean_hidden: torch.Tensor | None = None  # [B, N, D]
+        self._key_layers = [block.layer[1].EncDecAttention for block in reader.t5.decoder.block]
+        self._queries: dict[int, torch.Tensor] = {}  # layer -> first token's query [B, H*K]
+        decoder = reader.t5.decoder
+        self._hooks = [decoder.register_forward_pre_hook(self._see_hidden, with_kwargs=True)]
+        for number, layer in enumerate(self._key_layers):
+            self._hooks.append(layer.q.register_forward_hook(self._see_query(number)))
+
+    def _see_hidden(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._mean_hidden is None:
+            B, N, L = self._mask.shape
+            hidden = kwargs["encoder_hidden_states"]
+            hidden = hidden[:: hidden.shape[0] // B]  # with beams, each question stands repeated
+            mask = self._mask.to(hidden.dtype)
+            total = torch.einsum("bnld,bnl->bnd", hidden.detach().view(B, N, L, -1), mask)
+            self._mean_hidden = total / mask.sum(dim=2, keepdim=True)
+
+    def _see_query(self, number: int):
+        def hook(module: nn.Module, args: tuple, query: torch.Tensor) -> None:
+            if number not in self._queries:
+                self._queries[number] = query.detach()[:: query.shape[0] // len(self._mask), 0]
+
+        return hook
+
+    def remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def value(self) -> torch.Tensor:
+        """The scores [B, N], in float32; -inf where a question has no such passage."""
+        if self._mean_hidden is None:
+            raise RuntimeError("no forward or generate has run inside capture_scores()")
+        with torch.no_grad():
+            total = torch.zeros(self._mask.shape[:2], device=self._mask.device)
+            for number, layer in enumerate(self._key_layers):
+                mean_key = layer.k(self._mean_hidden)  # [B, N, H*K]
+                total += torch.einsum("bk,bnk->bn", self._queries[number].float(), mean_key.float())
+            scores = total / (len(self._key_layers) * self._reader.config.num_heads)
+            if self._reader.positions is not None:
+                scores = scores + self._mean_position_bias()
+        return scores.masked_fill(~self._mask.any(dim=2), -torch.inf)
+
+    def _mean_position_bias(self) -> torch.Tensor:
+        _, N, L = self._mask.shape
+        first = torch.zeros(1, dtype=torch.long, device=self._mask.device)
+        keys = torch.arange(N * L, device=self._mask.device)
+        bias = self._reader.positions(first, keys).float().mean(dim=(0, 1, 2)).view(1, N, L)
+        return (bias * self._mask).sum(dim=2) / self._mask.sum(dim=2)
+
+
+# ----------------------------------------------------------------------------------------------
+# Loss and answers
+
+
+def reader_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The training loss of a batch and the number of label tokens that it is the mean of."""
+    loss, _ = model(batch["input_ids"], batch["attention_mask"], batch["labels"])
+    return loss, (batch["labels"] != -100).sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the reader says to the question at place `index` of a file; `scores` of its passages
+    in reading order, or None when they were not asked for."""
+
+    index: int
+    text: str
+    scores: list[float] | None
+
+
+def answer_questions(
+    reader: FiDT5,
+    tokenizer: PreTrainedTokenizerBase,
+    loader: DataLoader,
+    device: torch.device,
+    precision: str = "fp32",
+    max_length: int = 50,
+    num_beams: int = 1,
+    with_scores: bool = False,
+) -> Iterator[list[Answer]]:
+    """Read the batches of a loader and give the answers of each, in its order."""
+    was_training = reader.training
+    reader.eval()
+    try:
+        for batch in loader:
+            ids = batch["input_ids"].to(device, non_blocking=True)
+            mask = batch["attention_mask"].to(device, non_blocking=True)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(autocast(device, precision))
+                capture = stack.enter_context(reader.capture_scores(mask)) if with_scores else None
+                tokens = reader.generate(ids, mask, max_length, num_beams)
+                scores = capture.value().tolist() if capture else [None] * len(tokens)
+            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            yield [
+                Answer(index, text.strip(), row)
+                for index, text, row in zip(batch["index"], texts, scores, strict=True)
+            ]
+    finally:
+        reader.train(was_training)
+
+
+# ----------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_reader(path: str, dropout: float | None = None, use_position_table: bool = False) -> FiDT5:
+    """A reader from a checkpoint of ours or of the reference, or any T5 by folder or hub name.
+
+    Args:
+        dropout: replaces the dropout in the model's config.
+        use_position_table: use the cross-attention position table that T5 weights of 2020 carry,
+            as the reference did when it started from them. Readers that were trained with one (the
+            reference's, and ours that began from them) always keep theirs.
+
+    Errors: `InputError` when there is no such model, or it is not a T5.
+    """
+    config = _reader_config(path, dropout)
+    legacy = _legacy_weights(path)
+    table = None
+    if legacy:
+        t5 = T5ForConditionalGeneration(config)
+        missing = sorted(set(t5.state_dict()) - set(legacy))
+        if missing:
+            raise InputError(f"{path}: the reader's weights lack {missing[0]}: an incomplete file?")
+        table = legacy.pop(POSITION_TABLE_KEY, None)
+        t5.load_state_dict({key: legacy[key] for key in t5.state_dict()})
+    else:
+        t5 = from_pretrained(T5ForConditionalGeneration, path, config)
+        if use_position_table or getattr(config, "fid_position_table", False):
+            table = read_tensor(path, POSITION_TABLE_KEY)
+            if table is None:
+                raise InputError(
+                    f"{path}: its weights hold no cross-attention position table "
+                    f"({POSITION_TABLE_KEY}); leave out --legacy_position_table"
+                )
+    return FiDT5(t5, table)
+
+
+def new_reader(config_file: str, dropout: float | None = None) -> FiDT5:
+    """A reader with fresh random weights, shaped by a T5 config file (JSON)."""
+    return FiDT5(T5ForConditionalGeneration(_reader_config(config_file, dropout)))
+
+
+def _reader_config(path: str, dropout: float | None) -> T5Config:
+    config = load_config(path, "t5")
+    if config.decoder_start_token_id is None:
+        config.decoder_start_token_id = config.pad_token_id  # as every T5 has it
+    if dropout is not None:
+        config.dropout_rate = dropout
+    return config
+
+
+def _legacy_weights(path: str) -> dict[str, torch.Tensor] | None:
+    """The weights of a reference checkpoint under T5's keys, or None if this is not one."""
+    weights = read_bin(path)
+    if weights is None or not any(key.startswith(_LEGACY_ENCODER) for key in weights):
+        return None
+    renamed = {}
+    for key, value in weights.items():
+        if key.startswith(_LEGACY_ENCODER):
+            key = key.replace(_LEGACY_ENCODER, "encoder.").replace(".module.layer.", ".layer.")
+        renamed[key] = value.float()
+    return renamed

@@ -1,0 +1,89 @@
+"""What the launcher says: torchrun, SLURM, or neither; and signals that ask a job to stop."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+from collections.abc import Mapping
+
+from src.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """This process's place: `rank` of `world_size` in the job, `local_rank` on its machine.
+
+    `address` and `port` are where the processes meet; `launcher` is torchrun, slurm or none.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    address: str = "127.0.0.1"
+    port: int = 29500
+    launcher: str = "none"
+
+
+def detect_launch(environ: Mapping[str, str], local_rank: int | None = None) -> Launch:
+    """Read the launcher's environment variables. Without a launcher there is one process, however
+    many GPUs the machine has, and also in a SLURM batch script that does not call srun.
+
+    Args:
+        local_rank: the value of `--local_rank`, which launchers before torchrun passed.
+    """
+    try:
+        if "RANK" in environ and "WORLD_SIZE" in environ:
+            return Launch(
+                rank=int(environ["RANK"]),
+                local_rank=int(environ.get("LOCAL_RANK", local_rank or 0)),
+                world_size=int(environ["WORLD_SIZE"]),
+                address=environ.get("MASTER_ADDR", "127.0.0.1"),
+                port=int(environ.get("MASTER_PORT", 29500)),
+                launcher="torchrun",
+            )
+        # srun alone sets this one; a batch script has SLURM_NTASKS too, but runs only once.
+        tasks = int(environ.get("SLURM_STEP_NUM_TASKS", 1))
+        if tasks > 1 and "SLURM_PROCID" in environ:
+            # All processes of a job step must find the same free port: made from the job's number.
+            port = 15000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000
+            return Launch(
+                rank=int(environ["SLURM_PROCID"]),
+                local_rank=int(environ.get("SLURM_LOCALID", 0)),
+                world_size=tasks,
+                address=environ.get("MASTER_ADDR") or _first_host(environ),
+                port=int(environ.get("MASTER_PORT", port)),
+                launcher="slurm",
+            )
+    except ValueError as error:
+        raise InputError(f"the launcher's environment variables make no sense: {error}") from None
+    return Launch()
+
+
+def _first_host(environ: Mapping[str, str]) -> str:
+    """The first machine of the job step; `scontrol` expands lists such as node[01-04,07]."""
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+    if "[" not in nodes:
+        return nodes.split(",")[0] or "127.0.0.1"
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise InputError(
+            f"SLURM's list of machines {nodes} cannot be expanded with scontrol; "
+            "set MASTER_ADDR to the first machine's name"
+        ) from None
+
+
+class StopRequest:
+    """Set by SIGTERM or SIGUSR1 (pre-emption, the end of the time limit): the handler only raises
+    a flag, and the loop saves and leaves after the current update. A second signal ends at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.requested:
+            os._exit(128 + number)
+        self.requested = True

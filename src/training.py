@@ -1,0 +1,244 @@
+"""The one training loop, which reader and retriever share.
+
+A step is one update of the weights. Each update averages `accumulation_steps` micro-batches, and a
+micro-batch is what all processes read together: the loss is the mean over all of its elements
+(label tokens, or passages), so that K processes with batches of B train exactly as one with K * B.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from src import distributed
+from src.checkpoint import Checkpoints
+from src.device import autocast
+from src.errors import InputError
+from src.metrics import Average, Metrics, progress_bar
+
+LossFunction = Callable[[nn.Module, dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclasses.dataclass
+class Position:
+    """How far a run is: updates made, examples seen by all processes, best dev value so far, and
+    whether the evaluation after the last update has still to be made."""
+
+    step: int = 0
+    examples_seen: int = 0
+    best: float | None = None
+    evaluation_due: bool = False
+
+
+def restore(state: dict[str, Any], optimizer: torch.optim.Optimizer, scheduler: Any) -> Position:
+    """Bring optimizer, schedule and this process's random state back to a saved state."""
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    random_states = state["random_states"]
+    if len(random_states) == distributed.world_size():
+        _set_random_state(random_states[distributed.rank()])
+    return Position(**state["position"])
+
+
+def train(
+    model: nn.Module,
+    loss_function: LossFunction,
+    batches: Iterator[dict[str, Any]],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    checkpoints: Checkpoints,
+    metrics: Metrics,
+    log: logging.Logger,
+    device: torch.device,
+    *,
+    total_steps: int,
+    metric: str,
+    higher_is_better: bool,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    position: Position | None = None,
+    scaler_state: dict[str, Any] | None = None,
+    precision: str = "fp32",
+    accumulation_steps: int = 1,
+    clip: float = 1.0,
+    eval_freq: int = 500,
+    save_freq: int = 5000,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Position:
+    """Train until `total_steps` updates were made, or until a process is asked to stop.
+
+    Args:
+        model: on its device; its weights are changed in place.
+        loss_function: (model, batch) -> the mean loss over a batch's elements, and their number.
+        batches: endless micro-batches of this process, from where `position` says.
+        checkpoints: where to save, every `save_freq` updates, at the end, and when the dev
+            value is the best so far.
+        evaluate: gives the dev metrics by name, the same in every process; None: no evaluation.
+        metric: the name of the one that decides which checkpoint is best.
+        scaler_state: the fp16 loss scaler's state of a resumed run.
+        clip: the gradient's largest norm; 0 leaves it as it is.
+
+    Returns: where training ended. Errors: `InputError` when the loss is no longer a number.
+    """
+    position = position or Position()
+    n_processes = distributed.world_size()
+    wrapped = model
+    if n_processes > 1:
+        devices = [device] if device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    if scaler_state:
+        scaler.load_state_dict(scaler_state)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    recent: list[tuple[int, torch.Tensor, torch.Tensor, float]] = []  # not yet in metrics.jsonl
+    average = Average()
+    direction = 1 if higher_is_better else -1
+
+    def save(write: Callable[..., Any], **kwargs: Any) -> None:
+        state = {
+            "step": position.step,
+            "position": dataclasses.asdict(position),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "scaler": scaler.state_dict(),
+            "random_states": distributed.gather(_random_state()),
+        }
+        if distributed.is_main():
+            log.info("saved %s", write(state, **kwargs))
+
+    def report_losses() -> float:
+        """Write the updates since the last time to the metrics; returns the last loss."""
+        for step, loss, norm, lr in recent:
+            values = {"train/loss": loss.item(), "train/grad_norm": norm.item(), "train/lr": lr}
+            if not scaler.is_enabled() and not math.isfinite(values["train/grad_norm"]):
+                raise InputError(
+                    f"the gradient of update {step} is {values['train/grad_norm']} (loss "
+                    f"{values['train/loss']}): try a lower --lr, a longer --warmup_steps or "
+                    "--precision fp32; the last checkpoint is from before it"
+                )
+            metrics.write(step, values)
+            average.add(values["train/loss"])
+        last = recent[-1][1].item() if recent else math.nan
+        recent.clear()
+        return last
+
+    def evaluate_now(lr: float, rate: float) -> None:
+        """Report the dev metrics, and keep the weights if they are the best so far."""
+        values = _evaluate(model, evaluate)
+        position.evaluation_due = False
+        metrics.write(position.step, {f"dev/{name}": value for name, value in values.items()})
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+        loss = average.value()
+        log.info(
+            "step %d of %d | train loss %s | dev %s | lr %.3g | %.2f examples/s",
+            position.step,
+            total_steps,
+            "-" if loss is None else f"{loss:.4f}",
+            shown,
+            lr,
+            rate,
+        )
+        if position.best is None or (values[metric] - position.best) * direction > 0:
+            position.best = values[metric]
+            save(checkpoints.save_best)
+
+    model.train()
+    if position.evaluation_due:  # the run stopped between an update and its evaluation
+        evaluate_now(optimizer.param_groups[0]["lr"], 0.0)
+        if position.step == total_steps:
+            save(checkpoints.save_step)
+    bar = progress_bar(total_steps, position.step)
+    since, seen = time.perf_counter(), position.examples_seen
+    stopped = False
+    while position.step < total_steps and not stopped:
+        update_loss = torch.zeros((), device=device)
+        for micro in range(accumulation_steps):
+            batch = _to_device(next(batches), device)
+            is_last = micro == accumulation_steps - 1
+            with contextlib.ExitStack() as stack:
+                if n_processes > 1 and not is_last:
+                    stack.enter_context(wrapped.no_sync())  # gradients meet once an update
+                with autocast(device, precision):
+                    loss, count = loss_function(wrapped, batch)
+                # This process's share of the mean over every process's elements. (DDP averages
+                # gradients over processes, hence the factor.)
+                sums = distributed.sum_tensor(torch.stack([loss.detach() * count, count.float()]))
+                share = n_processes * count / sums[1] if n_processes > 1 else 1.0
+                scaler.scale(loss * share / accumulation_steps).backward()
+                update_loss += sums[0] / sums[1] / accumulation_steps
+            position.examples_seen += len(batch["index"]) * n_processes
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else math.inf)
+        lr = optimizer.param_groups[0]["lr"]
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        position.step += 1
+        recent.append((position.step, update_loss, norm, lr))
+        bar.update()
+
+        stopped = distributed.any_process(should_stop())
+        is_end = position.step == total_steps
+        saves = position.step % save_freq == 0 or is_end
+        position.evaluation_due = evaluate is not None and (
+            position.step % eval_freq == 0 or is_end
+        )
+        if position.evaluation_due or saves or stopped or len(recent) == 10:
+            last_loss = report_losses()
+            rate = (position.examples_seen - seen) / (time.perf_counter() - since)
+            bar.set_postfix(_shown(last_loss, position, metric, lr, rate), refresh=False)
+        # Saved before the evaluation, which can fail or be cut off and is then made on resuming.
+        if saves or stopped:
+            save(checkpoints.save_step, periodic=saves)
+        if position.evaluation_due and not stopped:
+            evaluate_now(lr, rate)
+            if is_end:
+                save(checkpoints.save_step)  # or the next start would evaluate once more
+            average = Average()
+            since, seen = time.perf_counter(), position.examples_seen
+    bar.close()
+    if stopped and (position.step < total_steps or position.evaluation_due):
+        log.info("stopped by a signal after update %d; the same command goes on", position.step)
+    return position
+
+
+def _shown(loss: float, position: Position, metric: str, lr: float, rate: float) -> dict[str, str]:
+    """What the progress bar says behind its numbers."""
+    best = {} if position.best is None else {f"best {metric}": f"{position.best:.2f}"}
+    return {"loss": f"{loss:.3f}", **best, "lr": f"{lr:.2g}", "examples/s": f"{rate:.1f}"}
+
+
+def _evaluate(model: nn.Module, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
+    model.eval()
+    try:
+        return evaluate()
+    finally:
+        model.train()
+
+
+def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    """What dropout draws from in this process."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

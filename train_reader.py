@@ -1,0 +1,183 @@
+"""Train a Fusion-in-Decoder reader.
+
+    python train_reader.py --train_data train.json --eval_data dev.json --n_context 10
+
+Reads questions with passages and answers; writes checkpoints, log and metrics into
+`--checkpoint_dir/--name`. Started again with the same command, it goes on where it stopped.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from src import distributed
+from src.checkpoint import Checkpoints, changed_options, load_state, read_meta, resume_point
+from src.data import (
+    ReaderCollator,
+    ReaderDataset,
+    evaluation_places,
+    load_data,
+    make_loader,
+    read_example,
+    training_places,
+)
+from src.device import describe, pick_device, resolve_precision
+from src.errors import InputError, reports_input_errors
+from src.evaluation import exact_match, f1
+from src.metrics import Average, Metrics, start_log, write_options
+from src.optim import build_optimizer, build_scheduler
+from src.options import train_reader_parser
+from src.pretrained import check_vocabulary, load_tokenizer, quiet_transformers
+from src.reader import answer_questions, load_reader, new_reader, reader_loss
+from src.slurm import StopRequest, detect_launch
+from src.training import Position, restore, train
+
+
+@reports_input_errors
+def main(arguments: list[str] | None = None) -> None:
+    options = train_reader_parser().parse_args(arguments)
+    if options.model_config != "none" and options.model_path != "none":
+        raise InputError("--model_config starts from fresh weights: leave out --model_path")
+
+    # Environment
+    quiet_transformers()
+    stop_request = StopRequest()
+    launch = detect_launch(os.environ, options.local_rank)
+    device = pick_device(launch.local_rank)
+    distributed.start(launch, options.dist_timeout)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    precision = resolve_precision(options.precision, device)
+    run = Path(options.checkpoint_dir) / options.name
+    log = start_log(run / "run.log")
+    write_options(run, vars(options))
+    log.info("%s, %s, %d process(es)", describe(device), precision, world_size)
+
+    # Data
+    train_data = distributed.together(
+        lambda: load_data(options.train_data, rank, world_size, needs_target=True)
+    )
+    log.info("training on %d of %d examples of %s", *[len(train_data)] * 2, options.train_data)
+    eval_data = None
+    if options.eval_data != "none":
+        eval_data = distributed.together(lambda: load_data(options.eval_data, rank, world_size))
+        log.info("evaluating on %d of %d examples of %s", *[len(eval_data)] * 2, options.eval_data)
+
+    # Model: from this run's own newest checkpoint, else from what the options name
+    torch.manual_seed(options.seed)
+    base = options.tokenizer if options.tokenizer != "none" else f"t5-{options.model_size}"
+    newest = resume_point(run / "checkpoint", log)
+    if newest:
+        log.info("resuming from %s", newest)
+        for change in changed_options(read_meta(newest)["options"], vars(options)):
+            log.info("since that checkpoint, %s", change)
+        reader = load_reader(str(newest), options.dropout)
+        tokenizer = load_tokenizer(str(newest), base)
+    elif options.model_config != "none":
+        reader = new_reader(options.model_config, options.dropout)
+        tokenizer = load_tokenizer(base, base)
+    else:
+        source = options.model_path if options.model_path != "none" else f"t5-{options.model_size}"
+        reader = load_reader(source, options.dropout, options.legacy_position_table)
+        tokenizer = load_tokenizer(source, base)
+    check_vocabulary(reader.config, tokenizer)
+    if options.use_checkpoint:
+        reader.checkpoint_encoder()
+    reader.to(device)
+    log.info("reader of %.1fM parameters", sum(p.numel() for p in reader.parameters()) / 1e6)
+
+    # Optimisation
+    optimizer = build_optimizer(reader, options.optim, options.lr, options.weight_decay)
+    scheduler = build_scheduler(
+        optimizer,
+        options.scheduler,
+        options.warmup_steps,
+        options.total_steps,
+        options.scheduler_steps,
+        options.fixed_lr,
+    )
+    torch.manual_seed(options.seed + rank)  # dropout differs between processes
+    state = load_state(newest) if newest else None
+    position = restore(state, optimizer, scheduler) if state else Position()
+    if position.step >= options.total_steps and not position.evaluation_due:
+        log.info("all %d updates are done; more needs --total_steps", position.step)
+        return
+
+    # Batches
+    collate = ReaderCollator(tokenizer, options.text_maxlength, options.answer_maxlength)
+    use_title = not options.no_title
+    dataset = ReaderDataset(train_data, options.n_context, use_title, True, options.seed)
+    places = training_places(
+        len(train_data),
+        options.per_gpu_batch_size,
+        rank,
+        world_size,
+        options.seed,
+        position.examples_seen,
+    )
+    pin = device.type == "cuda"
+    batches = make_loader(dataset, places, collate, options.num_workers, pin)
+
+    def evaluate() -> dict[str, float]:
+        dataset = ReaderDataset(eval_data, options.n_context, use_title)
+        places = evaluation_places(len(eval_data), options.per_gpu_batch_size, rank, world_size)
+        loader = make_loader(dataset, places, collate, options.num_workers, pin)
+        matches, overlaps = Average(), Average()
+        for answers in answer_questions(
+            reader,
+            tokenizer,
+            loader,
+            device,
+            precision,
+            options.generation_max_length,
+            options.num_beams,
+        ):
+            for answer in answers:
+                right = read_example(eval_data, answer.index).answers
+                if right:
+                    matches.add(100.0 * exact_match(answer.text, right))
+                    overlaps.add(100.0 * f1(answer.text, right))
+        matches, overlaps = matches.over_all(), overlaps.over_all()
+        if not matches.weight:
+            raise InputError(f"{options.eval_data}: no example has answers to evaluate on")
+        return {"exact_match": matches.value(), "f1": overlaps.value()}
+
+    # Loop
+    def save_model(folder: Path) -> None:
+        reader.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    checkpoints = Checkpoints(
+        run / "checkpoint", save_model, options.keep_checkpoints, vars(options)
+    )
+    metrics = Metrics(run, position.step)
+    train(
+        reader,
+        reader_loss,
+        iter(batches),
+        optimizer,
+        scheduler,
+        checkpoints,
+        metrics,
+        log,
+        device,
+        total_steps=options.total_steps,
+        metric="exact_match",
+        higher_is_better=True,
+        evaluate=evaluate if eval_data is not None else None,
+        position=position,
+        scaler_state=state["scaler"] if state else None,
+        precision=precision,
+        accumulation_steps=options.accumulation_steps,
+        clip=options.clip,
+        eval_freq=options.eval_freq,
+        save_freq=options.save_freq,
+        should_stop=lambda: stop_request.requested,
+    )
+    metrics.close()
+    log.info("done: %s", run)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
