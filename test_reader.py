@@ -15,13 +15,12 @@ from src.data import (
     ReaderCollator,
     ReaderDataset,
     evaluation_places,
-    load_data,
     make_loader,
-    read_example,
 )
 from src.device import describe, pick_device, resolve_precision
 from src.errors import reports_input_errors
 from src.evaluation import exact_match, f1
+from src.examples import load_data, read_example
 from src.metrics import Average, progress_bar, start_log, write_options
 from src.options import test_reader_parser
 from src.pretrained import check_vocabulary, load_tokenizer, quiet_transformers

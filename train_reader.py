@@ -17,14 +17,13 @@ from src.data import (
     ReaderCollator,
     ReaderDataset,
     evaluation_places,
-    load_data,
     make_loader,
-    read_example,
     training_places,
 )
 from src.device import describe, pick_device, resolve_precision
 from src.errors import InputError, reports_input_errors
 from src.evaluation import exact_match, f1
+from src.examples import load_data, read_example
 from src.metrics import Average, Metrics, start_log, write_options
 from src.optim import build_optimizer, build_scheduler
 from src.options import train_reader_parser

@@ -44,7 +44,7 @@ class Checkpoints:
     def save_step(self, state: dict[str, Any], periodic: bool = True) -> Path:
         """Write `step-N`; one that is not periodic gives way to the next checkpoint."""
         path = self._save(f"step-{state['step']}", state, periodic)
-        self._remove_old_steps(newest=path)
+        self._remove_old_steps(path, self._keep - periodic)
         return path
 
     def save_best(self, state: dict[str, Any]) -> Path:
@@ -80,7 +80,7 @@ class Checkpoints:
         link.replace(self.folder / "latest")
         return target
 
-    def _remove_old_steps(self, newest: Path) -> None:
+    def _remove_old_steps(self, newest: Path, n_others: int) -> None:
         periodic = []
         for path in self.folder.glob("step-*"):
             meta = read_meta(path)
@@ -91,7 +91,7 @@ class Checkpoints:
             else:
                 _remove(path)
         if self._keep > 0:
-            for _, path in sorted(periodic, reverse=True)[self._keep - 1 :]:
+            for _, path in sorted(periodic, reverse=True)[n_others:]:
                 _remove(path)
 
 

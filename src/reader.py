@@ -95,7 +95,7 @@ class FiDT5(nn.Module):
 
     def checkpoint_encoder(self) -> None:
         """Recompute the encoder's activations in the backward pass instead of keeping them."""
-        self.t5.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        self.t5.encoder.activation_checkpointing_enable()
 
     def encode(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from src.data import Examples, parse_example
 from src.errors import InputError
+from src.examples import Examples, parse_example
 from src.reader import Answer
 
 

@@ -1,0 +1,184 @@
+"""A checkpoint is complete or absent; what is left incomplete is passed over."""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.checkpoint import (
+    Checkpoints,
+    changed_options,
+    find_newest,
+    load_state,
+    read_meta,
+    tidy,
+)
+from src.errors import InputError
+
+
+def save_model(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"weights" * 1000)
+
+
+def make(folder: Path, keep: int = 0) -> Checkpoints:
+    return Checkpoints(folder, save_model, keep, {"lr": 0.1})
+
+
+def state(step: int) -> dict:
+    return {"step": step, "optimizer": {"m": torch.full((3,), float(step))}}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_was_saved_comes_back(tmp_path):
+    checkpoints = make(tmp_path)
+    path = checkpoints.save_step(state(5))
+    assert path == tmp_path / "step-5"
+    assert find_newest(tmp_path) == (path, [])
+    assert torch.equal(load_state(path)["optimizer"]["m"], torch.full((3,), 5.0))
+    assert read_meta(path)["options"] == {"lr": 0.1}
+    assert (tmp_path / "latest").resolve() == path
+
+
+def test_best_replaces_best(tmp_path):
+    checkpoints = make(tmp_path)
+    checkpoints.save_step(state(5))
+    for step in (7, 9):
+        path = checkpoints.save_best(state(step))
+        assert find_newest(tmp_path) == (path, [])
+        assert load_state(path)["step"] == step
+    assert names(tmp_path) == ["best_dev", "latest", "step-5"]
+    assert (tmp_path / "latest").resolve() == path
+
+
+def test_newest_is_by_number_not_by_name(tmp_path):
+    checkpoints = make(tmp_path)
+    for step in (10, 9, 100, 20):
+        checkpoints.save_step(state(step))
+    assert find_newest(tmp_path)[0].name == "step-100"
+
+
+def test_keep(tmp_path):
+    checkpoints = make(tmp_path, keep=2)
+    checkpoints.save_best(state(1))
+    for step in (10, 20, 30):
+        checkpoints.save_step(state(step))
+    assert names(tmp_path) == ["best_dev", "latest", "step-20", "step-30"]
+    checkpoints.save_step(state(33), periodic=False)  # a run that is pre-empted ...
+    assert names(tmp_path) == ["best_dev", "latest", "step-20", "step-30", "step-33"]
+    checkpoints.save_step(state(40))  # ... and gives way once it has gone on
+    assert names(tmp_path) == ["best_dev", "latest", "step-30", "step-40"]
+
+
+@pytest.mark.parametrize("damage", ["weights", "state", "meta", "meta cut", "file gone"])
+def test_an_incomplete_checkpoint_is_passed_over(damage, tmp_path):
+    checkpoints = make(tmp_path)
+    checkpoints.save_step(state(1))
+    broken = checkpoints.save_step(state(2))
+    if damage == "weights":
+        os.truncate(broken / "model.safetensors", 100)
+    elif damage == "state":
+        os.truncate(broken / "training_state.pt", 10)
+    elif damage == "meta":
+        (broken / "checkpoint.json").unlink()
+    elif damage == "meta cut":
+        os.truncate(broken / "checkpoint.json", 20)
+    else:
+        (broken / "model.safetensors").unlink()
+    assert find_newest(tmp_path) == (tmp_path / "step-1", [str(broken)])
+
+
+def test_a_failed_save_leaves_what_was_there(tmp_path):
+    make(tmp_path).save_best(state(1))
+
+    def no_space(folder: Path) -> None:
+        save_model(folder)
+        raise OSError(28, "No space left on device")
+
+    full = Checkpoints(tmp_path, no_space, 0, {})
+    with pytest.raises(InputError, match=r"best_dev: .*No space left on device.*still is"):
+        full.save_best(state(2))
+    assert names(tmp_path) == ["best_dev", "latest"]
+    assert load_state(find_newest(tmp_path)[0])["step"] == 1
+
+
+def test_killed_at_any_moment(tmp_path, monkeypatch):
+    """Whatever the last thing is that a save did, a complete checkpoint is found afterwards."""
+
+    class Killed(BaseException):
+        pass
+
+    def count_calls(limit: float) -> int:
+        """Save best_dev anew, and die at the `limit`-th change to the file system."""
+        calls = 0
+
+        def watched(original):
+            def call(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls > limit:
+                    raise Killed
+                return original(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("rename", "mkdir", "write_text", "unlink", "symlink_to", "replace"):
+                patch.setattr(Path, name, watched(getattr(Path, name)))
+            patch.setattr(shutil, "rmtree", watched(shutil.rmtree))
+            patch.setattr(torch, "save", watched(torch.save))
+            with contextlib.suppress(Killed):
+                make(folder).save_best(state(2))
+        return calls
+
+    folder = tmp_path / "count"
+    make(folder).save_best(state(1))
+    total = count_calls(float("inf"))
+    assert total > 6
+    found = []
+    for limit in range(total + 1):
+        folder = tmp_path / str(limit)
+        make(folder).save_best(state(1))
+        count_calls(limit)
+        tidy(folder)
+        newest, incomplete = find_newest(folder)
+        assert not incomplete
+        found.append(load_state(newest)["step"])
+        assert [name for name in names(folder) if name.startswith(".")] == []
+    assert found == sorted(found)  # the old one up to some moment, the new one from then on
+    assert set(found) == {1, 2}
+
+
+def test_tidy_tells_what_it_did(tmp_path):
+    make(tmp_path).save_step(state(1))
+    (tmp_path / ".step-2.partial").mkdir()
+    (line,) = tidy(tmp_path)
+    assert ".step-2.partial" in line
+    assert "incomplete" in line
+    assert tidy(tmp_path) == []
+
+
+def test_nothing_is_unpickled(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/ran",)
+
+    path = make(tmp_path).save_step(state(1))
+    torch.save({"step": Evil()}, path / "training_state.pt")
+    with pytest.raises(InputError, match=r"training_state\.pt"):
+        load_state(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_changed_options():
+    before, now = {"lr": 1, "clip": 2, "old": 3}, {"lr": 1, "clip": 4, "new": 5}
+    assert changed_options(before, now) == [
+        "clip was 2 and is 4",
+        "new was None and is 5",
+        "old was 3 and is None",
+    ]

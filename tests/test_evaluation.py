@@ -1,0 +1,63 @@
+"""Verdicts on answers equal the reference's; F1 as SQuAD's evaluation defines it."""
+
+import json
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from src.evaluation import exact_match, f1, has_answer, normalize_answer, tokenize
+
+
+@pytest.fixture
+def verdicts(reference: Path) -> dict:
+    return json.loads((reference / "evaluation.json").read_text())
+
+
+def test_exact_match_equals_the_reference(verdicts):
+    assert len(verdicts["exact_match"]) == 676
+    for prediction, answer, verdict in verdicts["exact_match"]:
+        assert exact_match(prediction, [answer]) is verdict, (prediction, answer)
+
+
+def test_has_answer_equals_the_reference(verdicts):
+    assert len(verdicts["has_answer"]) == 408
+    for text, answer, verdict in verdicts["has_answer"]:
+        assert has_answer([answer], text) is verdict, (text, answer)
+
+
+def test_tokens_equal_the_reference(verdicts):
+    for text, tokens in verdicts["tokenize"]:
+        assert tokenize(text) == [unicodedata.normalize("NFD", token) for token in tokens]
+
+
+def test_the_best_of_several_answers_counts():
+    assert exact_match("the Seine", ["Loire", "seine!"])
+    assert not exact_match("the Seine", ["Loire"])
+    assert not exact_match("the Seine", [])
+    assert has_answer(["Loire", "Seine"], "Paris lies on the Seine.")
+    assert not has_answer([], "Paris lies on the Seine.")
+    assert f1("blue whale", ["whale", "big blue whale"]) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("the cat sat", "cat sat", 1.0),  # articles do not count
+        ("cat cat dog", "cat dog dog", 2 / 3),  # repeated words count as often as both have them
+        ("a b c d", "c d e", 2 * (2 / 3) * (2 / 3) / (4 / 3)),  # "a" is an article
+        ("", "", 1.0),
+        ("", "cat", 0.0),
+        ("dog", "cat", 0.0),
+    ],
+)
+def test_f1(prediction, answer, expected):
+    assert f1(prediction, [answer]) == pytest.approx(expected)
+
+
+def test_f1_is_one_exactly_when_the_words_are_the_same(verdicts):
+    for prediction, answer, verdict in verdicts["exact_match"]:
+        if verdict:
+            assert f1(prediction, [answer]) == 1.0
+        words = [sorted(normalize_answer(text).split()) for text in (prediction, answer)]
+        assert (f1(prediction, [answer]) == 1.0) is (words[0] == words[1])

@@ -1,0 +1,157 @@
+"""Data files: the same examples as `json` reads, whatever their layout; what is broken is named."""
+
+import json
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+
+from src import examples as module
+from src.errors import InputError
+from src.examples import Examples, load_data, parse_example, read_example
+
+
+@pytest.fixture(params=[1 << 24, 64, 5])
+def chunk(request, monkeypatch):
+    """Small chunks put every kind of boundary in the middle of every kind of thing."""
+    monkeypatch.setattr(module, "_CHUNK", request.param)
+
+
+def random_text(rng: random.Random) -> str:
+    """Text with a liking for quotes, backslashes, brackets and line breaks."""
+    return "".join(rng.choice('a"\\[]{},:\n\té日') for _ in range(rng.randrange(8)))
+
+
+def random_value(rng: random.Random, depth: int):
+    """Anything that JSON can hold."""
+    kind = rng.randrange(6 if depth < 4 else 3)
+    if kind == 0:
+        return rng.choice([None, True, -1.5e3, 12])
+    if kind <= 2:
+        return random_text(rng)
+    if kind == 3:
+        return [random_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+    return {random_text(rng): random_value(rng, depth + 1) for _ in range(rng.randrange(4))}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_lists_and_lines_equal_json(seed, tmp_path, chunk):
+    rng = random.Random(seed)
+    items = [{"x": random_value(rng, 0)} for _ in range(rng.randrange(1, 12))]
+    layouts = {
+        "a.json": json.dumps(items),
+        "b.json": "\n " + json.dumps(items, indent=2, ensure_ascii=False) + "\n\n",
+        "c.json": "\ufeff" + json.dumps(items, separators=(",", ":")),
+        "d.jsonl": "\n".join(map(json.dumps, items)),
+        "e.jsonl": "\n\n  \n".join(map(json.dumps, items)) + "\n",
+        "f.jsonl": "\r\n".join(json.dumps(item, ensure_ascii=False) for item in items),
+    }
+    for name, text in layouts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+        opened = Examples(tmp_path / name)
+        assert [opened[i] for i in range(len(opened))] == items, name
+        again = pickle.loads(pickle.dumps(opened))  # as it travels to a data-loading worker
+        assert [again[i] for i in range(len(again))] == items
+
+
+def test_the_references_data(reference: Path):
+    data = load_data(reference / "data.json")
+    assert [data[i] for i in range(len(data))] == json.loads((reference / "data.json").read_text())
+    example = read_example(data, 1)
+    scores = [float(context["score"]) for context in data[1]["ctxs"]]
+    assert [passage.score for passage in example.passages] == sorted(scores, reverse=True)
+    assert [scores[passage.place] for passage in example.passages] == sorted(scores, reverse=True)
+
+
+def test_xquad(xquad: Path):
+    data = load_data(xquad / "questions.json")
+    assert len(data) == 1190
+    assert all(read_example(data, i).answers for i in range(len(data)))
+
+
+def test_what_may_be_missing():
+    example = parse_example({"question": "Who?"}, 7, "")
+    assert (example.id, example.target, example.answers, example.passages) == ("7", None, [], [])
+    example = parse_example({"question": "Who?", "answer": ["I", "we"]}, 0, "")  # NQ-open's lines
+    assert example.answers == ["I", "we"]
+    context = {"text": "t"}
+    assert parse_example({"question": "Who?", "ctxs": [context]}, 0, "").passages[0].title == ""
+    example = parse_example({"id": 12, "question": "Who?", "target": "x"}, 0, "")
+    assert (example.id, example.target) == ("12", "x")
+
+
+def test_passages_are_read_by_score_and_those_without_last():
+    scores = [None, "1.5", 2, None, -3.0, 2.0]
+    contexts = [{"text": str(i), "score": score} for i, score in enumerate(scores)]
+    passages = parse_example({"question": "?", "ctxs": contexts}, 0, "").passages
+    assert [passage.place for passage in passages] == [2, 5, 1, 4, 0, 3]
+    contexts = [{"text": str(i)} for i in range(3)]
+    passages = parse_example({"question": "?", "ctxs": contexts}, 0, "").passages
+    assert [passage.place for passage in passages] == [0, 1, 2]
+
+
+def line(**changes) -> str:
+    return json.dumps({"question": "Who?", "answers": ["I"], "ctxs": [], **changes})
+
+
+BROKEN = {
+    "empty file": ("", "empty"),
+    "only spaces": ("  \n \n", "empty"),
+    "empty list": ("[]", "no examples"),
+    "cut list": (f"[{line()},\n{line()[:-9]}", "cut off"),
+    "missing comma": (f"[{line()}\n{line()}]", "line 1.*comma"),
+    "two commas": (f"[{line()},\n,{line()}]", "line 1.*comma"),
+    "a number in the list": (f"[{line()},\n3,\n{line()}]", "line 1.*comma"),
+    "text after the list": (f"[{line()}]\n\nx", "line 1.*after the list"),
+    "a second list": (f"[{line()}]\n[{line()}]", "line 2"),
+    "brackets that do not match": (f"[{line()}]]", "line 1.*(after the list|unmatched)"),
+    "bad line": (f"{line()}\n{line()[:-2]}\n{line()}", "line 2.*bad JSON"),
+    "bad item": (f'[{line()},\n{line()},\n {{"question": x}}]', "line 3.*bad JSON"),
+    "not UTF-8": (b'{"question": "x"}\n{"question": "caf\xe9"}', "line 2.*UTF-8"),
+    "a line that is no object": (f"{line()}\n[1]", "line 2.*object"),
+    "no question": (line() + '\n{"answers": ["I"]}', "example 2 .line 2.*question.*None"),
+    "blank question": (line(question=" "), "question"),
+    "question of another kind": (line(question=["Who?"]), "question.*Who"),
+    "answers as text": (line(answers="I"), "answers.*list"),
+    "an answer that is no text": (line(answers=["I", 7]), "answer must be text, not 7"),
+    "target that is no text": (line(target=7), "target.*7"),
+    "ctxs that are no list": (line(ctxs={"text": "t"}), "ctxs.*list"),
+    "a context that is no object": (line(ctxs=["text"]), "passage 1"),
+    "a context without text": (line(ctxs=[{"text": "t"}, {"title": "t"}]), "passage 2.*text.*None"),
+    "a title that is no text": (line(ctxs=[{"text": "t", "title": 1}]), "title.*1"),
+    "a score that is no number": (line(ctxs=[{"text": "t", "score": "high"}]), "score.*high"),
+    "a score that is nan": (line(ctxs=[{"text": "t", "score": "nan"}]), "score.*nan"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_files_are_named_with_line_and_value(case, tmp_path, chunk):
+    content, message = BROKEN[case]
+    file = tmp_path / "data.json"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message) as caught:
+        load_data(file)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.json: cannot be read \(No such file"):
+        load_data(tmp_path / "nowhere.json")
+
+
+def test_training_needs_something_to_train_on(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text(line() + "\n" + line(answers=[]))
+    load_data(file)
+    with pytest.raises(InputError, match=r"example 2.*answers"):
+        load_data(file, needs_target=True)
+
+
+def test_each_process_checks_its_share(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join([line(), line(question=3), line()]))
+    assert len(load_data(file, rank=0, world_size=2)) == 3  # all are there; 0 and 2 were checked
+    with pytest.raises(InputError, match="example 2"):
+        load_data(file, rank=1, world_size=2)

@@ -1,0 +1,42 @@
+"""Learning rates equal the reference's, update by update."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.optim import build_optimizer, build_scheduler
+
+
+def learning_rates(scheduler_name: str, n: int, lr: float, **kwargs) -> list[float]:
+    model = torch.nn.Linear(2, 2)
+    optimizer = build_optimizer(model, "adam", lr, 0.0)
+    scheduler = build_scheduler(optimizer, scheduler_name, **kwargs)
+    rates = []
+    for _ in range(n):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_linear_schedules_equal_the_reference(reference: Path):
+    cases = json.loads((reference / "schedules.json").read_text())
+    assert len(cases) == 6
+    for case in cases:
+        expected = case.pop("lr_before_each_update")
+        assert learning_rates("linear", len(expected), **case) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_fixed_schedule_has_no_warm_up():
+    rates = learning_rates(
+        "fixed", 5, 0.01, warmup_steps=3, total_steps=4, scheduler_steps=None, fixed_lr=False
+    )
+    assert rates == [0.01] * 5
+
+
+def test_weight_decay_is_adamws_alone():
+    model = torch.nn.Linear(2, 2)
+    assert build_optimizer(model, "adamw", 0.1, 0.3).param_groups[0]["weight_decay"] == 0.3
+    assert build_optimizer(model, "adam", 0.1, 0.3).param_groups[0]["weight_decay"] == 0.0

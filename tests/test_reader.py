@@ -1,0 +1,332 @@
+"""The reader's numbers equal the reference's, plain T5's, and those of the slow way."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5Attention
+
+from src.data import ReaderCollator, ReaderDataset, make_loader
+from src.errors import InputError
+from src.evaluation import exact_match
+from src.examples import load_data
+from src.pretrained import load_tokenizer
+from src.reader import (
+    POSITION_TABLE_KEY,
+    CrossAttentionPositions,
+    FiDT5,
+    answer_questions,
+    load_reader,
+    new_reader,
+)
+from tests.make_models import make_t5_config
+
+
+@pytest.fixture
+def tokenizer(reference: Path):
+    return load_tokenizer(str(reference / "t5"), "none")
+
+
+@pytest.fixture
+def batch(reference: Path, tokenizer) -> dict:
+    dataset = ReaderDataset(load_data(reference / "data.json"), 5, with_target=True)
+    return ReaderCollator(tokenizer, 96)([dataset[0, index] for index in range(0, 16, 2)])
+
+
+def load(reference: Path, name: str) -> FiDT5:
+    if name == "t5":
+        return load_reader(str(reference / "t5"), use_position_table=True).eval()
+    return load_reader(str(reference / "legacy_reader/checkpoint/step-20")).eval()
+
+
+def forward(reader: FiDT5, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        return reader(batch["input_ids"], batch["attention_mask"], batch["labels"])
+
+
+def hooks(reader: FiDT5) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in reader.modules())
+
+
+def changed_passages(batch: dict, present: list[int]) -> dict:
+    """The batch with the last passages of some questions taken away."""
+    ids, mask = batch["input_ids"].clone(), batch["attention_mask"].clone()
+    for question, n in enumerate(present):
+        ids[question, n:], mask[question, n:] = 0, False
+    return {**batch, "input_ids": ids, "attention_mask": mask}
+
+
+# --- the reference's numbers
+
+
+@pytest.mark.parametrize("name", ["t5", "legacy"])
+def test_loss_logits_and_scores_equal_the_reference(name, reference, batch):
+    numbers = np.load(reference / f"reader_{name}.npz")
+    reader = load(reference, name)
+    with reader.capture_scores(batch["attention_mask"]) as capture:
+        loss, logits = forward(reader, batch)
+    assert loss.item() == pytest.approx(float(numbers["loss"]), abs=1e-4)
+    assert np.abs(logits.numpy() - numbers["logits"]).max() < 1e-4
+    assert np.abs(capture.value().numpy() - numbers["crossattention_scores"]).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["t5", "legacy"])
+def test_generation_equals_the_reference(name, reference, batch):
+    numbers = np.load(reference / f"reader_{name}.npz")
+    reader = load(reference, name)
+    with reader.capture_scores(batch["attention_mask"]) as capture:
+        tokens = reader.generate(batch["input_ids"], batch["attention_mask"], max_length=20)
+    assert np.array_equal(tokens.numpy(), numbers["generated"])
+    assert np.abs(capture.value().numpy() - numbers["crossattention_scores"]).max() < 1e-4
+
+
+def test_answers_of_a_legacy_reader(reference, tokenizer):
+    expected = json.loads((reference / "reader_legacy_answers.json").read_text())
+    data = load_data(reference / "data.json")
+    places = [[(0, 0), (0, 2), (0, 4)], [(0, 6), (0, 8), (0, 10)], [(0, 12), (0, 14)]]
+    loader = make_loader(ReaderDataset(data, 5), places, ReaderCollator(tokenizer, 96), 0)
+    reader = load(reference, "legacy").train()
+    answers = [
+        answer
+        for answers in answer_questions(
+            reader, tokenizer, loader, torch.device("cpu"), with_scores=True
+        )
+        for answer in answers
+    ]
+    assert [answer.text for answer in answers] == expected["answers"]
+    right = [data[answer.index]["answers"] for answer in answers]
+    assert [
+        exact_match(answer.text, answers_) for answer, answers_ in zip(answers, right, strict=True)
+    ] == expected["exact_match"]
+    scores = np.load(reference / "reader_legacy.npz")["crossattention_scores"]
+    assert np.abs(np.array([answer.scores for answer in answers]) - scores).max() < 1e-4
+    assert reader.training  # left as it was
+
+
+def test_the_position_table_matters(reference, batch):
+    numbers = np.load(reference / "reader_t5.npz")
+    plain = load_reader(str(reference / "t5")).eval()
+    assert plain.positions is None
+    _, logits = forward(plain, batch)
+    assert np.abs(logits.numpy() - numbers["logits"]).max() > 0.05
+
+
+def test_buckets_equal_t5s_own():
+    config = T5Config(num_heads=3, relative_attention_num_buckets=32)
+    positions = CrossAttentionPositions(config)
+    places = torch.arange(400)
+    buckets = T5Attention._relative_position_bucket(
+        places[None, :] - places[:, None], bidirectional=False
+    )
+    expected = positions.table(buckets).permute(2, 0, 1)[None]
+    assert torch.equal(positions(places, places), expected)
+
+
+# --- second ways to compute the same
+
+
+def test_one_passage_is_t5(reference, batch):
+    reader = load_reader(str(reference / "t5")).eval()
+    t5 = T5ForConditionalGeneration.from_pretrained(reference / "t5").eval()
+    one = {**batch, "input_ids": batch["input_ids"][:, :1]}
+    one["attention_mask"] = batch["attention_mask"][:, :1]
+    ids, mask = one["input_ids"][:, 0], one["attention_mask"][:, 0]
+    loss, logits = forward(reader, one)
+    with torch.no_grad():
+        expected = t5(input_ids=ids, attention_mask=mask, labels=batch["labels"])
+    assert loss.item() == pytest.approx(expected.loss.item(), abs=1e-6)
+    assert torch.allclose(logits, expected.logits, atol=1e-5)
+    for beams in (1, 3):
+        tokens = reader.generate(one["input_ids"], one["attention_mask"], 12, beams)
+        expected = t5.generate(input_ids=ids, attention_mask=mask, max_length=12, num_beams=beams)
+        assert torch.equal(tokens, expected)
+
+
+def slow_scores(reader: FiDT5, batch: dict) -> torch.Tensor:
+    """The definition, word by word: all pre-softmax scores of the first token, then their mean."""
+    B, N, L = batch["attention_mask"].shape
+    H, K = reader.config.num_heads, reader.config.d_kv
+    hidden, _ = reader.encode(batch["input_ids"], batch["attention_mask"])
+    layers = [block.layer[1] for block in reader.t5.decoder.block]
+    inputs: list[torch.Tensor] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        for layer in layers
+    ]
+    forward(reader, batch)
+    for handle in handles:
+        handle.remove()
+    total = torch.zeros(B, N)
+    for layer, states in zip(layers, inputs, strict=True):
+        query = layer.EncDecAttention.q(layer.layer_norm(states))[:, 0].view(B, H, 1, K)
+        key = layer.EncDecAttention.k(hidden).view(B, N * L, H, K).transpose(1, 2)
+        scores = (query @ key.transpose(2, 3)).view(B, H, N * L)
+        if reader.positions is not None:
+            scores = scores + reader.positions(torch.zeros(1).long(), torch.arange(N * L))[:, :, 0]
+        scores = scores.view(B, H, N, L).mean(dim=1)
+        for b in range(B):
+            for n in range(N):
+                total[b, n] += scores[b, n][batch["attention_mask"][b, n]].mean() / len(layers)
+    return total
+
+
+@pytest.mark.parametrize("name", ["t5", "legacy"])
+def test_scores_equal_their_definition(name, reference, batch):
+    reader = load(reference, name)
+    ragged = changed_passages(batch, [5, 1, 3, 5, 2, 4, 5, 5])
+    missing = ~ragged["attention_mask"].any(dim=2)
+    with torch.no_grad():
+        expected = slow_scores(reader, ragged).masked_fill(missing, -torch.inf)
+    for beams in (1, 3):
+        with reader.capture_scores(ragged["attention_mask"]) as capture:
+            reader.generate(ragged["input_ids"], ragged["attention_mask"], 6, num_beams=beams)
+        assert torch.allclose(capture.value(), expected, atol=1e-5)
+        assert missing.any()
+
+
+def test_capturing_leaves_no_trace(reference, batch):
+    reader = load(reference, "t5")
+    before, loss = hooks(reader), forward(reader, batch)[0]
+    with reader.capture_scores(batch["attention_mask"]) as capture:
+        assert hooks(reader) > before
+        with pytest.raises(RuntimeError, match="inside"):
+            capture.value()
+    assert hooks(reader) == before
+    assert torch.equal(forward(reader, batch)[0], loss)
+
+
+@pytest.mark.parametrize("name", ["t5", "legacy"])
+def test_missing_passages_do_not_matter(name, reference, batch):
+    """A question with fewer passages than others in its batch is answered as it is alone."""
+    reader = load(reference, name)
+    ragged = changed_passages(batch, [5, 1, 3, 5, 2, 4, 5, 5])
+    _, together = forward(reader, ragged)
+    tokens = reader.generate(ragged["input_ids"], ragged["attention_mask"], 12)
+    for question, n in [(1, 1), (2, 3), (4, 2)]:
+        alone = {
+            "input_ids": ragged["input_ids"][question : question + 1, :n],
+            "attention_mask": ragged["attention_mask"][question : question + 1, :n],
+            "labels": ragged["labels"][question : question + 1],
+        }
+        assert torch.allclose(forward(reader, alone)[1][0], together[question], atol=1e-5)
+        own = reader.generate(alone["input_ids"], alone["attention_mask"], 12)[0]
+        assert torch.equal(own, tokens[question, : len(own)])
+
+
+def test_checkpointing_the_encoder_changes_memory_only(reference, batch):
+    gradients = []
+    for use_checkpoint in (False, True):
+        reader = load(reference, "t5").train()
+        if use_checkpoint:
+            reader.checkpoint_encoder()
+            assert reader.t5.encoder.is_activation_checkpointing
+            assert not reader.t5.decoder.gradient_checkpointing
+        loss, _ = reader(batch["input_ids"], batch["attention_mask"], batch["labels"])
+        loss.backward()
+        gradients.append({name: p.grad for name, p in reader.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None, name  # DDP waits for every parameter
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
+
+
+# --- saving and loading
+
+
+@pytest.mark.parametrize("name", ["t5", "legacy", "fresh"])
+def test_saved_and_loaded_readers_are_the_same(name, reference, batch, tmp_path):
+    if name == "fresh":
+        make_t5_config(tmp_path / "config.json", dropout_rate=0.0)
+        reader = new_reader(str(tmp_path / "config.json")).eval()
+    else:
+        reader = load(reference, name)
+    reader.save_pretrained(tmp_path / "saved")
+    loaded = load_reader(str(tmp_path / "saved")).eval()
+    weights, loaded_weights = reader.state_dict(), loaded.state_dict()
+    assert weights.keys() == loaded_weights.keys()
+    assert all(torch.equal(weights[key], loaded_weights[key]) for key in weights)
+    assert torch.equal(forward(reader, batch)[1], forward(loaded, batch)[1])
+    t5, report = T5ForConditionalGeneration.from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert torch.equal(t5.state_dict()["shared.weight"], weights["t5.shared.weight"])
+
+
+def test_tokenizer_survives_saving(reference, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(str(tmp_path), "none")
+    data = load_data(reference / "data.json")
+    for index in range(len(data)):
+        texts = [context["text"] for context in data[index]["ctxs"]]
+        assert again(texts)["input_ids"] == tokenizer(texts)["input_ids"]
+
+
+def test_dropout_is_what_was_asked_for(reference):
+    reader = load_reader(str(reference / "t5"), dropout=0.37)
+    rates = {m.p for m in reader.modules() if isinstance(m, torch.nn.Dropout)}
+    rates |= {m.dropout for m in reader.modules() if isinstance(m, T5Attention)}
+    assert rates == {0.37}
+
+
+def test_t5_v1_1_with_an_untied_head(tmp_path, batch):
+    make_t5_config(
+        tmp_path / "config.json", feed_forward_proj="gated-gelu", tie_word_embeddings=False
+    )
+    reader = new_reader(str(tmp_path / "config.json"), dropout=0.0).eval()
+    head = torch.nn.Parameter(torch.randn(800, 32))
+    reader.t5.lm_head.weight = head
+    _, logits = forward(reader, batch)
+    reader.save_pretrained(tmp_path / "saved")
+    loaded = load_reader(str(tmp_path / "saved")).eval()
+    assert torch.equal(loaded.t5.lm_head.weight, head)
+    assert torch.equal(forward(loaded, batch)[1], logits)  # v1.1 does not scale before its head
+
+
+# --- what is broken
+
+
+def test_what_is_no_reader_is_said_in_one_line(reference, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "cut").mkdir()
+    config = (reference / "t5" / "config.json").read_text()
+    (tmp_path / "cut" / "config.json").write_text(config)
+    weights = (reference / "t5" / "pytorch_model.bin").read_bytes()
+    (tmp_path / "cut" / "pytorch_model.bin").write_bytes(weights[:5000])
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "config.json").write_text(config)
+    torch.save({"shared.weight": torch.zeros(800, 32)}, tmp_path / "few" / "pytorch_model.bin")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text(config)
+    legacy = torch.load(reference / "legacy_reader/checkpoint/step-20/pytorch_model.bin")
+    legacy.pop("decoder.block.2.layer.1.EncDecAttention.q.weight")
+    torch.save(legacy, tmp_path / "half" / "pytorch_model.bin")
+    cases = {
+        "empty": "no config.json",
+        "bert": "a bert model, but a t5",
+        "cut": "not a file of weights",
+        "few": "the weights lack",
+        "half": "block.2.layer.1.EncDecAttention.q.weight",
+    }
+    for name, message in cases.items():
+        with pytest.raises(InputError, match=message) as caught:
+            load_reader(str(tmp_path / name))
+        assert str(tmp_path / name) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="there is no such"):
+        load_reader("./nowhere")
+    with pytest.raises(InputError, match=r"no-such-hub-model: .* hub name"):
+        load_reader("no-such-hub-model")
+    with pytest.raises(InputError, match="--tokenizer"):
+        load_tokenizer(str(reference / "legacy_reader/checkpoint/step-20"), "no-such-hub-model")
+
+
+def test_a_table_that_is_not_there_is_not_invented(reference, tmp_path):
+    reader = load_reader(str(reference / "t5"))
+    reader.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=POSITION_TABLE_KEY):
+        load_reader(str(tmp_path), use_position_table=True)

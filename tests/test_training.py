@@ -1,0 +1,262 @@
+"""The training loop: the reference's losses; a stopped run equals one that never stopped."""
+
+import itertools
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from src.checkpoint import Checkpoints, find_newest, load_state
+from src.data import ReaderCollator, ReaderDataset, make_loader, training_places
+from src.errors import InputError
+from src.examples import load_data
+from src.metrics import Metrics
+from src.optim import build_optimizer, build_scheduler
+from src.pretrained import load_tokenizer
+from src.reader import load_reader, reader_loss
+from src.training import Position, restore, train
+
+LOG = logging.getLogger("tests")
+CPU = torch.device("cpu")
+
+
+def read_metrics(folder: Path, name: str) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows if name in row]
+
+
+def test_twenty_updates_equal_the_reference(reference, tmp_path):
+    record = json.loads((reference / "reader_training.json").read_text())
+    options = record["options"]
+    reader = load_reader(str(reference / "t5"), dropout=0.0, use_position_table=True)
+    reader.checkpoint_encoder()
+    tokenizer = load_tokenizer(str(reference / "t5"), "none")
+    dataset = ReaderDataset(
+        load_data(reference / "data.json"), record["n_context"], with_target=True
+    )
+    places = [[(0, index) for index in batch] for batch in record["batches"]]
+    collate = ReaderCollator(tokenizer, record["text_maxlength"])
+    optimizer = build_optimizer(reader, options["optim"], options["lr"], options["weight_decay"])
+    scheduler = build_scheduler(
+        optimizer,
+        options["scheduler"],
+        options["warmup_steps"],
+        options["total_steps"],
+        options["scheduler_steps"],
+        options["fixed_lr"],
+    )
+    metrics = Metrics(tmp_path, 0)
+    train(
+        reader,
+        reader_loss,
+        iter(make_loader(dataset, places, collate, 0)),
+        optimizer,
+        scheduler,
+        Checkpoints(tmp_path / "checkpoint", reader.save_pretrained, 0, {}),
+        metrics,
+        LOG,
+        CPU,
+        total_steps=20,
+        metric="none",
+        higher_is_better=True,
+        clip=options["clip"],
+        save_freq=1000,
+    )
+    metrics.close()
+    assert read_metrics(tmp_path, "train/loss") == pytest.approx(record["loss"], rel=1e-3)
+    assert read_metrics(tmp_path, "train/grad_norm") == pytest.approx(record["grad_norm"], rel=1e-3)
+    # Ours is the rate of the update itself, the record's the one set after it.
+    rates = [*read_metrics(tmp_path, "train/lr")[1:], optimizer.param_groups[0]["lr"]]
+    assert rates == pytest.approx(record["lr"], abs=1e-9)
+
+
+class Dropped(nn.Module):
+    """A small regression with dropout, so that a lost random state shows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+def regression_loss(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    error = (model(batch["x"]) - batch["y"]) ** 2
+    return error.mean(), torch.tensor(error.numel())
+
+
+def regression_batches(start: int, size: int = 2):
+    inputs = torch.randn(11, 3, generator=torch.Generator().manual_seed(1))
+    for places in training_places(11, size, 0, 1, seed=0, start=start):
+        index = [i for _, i in places]
+        yield {"index": index, "x": inputs[index], "y": inputs[index].sum(dim=1, keepdim=True)}
+
+
+def run(
+    folder: Path, total_steps: int = 12, loss_function=regression_loss, **kwargs
+) -> tuple[Dropped, Position, dict]:
+    """Train in a folder as the scripts do, from its newest checkpoint if there is one."""
+    model = Dropped()
+    optimizer = build_optimizer(model, "adamw", 0.05, 0.1)
+    scheduler = build_scheduler(optimizer, "linear", 2, 12, None, False)
+
+    def save_model(path: Path) -> None:
+        torch.save(model.state_dict(), path / "weights.pt")
+
+    def evaluate() -> dict[str, float]:
+        batch = next(regression_batches(0, 11))
+        assert not model.training
+        with torch.no_grad():
+            return {"error": regression_loss(model, batch)[0].item()}
+
+    newest, _ = find_newest(folder / "checkpoint")
+    torch.manual_seed(7)
+    state, position = None, Position()
+    if newest:
+        model.load_state_dict(torch.load(newest / "weights.pt"))
+        state = load_state(newest)
+        position = restore(state, optimizer, scheduler)
+    metrics = Metrics(folder, position.step)
+    settings = {"accumulation_steps": 2, "eval_freq": 3, "save_freq": 4} | kwargs
+    position = train(
+        model,
+        loss_function,
+        regression_batches(position.examples_seen),
+        optimizer,
+        scheduler,
+        Checkpoints(folder / "checkpoint", save_model, 0, {}),
+        metrics,
+        LOG,
+        CPU,
+        total_steps=total_steps,
+        metric="error",
+        higher_is_better=False,
+        evaluate=evaluate,
+        position=position,
+        scaler_state=state["scaler"] if state else None,
+        **settings,
+    )
+    metrics.close()
+    return model, position, optimizer.state_dict()
+
+
+def metrics_lines(folder: Path) -> list[str]:
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize("stops", [[1], [3], [4], [2, 5, 6, 9], [12], list(range(1, 13))])
+def test_a_stopped_run_equals_one_that_never_stopped(stops, tmp_path):
+    model, position, state = run(tmp_path / "whole")
+    for stop in stops:
+        count = itertools.count(1 + (stops[stops.index(stop) - 1] if stops.index(stop) else 0))
+        _, reached, _ = run(
+            tmp_path / "parts", should_stop=lambda count=count, stop=stop: next(count) >= stop
+        )
+        assert reached.step == stop
+    resumed, resumed_position, resumed_state = run(tmp_path / "parts")
+    assert resumed_position == position
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+    for key, values in state["state"].items():
+        for name, value in values.items():
+            assert torch.equal(value, resumed_state["state"][key][name])
+    assert metrics_lines(tmp_path / "parts") == metrics_lines(tmp_path / "whole")
+    best = [
+        load_state(tmp_path / name / "checkpoint" / "best_dev")["position"]
+        for name in ("whole", "parts")
+    ]
+    assert best[0] == best[1]
+
+
+def test_a_run_that_failed_while_evaluating_resumes_before_it(tmp_path):
+    model, _, _ = run(tmp_path / "whole")
+
+    class Failure(Exception):
+        pass
+
+    calls = itertools.count()
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = Checkpoints._save
+
+        def save(self, name, state, periodic):
+            if name == "best_dev" and next(calls) == 1:
+                raise Failure
+            return original(self, name, state, periodic)
+
+        patch.setattr(Checkpoints, "_save", save)
+        with pytest.raises(Failure):
+            run(tmp_path / "failed")
+    resumed, _, _ = run(tmp_path / "failed")
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+    assert metrics_lines(tmp_path / "failed") == metrics_lines(tmp_path / "whole")
+
+
+def test_best_and_latest(tmp_path):
+    run(tmp_path)
+    errors = read_metrics(tmp_path, "dev/error")
+    assert len(errors) == 4  # after updates 3, 6, 9, 12
+    best = load_state(tmp_path / "checkpoint" / "best_dev")
+    assert best["position"]["best"] == min(errors)
+    assert best["step"] == 3 * (1 + errors.index(min(errors)))
+    folders = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
+    assert folders == ["best_dev", "latest", "step-12", "step-4", "step-8"]
+    assert (tmp_path / "checkpoint" / "latest").resolve().name == "step-12"
+
+
+def test_a_finished_run_does_nothing(tmp_path):
+    run(tmp_path)
+    before = metrics_lines(tmp_path)
+    _, position, _ = run(tmp_path, should_stop=lambda: pytest.fail("an update was made"))
+    assert position.step == 12
+    assert metrics_lines(tmp_path) == before
+
+
+def test_an_update_averages_its_batches(tmp_path):
+    """Two updates with accumulation, against the same by hand."""
+    run(tmp_path, total_steps=2, eval_freq=100, save_freq=100)
+    model = Dropped()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+    torch.manual_seed(7)
+    batches = regression_batches(0)
+    losses = []
+    for factor in (0.0, 0.5):  # the linear schedule's warm-up over 2 updates
+        optimizer.param_groups[0]["lr"] = 0.05 * factor
+        loss = sum(regression_loss(model, next(batches))[0] / 2 for _ in range(2))
+        loss.backward()
+        norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        for parameter in model.parameters():
+            parameter.grad *= min(1.0, 1.0 / (norm.item() + 1e-6))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert read_metrics(tmp_path, "train/loss") == pytest.approx(losses, rel=1e-6)
+    trained = torch.load(tmp_path / "checkpoint" / "step-2" / "weights.pt")
+    for name, weight in model.state_dict().items():
+        assert torch.allclose(weight, trained[name], atol=1e-6), name
+
+
+def test_half_precision_keeps_full_weights(tmp_path):
+    for precision in ("bf16", "fp16"):
+        model, _, state = run(tmp_path / precision, precision=precision)
+        assert all(weight.dtype == torch.float32 for weight in model.state_dict().values())
+        assert all(v["exp_avg"].dtype == torch.float32 for v in state["state"].values())
+        errors = read_metrics(tmp_path / precision, "dev/error")
+        assert errors[-1] < errors[0]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path):
+    def loss(model, batch):
+        value, count = regression_loss(model, batch)
+        return value * math.nan, count
+
+    with pytest.raises(InputError, match=r"update 1 is nan.*--lr"):
+        run(tmp_path, loss_function=loss)
+    assert find_newest(tmp_path / "checkpoint")[0] is None
