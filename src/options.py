@@ -66,7 +66,6 @@ def _add_run_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
         "--name", default="experiment_name", help="the run's name: a folder in --checkpoint_dir"
     )
     group.add_argument("--checkpoint_dir", default="./checkpoint/", help="where runs are kept")
-    group.add_argument("--seed", type=_COUNT_OR_ZERO, default=0, help="seed of everything random")
     group.add_argument(
         "--per_gpu_batch_size",
         type=_COUNT,
@@ -131,6 +130,7 @@ def _add_reader_options(parser: argparse.ArgumentParser, model_help: str) -> Non
 
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimisation")
+    group.add_argument("--seed", type=_COUNT_OR_ZERO, default=0, help="seed of everything random")
     group.add_argument("--total_steps", type=_COUNT, default=1000, help="updates of the weights")
     _older_names(group, "--total_steps", "--total_step")
     group.add_argument(

@@ -328,7 +328,7 @@ def new_reader(config_file: str, dropout: float | None = None) -> FiDT5:
 
 def _reader_config(path: str, dropout: float | None) -> T5Config:
     config = load_config(path, "t5")
-    if config.decoder_start_token_id is None:
+    if getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id  # as every T5 has it
     if dropout is not None:
         config.dropout_rate = dropout
