@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from src import distributed
-from src.checkpoint import Checkpoints, changed_options, load_state, read_meta, resume_point
+from src.checkpoint import Checkpoints, load_state, resume_point
 from src.data import (
     ReaderCollator,
     ReaderDataset,
@@ -65,11 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
     # Model: from this run's own newest checkpoint, else from what the options name
     torch.manual_seed(options.seed)
     base = options.tokenizer if options.tokenizer != "none" else f"t5-{options.model_size}"
-    newest = resume_point(run / "checkpoint", log)
+    newest = resume_point(run / "checkpoint", vars(options), log)
     if newest:
-        log.info("resuming from %s", newest)
-        for change in changed_options(read_meta(newest)["options"], vars(options)):
-            log.info("since that checkpoint, %s", change)
         reader = load_reader(str(newest), options.dropout)
         tokenizer = load_tokenizer(str(newest), base)
     elif options.model_config != "none":

@@ -110,8 +110,9 @@ def tidy(folder: Path) -> list[str]:
     return lines
 
 
-def resume_point(folder: Path, log: logging.Logger) -> Path | None:
-    """The run's newest complete checkpoint, or None, after tidying up and telling the log."""
+def resume_point(folder: Path, options: dict[str, Any], log: logging.Logger) -> Path | None:
+    """The run's newest complete checkpoint, or None, after tidying up and telling the log, also
+    which options have changed since."""
     if distributed.is_main():
         for line in tidy(folder):
             log.info("%s", line)
@@ -119,6 +120,10 @@ def resume_point(folder: Path, log: logging.Logger) -> Path | None:
     newest, incomplete = find_newest(folder)
     for path in incomplete:
         log.info("passing over %s: it is not a complete checkpoint of ours", path)
+    if newest:
+        log.info("resuming from %s", newest)
+        for change in changed_options(read_meta(newest)["options"], options):
+            log.info("since that checkpoint, %s", change)
     return newest
 
 

@@ -1,5 +1,6 @@
 """From examples to batches: the reader's texts, datasets, collators, and who reads what when."""
 
+import hashlib
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from src.examples import Example, Examples, read_example
+from src.examples import Example, Examples, Passage, read_example
 
 # ----------------------------------------------------------------------------------------------
 # Text and tokens of the reader
@@ -129,6 +130,121 @@ class ReaderCollator:
         for b, row in enumerate(tokens):
             labels[b, : len(row)] = torch.tensor(row)
         return labels
+
+
+# ----------------------------------------------------------------------------------------------
+# Text and tokens of the retriever
+
+
+def question_text(question: str) -> str:
+    """The text of a question as the retriever embeds it."""
+    return f"question: {question}"
+
+
+def passage_text(title: str, text: str, use_title: bool = True) -> str:
+    """The text of a passage as the retriever embeds it."""
+    return f"title: {title} context: {text}" if use_title else f"context: {text}"
+
+
+class TextCollator:
+    """Tokenizes texts as BERT reads them: ids and mask [B, L], cut on the right at `max_length`.
+
+    Args:
+        fixed_length: pad to `max_length` always, for a model that does not mask its padding;
+            otherwise to the longest text of the batch.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, fixed_length: bool):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.padding = "max_length" if fixed_length else "longest"
+
+    def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self.tokenizer(
+            texts,
+            truncation=True,
+            max_length=self.max_length,
+            padding=self.padding,
+            return_tensors="pt",
+        )
+        return tokens["input_ids"], tokens["attention_mask"].bool()
+
+
+class RetrieverItem(NamedTuple):
+    """A question, the passages that the reader scored, and these scores, highest first."""
+
+    index: int
+    question: str
+    passages: list[str]
+    scores: list[float]
+
+
+def scored_passages(example: Example, n_context: int) -> list[Passage]:
+    """The passages among the first `n_context` that have a score."""
+    return [passage for passage in example.passages[:n_context] if passage.score is not None]
+
+
+class RetrieverDataset(Dataset):
+    """Questions with scored passages of a file, asked for by (epoch, index)."""
+
+    def __init__(self, examples: Examples, n_context: int, use_title: bool = True):
+        self.examples = examples
+        self.n_context = n_context
+        self.use_title = use_title
+
+    def __getitem__(self, place: tuple[int, int]) -> RetrieverItem:
+        _, index = place
+        example = read_example(self.examples, index)
+        passages = scored_passages(example, self.n_context)
+        return RetrieverItem(
+            index,
+            question_text(example.question),
+            [passage_text(p.title, p.text, self.use_title) for p in passages],
+            [p.score for p in passages],
+        )
+
+
+class RetrieverCollator:
+    """Makes a batch: `question_ids` and `question_mask` [B, L]; `passage_ids` and `passage_mask`
+    [B, N, L']; `gold_scores`, `present` and `passage_keys` [B, N]; `index` (list).
+
+    N is the largest number of passages in the batch; `present` is false on what others lack. Equal
+    keys mean equal passages.
+    """
+
+    def __init__(self, questions: TextCollator, passages: TextCollator):
+        self.questions = questions
+        self.passages = passages
+
+    def __call__(self, items: list[RetrieverItem]) -> dict[str, Any]:
+        B, N = len(items), max(len(item.passages) for item in items)
+        present = torch.zeros(B, N, dtype=torch.bool)
+        scores = torch.zeros(B, N)
+        keys = torch.zeros(B, N, dtype=torch.long)
+        for b, item in enumerate(items):
+            n = len(item.passages)
+            present[b, :n] = True
+            scores[b, :n] = torch.tensor(item.scores)
+            keys[b, :n] = torch.tensor([_passage_key(text) for text in item.passages])
+        # What is missing is filled with an empty text, which has tokens, so that no mean is nan.
+        texts = [text for item in items for text in item.passages + [""] * (N - len(item.passages))]
+        passage_ids, passage_mask = self.passages(texts)
+        question_ids, question_mask = self.questions([item.question for item in items])
+        return {
+            "index": [item.index for item in items],
+            "question_ids": question_ids,
+            "question_mask": question_mask,
+            "passage_ids": passage_ids.view(B, N, -1),
+            "passage_mask": passage_mask.view(B, N, -1),
+            "gold_scores": scores,
+            "present": present,
+            "passage_keys": keys,
+        }
+
+
+def _passage_key(text: str) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
 
 
 # ----------------------------------------------------------------------------------------------

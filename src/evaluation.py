@@ -1,4 +1,4 @@
-"""How answers are judged: exact match, token F1, and whether a passage holds an answer.
+"""How answers and rankings are judged: exact match, F1, answer in passage, recall, agreement.
 
 No torch here, so that data can be evaluated anywhere in a moment.
 """
@@ -75,3 +75,30 @@ def has_answer(answers: Sequence[str], text: str) -> bool:
             if tuple(tokens[start : start + width]) == answer:
                 return True
     return False
+
+
+def count_inversions(gold_ranks: Sequence[int]) -> int:
+    """Pairs of passages that the retriever orders otherwise than the reader.
+
+    Args:
+        gold_ranks: the reader's rank (0: highest score) of each passage, in the retriever's order.
+    """
+    return sum(
+        earlier > later for place, later in enumerate(gold_ranks) for earlier in gold_ranks[:place]
+    )
+
+
+def top_k_overlap(gold_ranks: Sequence[int], k: int) -> float:
+    """Which share of the retriever's first k passages is among the reader's first k."""
+    top = gold_ranks[:k]
+    return sum(rank < k for rank in top) / len(top)
+
+
+def last_gold_index(gold_ranks: Sequence[int], k: int) -> int:
+    """How many of the retriever's passages hold all of the reader's first k."""
+    return max(place for place, rank in enumerate(gold_ranks, start=1) if rank < k)
+
+
+def recall_at_k(has_answers: Sequence[Sequence[bool]], k: int) -> float:
+    """The share of questions with an answer in one of their first k passages, in [0, 1]."""
+    return sum(any(flags[:k]) for flags in has_answers) / len(has_answers)

@@ -290,13 +290,19 @@ def read_example(examples: Examples, index: int) -> Example:
 
 
 def load_data(
-    path: str | Path, rank: int = 0, world_size: int = 1, needs_target: bool = False
+    path: str | Path,
+    rank: int = 0,
+    world_size: int = 1,
+    needs_target: bool = False,
+    needs_scores: int = 0,
 ) -> Examples:
     """Open a data file and check this process's share of its examples (`rank`, `rank +
     world_size`, ...), so that a broken one is reported now and not in the middle of the night.
 
     Args:
-        needs_target: the examples are for training: each must have a target or answers.
+        needs_target: the examples are to train a reader: each must have a target or answers.
+        needs_scores: the examples are to distil from: each must have a score on one of its first
+            `needs_scores` passages.
     """
     examples = Examples(path)
     for index in range(rank, len(examples), world_size):
@@ -304,4 +310,9 @@ def load_data(
         if needs_target and example.target is None and not example.answers:
             where = examples.where(index)
             raise InputError(f'{where}: "target" or "answers" is needed to train on it')
+        if needs_scores and not any(p.score is not None for p in example.passages[:needs_scores]):
+            raise InputError(
+                f"{examples.where(index)}: none of its passages has a score of the reader; write "
+                "them with test_reader.py --write_crossattention_scores"
+            )
     return examples

@@ -95,6 +95,19 @@ def _add_run_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
     _older_names(group, "--local_rank", "--local-rank")
 
 
+def _add_retriever_options(parser: argparse.ArgumentParser, model_help: str) -> None:
+    group = parser.add_argument_group("retriever")
+    group.add_argument("--model_path", default="none", help=model_help)
+    group.add_argument(
+        "--tokenizer",
+        default="none",
+        help="folder or hub name of the tokenizer for a model without one; none: bert-base-uncased",
+    )
+    group.add_argument(
+        "--no_title", action="store_true", help="embed passages without their titles"
+    )
+
+
 def _add_reader_options(parser: argparse.ArgumentParser, model_help: str) -> None:
     group = parser.add_argument_group("reader")
     group.add_argument("--model_path", default="none", help=model_help)
@@ -253,5 +266,70 @@ def test_reader_parser() -> argparse.ArgumentParser:
         help="batches after which the results so far are printed",
     )
     _add_reader_options(parser, "the reader: a checkpoint folder or hub name; none: t5-SIZE")
+    _add_run_options(parser, batch_size=1)
+    return parser
+
+
+def train_retriever_parser() -> argparse.ArgumentParser:
+    """Options of train_retriever.py."""
+    parser = _Parser("Train a retriever on the passage scores of a reader.")
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--train_data",
+        default="train_data.json",
+        help=".json or .jsonl file with scored passages (test_reader.py's dataset_wscores.json)",
+    )
+    group.add_argument(
+        "--eval_data",
+        default="eval_data.json",
+        help=".json or .jsonl file with scored passages; none: train without evaluation",
+    )
+    group.add_argument(
+        "--n_context", type=_COUNT, default=1, help="passages of each question, by score"
+    )
+    _add_retriever_options(
+        parser,
+        "retriever to take weights and shape from, a folder or hub name; none: --retriever_model. "
+        "(A run that was stopped goes on from its own checkpoint instead.)",
+    )
+    group = parser.add_argument_group("a new retriever (an existing one keeps its own settings)")
+    group.add_argument(
+        "--retriever_model", default="bert-base-uncased", help="the BERT to start from"
+    )
+    group.add_argument(
+        "--model_config",
+        default="none",
+        help="BERT config file (JSON): start from fresh weights of this shape, with --tokenizer",
+    )
+    group.add_argument(
+        "--indexing_dimension",
+        type=_COUNT,
+        default=None,
+        help="size of an embedding; none: 768, or BERT's hidden size with --no_projection",
+    )
+    group.add_argument(
+        "--no_projection", action="store_true", help="no linear layer and LayerNorm after BERT"
+    )
+    group.add_argument(
+        "--question_maxlength", type=_COUNT, default=None, help="tokens of a question; none: 40"
+    )
+    group.add_argument(
+        "--passage_maxlength", type=_COUNT, default=None, help="tokens of a passage; none: 200"
+    )
+    group.add_argument(
+        "--no_question_mask", action="store_true", help="let padding count in questions"
+    )
+    group.add_argument(
+        "--no_passage_mask", action="store_true", help="let padding count in passages"
+    )
+    group.add_argument(
+        "--extract_cls", action="store_true", help="embed by the first token, not by the mean"
+    )
+    _add_training_options(parser)
+    parser.add_argument(
+        "--in_batch_negatives",
+        action="store_true",
+        help="other questions' passages count as wrong ones (not in the paper)",
+    )
     _add_run_options(parser, batch_size=1)
     return parser

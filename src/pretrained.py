@@ -14,6 +14,7 @@ from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    BertTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -43,11 +44,13 @@ def load_config(path: str, model_type: str) -> PreTrainedConfig:
     return config
 
 
-def from_pretrained(model_class: type[Model], path: str, config: PreTrainedConfig) -> Model:
+def from_pretrained(
+    model_class: type[Model], path: str, config: PreTrainedConfig, **kwargs: Any
+) -> Model:
     """A model in float32 with every one of its weights read from `path`."""
     with _reporting(path, "the model's weights cannot be read"):
         model, report = model_class.from_pretrained(
-            path, config=config, dtype=torch.float32, output_loading_info=True
+            path, config=config, dtype=torch.float32, output_loading_info=True, **kwargs
         )
     missing = sorted(report["missing_keys"])
     if missing:
@@ -62,8 +65,11 @@ def load_tokenizer(path: str, fallback: str) -> PreTrainedTokenizerBase:
     own = not folder.exists() or any((folder / name).exists() for name in _TOKENIZER_FILES)
     source = path if own else fallback
     _check_path(source, needs_config=False)
+    files = {path.name for path in Path(source).glob("*")}
+    bare = "vocab.txt" in files and not files & {"tokenizer.json", "tokenizer_config.json"}
     with _reporting(source, "no tokenizer can be read there; give one with --tokenizer"):
-        return AutoTokenizer.from_pretrained(source)
+        # A vocabulary alone, as BERT's of its time came, does not say whose it is.
+        return (BertTokenizer if bare else AutoTokenizer).from_pretrained(source)
 
 
 def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -133,7 +133,7 @@ def train(
         values = _evaluate(model, evaluate)
         position.evaluation_due = False
         metrics.write(position.step, {f"dev/{name}": value for name, value in values.items()})
-        shown = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+        shown = ", ".join(f"{name} {_short(value)}" for name, value in values.items())
         loss = average.value()
         log.info(
             "step %d of %d | train loss %s | dev %s | lr %.3g | %.2f examples/s",
@@ -159,7 +159,7 @@ def train(
     while position.step < total_steps and not stopped:
         update_loss = torch.zeros((), device=device)
         for micro in range(accumulation_steps):
-            batch = _to_device(next(batches), device)
+            batch = move_to(next(batches), device)
             is_last = micro == accumulation_steps - 1
             with contextlib.ExitStack() as stack:
                 if n_processes > 1 and not is_last:
@@ -211,8 +211,12 @@ def train(
 
 def _shown(loss: float, position: Position, metric: str, lr: float, rate: float) -> dict[str, str]:
     """What the progress bar says behind its numbers."""
-    best = {} if position.best is None else {f"best {metric}": f"{position.best:.2f}"}
+    best = {} if position.best is None else {f"best {metric}": _short(position.best)}
     return {"loss": f"{loss:.3f}", **best, "lr": f"{lr:.2g}", "examples/s": f"{rate:.1f}"}
+
+
+def _short(value: float) -> str:
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.4f}"
 
 
 def _evaluate(model: nn.Module, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -223,7 +227,8 @@ def _evaluate(model: nn.Module, evaluate: Callable[[], dict[str, float]]) -> dic
         model.train()
 
 
-def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def move_to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on the device."""
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()

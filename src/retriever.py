@@ -1,0 +1,272 @@
+"""The retriever: a BERT that embeds questions and passages, distilled from the reader.
+
+Izacard and Grave, 2021 (https://arxiv.org/abs/2012.04584), section 3: one encoder for both sides,
+the similarity is a scaled dot product, and the loss pulls the softmax of a question's similarities
+towards the softmax of the reader's passage scores.
+
+Shapes: B questions, N passages of a question, L tokens, D size of an embedding, P passages of all.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import BertConfig, BertModel, PreTrainedModel
+
+from src.errors import InputError
+from src.pretrained import from_pretrained, load_config
+
+
+class RetrieverConfig(BertConfig):
+    """BERT's shape, and how its hidden states become one embedding.
+
+    Args:
+        projection: whether a linear layer to `indexing_dimension` and a LayerNorm follow BERT.
+        apply_question_mask, apply_passage_mask: whether padding is masked; without it, texts are
+            always padded to their full `*_maxlength`, which every position then has a part in.
+        extract_cls: take the first token's state instead of the mean over tokens.
+    """
+
+    indexing_dimension: int = 768
+    projection: bool = True
+    apply_question_mask: bool = False
+    apply_passage_mask: bool = False
+    extract_cls: bool = False
+    question_maxlength: int = 40
+    passage_maxlength: int = 200
+
+
+class Retriever(PreTrainedModel):
+    """The bi-encoder. Its weights are `model.*` (BERT), `proj.*` and `norm.*`."""
+
+    config_class = RetrieverConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    # BERT's pooler is in the reference's checkpoints, but nothing reads it.
+    _keys_to_ignore_on_load_unexpected = (r"model\.pooler\.", r"embeddings\.position_ids")
+
+    def __init__(self, config: RetrieverConfig):
+        super().__init__(config)
+        self.model = BertModel(config, add_pooling_layer=False)
+        if config.projection:
+            self.proj = nn.Linear(config.hidden_size, config.indexing_dimension)
+            self.norm = nn.LayerNorm(config.indexing_dimension)
+        elif config.indexing_dimension != config.hidden_size:
+            raise InputError(
+                f"without a projection the indexing dimension is BERT's hidden size "
+                f"{config.hidden_size}, not {config.indexing_dimension}: leave out "
+                "--indexing_dimension or --no_projection"
+            )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            nn.init.zeros_(module.bias)
+
+    def embed_questions(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Token ids and mask [B, L] -> embeddings [B, D]."""
+        return self._embed(ids, mask, self.config.apply_question_mask)
+
+    def embed_passages(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Token ids and mask [P, L] -> embeddings [P, D]."""
+        return self._embed(ids, mask, self.config.apply_passage_mask)
+
+    def _embed(self, ids: torch.Tensor, mask: torch.Tensor, apply_mask: bool) -> torch.Tensor:
+        output = self.model(input_ids=ids, attention_mask=mask if apply_mask else None)
+        states = output.last_hidden_state
+        if self.config.projection:
+            states = self.norm(self.proj(states))
+        if self.config.extract_cls:
+            return states[:, 0]
+        if not apply_mask:
+            return states.mean(dim=1)
+        states = states.masked_fill(~mask.bool().unsqueeze(2), 0.0)
+        return states.sum(dim=1) / mask.sum(dim=1, keepdim=True)
+
+    def forward(
+        self,
+        question_ids: torch.Tensor,
+        question_mask: torch.Tensor,
+        passage_ids: torch.Tensor,
+        passage_mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Questions [B, L] and their passages [B, N, L'] -> embeddings [B, D] and [B, N, D]."""
+        B, N, L = passage_ids.shape
+        passages = self.embed_passages(passage_ids.view(B * N, L), passage_mask.view(B * N, L))
+        return self.embed_questions(question_ids, question_mask), passages.view(B, N, -1)
+
+
+def similarities(questions: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
+    """Embeddings [B, D] and [B, N, D] -> scaled dot products [B, N] (section 3.1)."""
+    return torch.einsum("bd,bnd->bn", questions, passages) / questions.shape[-1] ** 0.5
+
+
+def distillation_loss(
+    scores: torch.Tensor,
+    gold_scores: torch.Tensor,
+    present: torch.Tensor,
+    negatives: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """How far the retriever's distribution over passages is from the reader's (section 3.3).
+
+    Args:
+        scores: the retriever's similarities [B, N].
+        gold_scores: the reader's scores [B, N].
+        present: [B, N], false where a question has no such passage, which then does not count.
+        negatives: similarities [B, M] to other questions' passages, -inf where one is not to
+            count; their target is 0. An addition to the paper.
+
+    Returns: the KL divergence, averaged over all present passages of all questions.
+    """
+    gold = gold_scores.float().masked_fill(~present, -torch.inf).softmax(dim=1)
+    candidates = scores.float().masked_fill(~present, -torch.inf)
+    if negatives is not None:
+        candidates = torch.cat([candidates, negatives.float()], dim=1)
+    log_likelihood = candidates.log_softmax(dim=1)[:, : gold.shape[1]]
+    # Where the target is 0 the divergence is 0; and -inf * 0 must not become nan.
+    log_likelihood = log_likelihood.masked_fill(~present, 0.0)
+    divergence = torch.xlogy(gold, gold) - gold * log_likelihood
+    return divergence.sum() / present.sum()
+
+
+class _GatherPassages(torch.autograd.Function):
+    """All processes' rows, by rank. Backward: each process's rows get every process's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        ctx.n_rows = rows.shape[0]
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        first = dist.get_rank() * ctx.n_rows
+        return gradient[first : first + ctx.n_rows]
+
+
+def _pad_rows(rows: torch.Tensor, n: int) -> torch.Tensor:
+    filler = rows.new_zeros(n - rows.shape[0], *rows.shape[1:])
+    return torch.cat([rows, filler])
+
+
+def in_batch_negatives(
+    questions: torch.Tensor, passages: torch.Tensor, keys: torch.Tensor, present: torch.Tensor
+) -> torch.Tensor:
+    """Similarities of each question to the passages of all other questions of the batch, those of
+    other processes included.
+
+    Args:
+        questions, passages: embeddings [B, D] and [B, N, D].
+        keys: [B, N], a number that says which passage it is; a question's own passages, wherever
+            in the batch they stand again, are not its negatives.
+        present: [B, N].
+
+    Returns: [B, M], -inf for what is not a negative.
+    """
+    flat, flat_keys = passages.flatten(0, 1), keys.flatten()
+    counts = present.flatten()
+    if dist.is_initialized():
+        size = torch.tensor(len(flat), device=flat.device)
+        dist.all_reduce(size, op=dist.ReduceOp.MAX)  # ragged batches: padded to the largest
+        flat = _GatherPassages.apply(_pad_rows(flat, int(size)))
+        flat_keys = _GatherPassages.apply(_pad_rows(flat_keys, int(size)))
+        counts = _GatherPassages.apply(_pad_rows(counts.int(), int(size))).bool()
+    scores = questions @ flat.T / questions.shape[-1] ** 0.5
+    own = ((flat_keys[None, None, :] == keys[:, :, None]) & present[:, :, None]).any(dim=1)
+    return scores.masked_fill(own | ~counts, -torch.inf)
+
+
+def embed(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The embeddings [B, D] and [B, N, D] of a `RetrieverCollator`'s batch."""
+    return model(
+        batch["question_ids"], batch["question_mask"], batch["passage_ids"], batch["passage_mask"]
+    )
+
+
+def retriever_loss(
+    model: nn.Module, batch: dict[str, Any], use_negatives: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The training loss of a batch and the number of passages that it is the mean of."""
+    questions, passages = embed(model, batch)
+    present = batch["present"]
+    negatives = None
+    if use_negatives:
+        negatives = in_batch_negatives(questions, passages, batch["passage_keys"], present)
+    scores = similarities(questions, passages)
+    return distillation_loss(scores, batch["gold_scores"], present, negatives), present.sum()
+
+
+def gold_ranks(scores: torch.Tensor, present: torch.Tensor) -> list[list[int]]:
+    """The reader's rank of each passage in the retriever's order, a list a question.
+
+    Args:
+        scores: the retriever's similarities [B, N] to passages in the reader's order.
+        present: [B, N].
+    """
+    masked = scores.masked_fill(~present, -torch.inf)
+    order = masked.argsort(dim=1, descending=True, stable=True).tolist()
+    return [ranks[:n] for ranks, n in zip(order, present.sum(dim=1).tolist(), strict=True)]
+
+
+# ----------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_retriever(path: str, dropout: float | None = None) -> Retriever:
+    """A retriever from a checkpoint of ours or of the reference, or from any BERT by folder or hub
+    name that has no settings of a retriever: then without projection, mean over real tokens."""
+    config = load_config(path, "bert")
+    if not hasattr(config, "indexing_dimension"):
+        return start_retriever(path, dropout, projection=False)
+    config = RetrieverConfig(**config.to_dict())
+    _set_dropout(config, dropout)
+    return from_pretrained(Retriever, path, config)
+
+
+def check_settings(config: RetrieverConfig, settings: dict[str, Any], path: str) -> None:
+    """An existing retriever keeps its settings: asking for others is an error."""
+    for name, wanted in settings.items():
+        if getattr(config, name) != wanted:
+            raise InputError(
+                f"{path}: this retriever has {name} {getattr(config, name)}, not {wanted}; leave "
+                "that option out, or start a new one with --retriever_model"
+            )
+
+
+def start_retriever(path: str, dropout: float | None = None, **settings: Any) -> Retriever:
+    """A retriever around a pretrained BERT, or around fresh weights if `path` is a config file.
+
+    Args:
+        settings: fields of `RetrieverConfig`; masks are applied unless they say otherwise, and
+            without a projection the indexing dimension is BERT's hidden size.
+    """
+    config = load_config(path, "bert")
+    defaults = {"apply_question_mask": True, "apply_passage_mask": True}
+    if not settings.get("projection", True):
+        defaults["indexing_dimension"] = config.hidden_size
+    config = RetrieverConfig(**{**config.to_dict(), **defaults, **settings})
+    _set_dropout(config, dropout)
+    retriever = Retriever(config)
+    if not Path(path).is_file():
+        bert_config = BertConfig(**load_config(path, "bert").to_dict())
+        bert = from_pretrained(BertModel, path, bert_config, add_pooling_layer=False)
+        retriever.model.load_state_dict(bert.state_dict())
+    longest = max(config.question_maxlength, config.passage_maxlength)
+    if longest > config.max_position_embeddings:
+        raise InputError(
+            f"{path}: reads at most {config.max_position_embeddings} tokens, not {longest}; "
+            "lower --question_maxlength or --passage_maxlength"
+        )
+    return retriever
+
+
+def _set_dropout(config: RetrieverConfig, dropout: float | None) -> None:
+    if dropout is not None:
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout

@@ -1,0 +1,285 @@
+"""The retriever's numbers equal the reference's, and those of the slow way."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from src.data import RetrieverCollator, RetrieverDataset, RetrieverItem, TextCollator
+from src.errors import InputError
+from src.evaluation import count_inversions, last_gold_index, recall_at_k, top_k_overlap
+from src.examples import load_data
+from src.pretrained import load_tokenizer
+from src.retriever import (
+    check_settings,
+    distillation_loss,
+    gold_ranks,
+    in_batch_negatives,
+    load_retriever,
+    retriever_loss,
+    similarities,
+    start_retriever,
+)
+
+NAMES = ["mask_mean", "cls", "nomask_mean"]
+
+
+@pytest.fixture
+def tokenizer(reference: Path):
+    return load_tokenizer(str(reference / "bert"), "none")
+
+
+def load(reference: Path, name: str, dropout: float = 0.0):
+    return load_retriever(str(reference / f"legacy_retriever_{name}"), dropout)
+
+
+def collator(retriever, tokenizer) -> RetrieverCollator:
+    config = retriever.config
+    return RetrieverCollator(
+        TextCollator(tokenizer, config.question_maxlength, not config.apply_question_mask),
+        TextCollator(tokenizer, config.passage_maxlength, not config.apply_passage_mask),
+    )
+
+
+def make_batch(reference: Path, retriever, tokenizer, indices=range(6)) -> dict:
+    dataset = RetrieverDataset(load_data(reference / "data.json"), n_context=5)
+    return collator(retriever, tokenizer)([dataset[0, index] for index in indices])
+
+
+# --- the reference's numbers
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_to_the_reference(name, reference, tokenizer):
+    numbers = np.load(reference / f"retriever_{name}.npz")
+    retriever = load(reference, name)
+    batch = make_batch(reference, retriever, tokenizer)
+    L = batch["question_ids"].shape[1]  # with masks, padding goes to the batch's longest only
+    assert np.array_equal(batch["question_ids"].numpy(), numbers["question_ids"][:, :L])
+    assert not numbers["question_mask"][:, L:].any()
+    L = batch["passage_ids"].shape[2]
+    assert np.array_equal(batch["passage_ids"].numpy(), numbers["passage_ids"][:, :, :L])
+    assert np.array_equal(batch["passage_mask"].numpy(), numbers["passage_mask"][:, :, :L])
+    assert L == 64 or name == "mask_mean"
+    assert np.abs(batch["gold_scores"].numpy() - numbers["gold_score"]).max() < 1e-6
+
+    questions, passages = retriever(
+        batch["question_ids"], batch["question_mask"], batch["passage_ids"], batch["passage_mask"]
+    )
+    assert np.abs(questions.detach().numpy() - numbers["question_embedding"]).max() < 1e-5
+    passages_flat = passages.detach().flatten(0, 1).numpy()
+    assert np.abs(passages_flat - numbers["passage_embedding"]).max() < 1e-5
+    scores = similarities(questions, passages)
+    assert np.abs(scores.detach().numpy() - numbers["score"]).max() < 1e-4
+    loss, count = retriever_loss(retriever, batch)
+    assert loss.item() == pytest.approx(float(numbers["loss"]), abs=1e-6)
+    assert count == 30
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(retriever.parameters(), 1e9)
+    assert norm.item() == pytest.approx(float(numbers["grad_norm"]), abs=1e-6)
+
+
+def test_metrics_equal_the_reference(reference):
+    record = json.loads((reference / "retriever_metrics.json").read_text())
+    scores = torch.tensor(record["scores"])
+    ranks = gold_ranks(scores, torch.ones_like(scores).bool())
+    assert [count_inversions(row) for row in ranks] == record["inversions"]
+    for k in (1, 2, 5):
+        assert [top_k_overlap(row, k) for row in ranks] == pytest.approx(record["avg_topk"][str(k)])
+        assert [last_gold_index(row, k) for row in ranks] == record["idx_topk"][str(k)]
+
+
+def test_metrics_by_hand():
+    assert count_inversions([0, 1, 2]) == 0
+    assert count_inversions([2, 1, 0]) == 3
+    assert top_k_overlap([0, 2, 1], 2) == 0.5
+    assert last_gold_index([0, 2, 1], 2) == 3
+    assert recall_at_k([[False, True], [False, False]], 1) == 0.0
+    assert recall_at_k([[False, True], [False, False]], 2) == 0.5
+
+
+# --- second ways to compute the same
+
+
+def test_masked_padding_does_not_matter(reference, tokenizer):
+    retriever = load(reference, "mask_mean").eval()
+    texts = ["title: a context: b", "title: Strömgarwen context: a tidal river, 797 km long"]
+    ids, mask = TextCollator(tokenizer, 64, fixed_length=False)(texts)
+    long_ids, long_mask = TextCollator(tokenizer, 64, fixed_length=True)(texts)
+    assert ids.shape[1] < long_ids.shape[1] == 64
+    with torch.no_grad():
+        short = retriever.embed_passages(ids, mask)
+        long = retriever.embed_passages(long_ids, long_mask)
+        alone = retriever.embed_passages(ids[:1, : int(mask[0].sum())], mask[:1, : mask[0].sum()])
+    assert torch.allclose(short, long, atol=1e-5)
+    assert torch.allclose(short[:1], alone, atol=1e-5)
+
+
+def slow_loss(scores, gold, present, negatives=None) -> float:
+    """The loss question by question, passage by passage, in double precision."""
+    total = 0.0
+    for b in range(len(scores)):
+        own = [n for n in range(scores.shape[1]) if present[b, n]]
+        target = torch.softmax(gold[b, own].double(), dim=0)
+        all_scores = scores[b, own].double()
+        if negatives is not None:
+            others = [float(value) for value in negatives[b] if value > -np.inf]
+            all_scores = torch.cat([all_scores, torch.tensor(others).double()])
+        log_likelihood = torch.log_softmax(all_scores, dim=0)[: len(own)]
+        total += float((target * (target.log() - log_likelihood)).sum())
+    return total / int(present.sum())
+
+
+@pytest.mark.parametrize("with_negatives", [False, True])
+def test_loss_of_ragged_batches(with_negatives):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(4, 5, generator=generator, requires_grad=True)
+    gold = torch.randn(4, 5, generator=generator) * 3
+    present = torch.tensor([[n < limit for n in range(5)] for limit in (5, 1, 3, 4)])
+    negatives = None
+    if with_negatives:
+        negatives = torch.randn(4, 7, generator=generator)
+        negatives[1, 2:] = -torch.inf
+        negatives[2] = -torch.inf
+    loss = distillation_loss(scores, gold, present, negatives)
+    assert loss.item() == pytest.approx(slow_loss(scores, gold, present, negatives), abs=1e-6)
+    loss.backward()
+    assert torch.isfinite(scores.grad).all()
+    assert (scores.grad[~present] == 0).all()
+
+
+def test_a_reader_that_is_sure_gives_no_nan():
+    gold = torch.tensor([[500.0, -500.0]])
+    scores = torch.zeros(1, 2, requires_grad=True)
+    loss = distillation_loss(scores, gold, torch.ones(1, 2).bool())
+    assert loss.item() == pytest.approx(np.log(2) / 2)
+    loss.backward()
+    assert torch.isfinite(scores.grad).all()
+
+
+def test_negatives_by_hand():
+    questions = torch.eye(4)[:3]
+    passages = torch.arange(24.0).view(3, 2, 4)
+    keys = torch.tensor([[1, 2], [2, 3], [4, 0]])
+    present = torch.tensor([[True, True], [True, True], [True, False]])
+    negatives = in_batch_negatives(questions, passages, keys, present)
+    counted = negatives > -torch.inf
+    # Passage 2 is the first question's own, wherever it stands; the last one is not there at all.
+    assert counted.tolist() == [
+        [False, False, False, True, True, False],
+        [True, False, False, False, True, False],
+        [True, True, True, True, False, False],
+    ]
+    expected = (questions @ passages.flatten(0, 1).T / 2)[counted]
+    assert torch.equal(negatives[counted], expected)
+
+
+def test_equal_passages_have_equal_keys(reference, tokenizer):
+    retriever = load(reference, "mask_mean")
+    items = [RetrieverItem(0, "q", ["a", "b"], [1.0, 0.5]), RetrieverItem(1, "r", ["b"], [2.0])]
+    batch = collator(retriever, tokenizer)(items)
+    assert batch["present"].tolist() == [[True, True], [True, False]]
+    keys = batch["passage_keys"]
+    assert keys[0, 1] == keys[1, 0] != keys[0, 0]
+    loss, count = retriever_loss(retriever, batch, use_negatives=True)
+    assert torch.isfinite(loss)
+    assert count == 3
+
+
+def test_without_projection_it_is_bert_and_a_mean(tmp_path, tokenizer):
+    torch.manual_seed(0)
+    bert = BertModel(
+        BertConfig(
+            vocab_size=700, hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=32,
+        )
+    ).eval()  # fmt: skip
+    bert.save_pretrained(tmp_path)
+    for retriever in (
+        load_retriever(str(tmp_path)).eval(),
+        start_retriever(str(tmp_path), projection=False).eval(),
+    ):
+        assert retriever.config.indexing_dimension == 24
+        texts = ["how long is the river?", "a"]
+        tokens = tokenizer(texts, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            states = bert(**tokens).last_hidden_state
+            ids, mask = tokens["input_ids"], tokens["attention_mask"]
+            embedded = retriever.embed_questions(ids, mask.bool())
+        for row, (state, n) in enumerate(zip(states, mask.sum(dim=1), strict=True)):
+            assert torch.allclose(embedded[row], state[:n].mean(dim=0), atol=1e-5)
+
+
+# --- settings, saving and loading
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_and_loaded_retrievers_are_the_same(name, reference, tmp_path):
+    retriever = load(reference, name)
+    retriever.save_pretrained(tmp_path)
+    loaded = load_retriever(str(tmp_path), 0.0)
+    weights, loaded_weights = retriever.state_dict(), loaded.state_dict()
+    assert weights.keys() == loaded_weights.keys()
+    assert {key.split(".")[0] for key in weights} == {"model", "proj", "norm"}
+    assert all(torch.equal(weights[key], loaded_weights[key]) for key in weights)
+    for setting in ("indexing_dimension", "extract_cls", "apply_passage_mask", "projection",
+                    "question_maxlength", "passage_maxlength", "apply_question_mask"):  # fmt: skip
+        assert getattr(loaded.config, setting) == getattr(retriever.config, setting), setting
+
+
+def test_the_references_weights_are_used(reference):
+    stored = torch.load(reference / "legacy_retriever_cls" / "pytorch_model.bin")
+    retriever = load(reference, "cls")
+    for name, weight in retriever.state_dict().items():
+        assert torch.equal(weight, stored[name]), name
+
+
+@pytest.fixture
+def bert_config(tmp_path: Path) -> str:
+    shape = {
+        "model_type": "bert", "vocab_size": 700, "hidden_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 256,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    return str(tmp_path / "config.json")
+
+
+def test_settings_do_what_they_say(bert_config, tmp_path):
+    retriever = start_retriever(
+        bert_config, 0.23, indexing_dimension=10, extract_cls=True, apply_passage_mask=False
+    )
+    assert retriever.proj.weight.shape == (10, 24)
+    retriever.save_pretrained(tmp_path / "saved")
+    loaded = load_retriever(str(tmp_path / "saved"), 0.23)
+    assert loaded.proj.weight.shape == (10, 24)
+    assert torch.equal(loaded.proj.weight, retriever.proj.weight)
+    config = loaded.config
+    assert (config.extract_cls, config.apply_passage_mask) == (True, False)
+    assert config.apply_question_mask
+    rates = {module.p for module in loaded.modules() if isinstance(module, torch.nn.Dropout)}
+    assert rates == {0.23}
+    with pytest.raises(InputError, match=r"indexing_dimension 10, not 256"):
+        check_settings(config, {"indexing_dimension": 256}, "x")
+    check_settings(config, {"indexing_dimension": 10, "extract_cls": True}, "x")
+
+
+def test_impossible_settings(bert_config):
+    with pytest.raises(InputError, match=r"hidden size 24, not 10.*--no_projection"):
+        start_retriever(bert_config, projection=False, indexing_dimension=10)
+    with pytest.raises(InputError, match=r"at most 256 tokens, not 300"):
+        start_retriever(bert_config, passage_maxlength=300)
+
+
+def test_distillation_needs_scores(tmp_path):
+    contexts = [{"text": "a"}, {"text": "b"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"question": "?", "ctxs": contexts}]))
+    with pytest.raises(InputError, match="--write_crossattention_scores"):
+        load_data(tmp_path / "data.json", needs_scores=2)
+    contexts[1]["score"] = 0.5
+    (tmp_path / "data.json").write_text(json.dumps([{"question": "?", "ctxs": contexts}]))
+    item = RetrieverDataset(load_data(tmp_path / "data.json", needs_scores=2), 2)[0, 0]
+    assert item.passages == ["title:  context: b"]  # what has no score does not count
+    assert item.scores == [0.5]

@@ -1,0 +1,200 @@
+"""Train a retriever on the passage scores of a reader.
+
+    python train_retriever.py --train_data train_wscores.json --eval_data dev_wscores.json \\
+        --n_context 100 --lr 1e-4 --optim adamw --scheduler linear --total_steps 20000
+
+Reads what `test_reader.py --write_crossattention_scores` wrote; writes checkpoints, log and metrics
+into `--checkpoint_dir/--name`. Started again with the same command, it goes on where it stopped.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+from src import distributed
+from src.checkpoint import Checkpoints, load_state, resume_point
+from src.data import (
+    RetrieverCollator,
+    RetrieverDataset,
+    TextCollator,
+    evaluation_places,
+    make_loader,
+    training_places,
+)
+from src.device import autocast, describe, pick_device, resolve_precision
+from src.errors import InputError, reports_input_errors
+from src.evaluation import count_inversions, last_gold_index, top_k_overlap
+from src.examples import load_data
+from src.metrics import Average, Metrics, start_log, write_options
+from src.optim import build_optimizer, build_scheduler
+from src.options import train_retriever_parser
+from src.pretrained import check_vocabulary, load_tokenizer, quiet_transformers
+from src.retriever import (
+    check_settings,
+    distillation_loss,
+    embed,
+    gold_ranks,
+    load_retriever,
+    retriever_loss,
+    similarities,
+    start_retriever,
+)
+from src.slurm import StopRequest, detect_launch
+from src.training import Position, move_to, restore, train
+
+
+@reports_input_errors
+def main(arguments: list[str] | None = None) -> None:
+    options = train_retriever_parser().parse_args(arguments)
+    if options.model_config != "none" and options.model_path != "none":
+        raise InputError("--model_config starts from fresh weights: leave out --model_path")
+
+    # Environment
+    quiet_transformers()
+    stop_request = StopRequest()
+    launch = detect_launch(os.environ, options.local_rank)
+    device = pick_device(launch.local_rank)
+    distributed.start(launch, options.dist_timeout)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    precision = resolve_precision(options.precision, device)
+    run = Path(options.checkpoint_dir) / options.name
+    log = start_log(run / "run.log")
+    write_options(run, vars(options))
+    log.info("%s, %s, %d process(es)", describe(device), precision, world_size)
+
+    # Data
+    load = functools.partial(
+        load_data, rank=rank, world_size=world_size, needs_scores=options.n_context
+    )
+    train_data = distributed.together(lambda: load(options.train_data))
+    log.info("training on %d of %d examples of %s", *[len(train_data)] * 2, options.train_data)
+    eval_data = None
+    if options.eval_data != "none":
+        eval_data = distributed.together(lambda: load(options.eval_data))
+        log.info("evaluating on %d of %d examples of %s", *[len(eval_data)] * 2, options.eval_data)
+
+    # Model: from this run's own newest checkpoint, else from what the options name
+    torch.manual_seed(options.seed)
+    settings = {
+        "indexing_dimension": options.indexing_dimension,
+        "question_maxlength": options.question_maxlength,
+        "passage_maxlength": options.passage_maxlength,
+        "projection": False if options.no_projection else None,
+        "apply_question_mask": False if options.no_question_mask else None,
+        "apply_passage_mask": False if options.no_passage_mask else None,
+        "extract_cls": True if options.extract_cls else None,
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    base = options.tokenizer if options.tokenizer != "none" else "bert-base-uncased"
+    newest = resume_point(run / "checkpoint", vars(options), log)
+    if newest or options.model_path != "none":
+        source = str(newest) if newest else options.model_path
+        retriever = load_retriever(source, options.dropout)
+        check_settings(retriever.config, settings, source)
+        tokenizer = load_tokenizer(source, base)
+    elif options.model_config != "none":
+        retriever = start_retriever(options.model_config, options.dropout, **settings)
+        tokenizer = load_tokenizer(base, base)
+    else:
+        retriever = start_retriever(options.retriever_model, options.dropout, **settings)
+        tokenizer = load_tokenizer(options.retriever_model, base)
+    check_vocabulary(retriever.config, tokenizer)
+    retriever.to(device)
+    log.info("retriever of %.1fM parameters", sum(p.numel() for p in retriever.parameters()) / 1e6)
+
+    # Optimisation
+    optimizer = build_optimizer(retriever, options.optim, options.lr, options.weight_decay)
+    scheduler = build_scheduler(
+        optimizer,
+        options.scheduler,
+        options.warmup_steps,
+        options.total_steps,
+        options.scheduler_steps,
+        options.fixed_lr,
+    )
+    torch.manual_seed(options.seed + rank)  # dropout differs between processes
+    state = load_state(newest) if newest else None
+    position = restore(state, optimizer, scheduler) if state else Position()
+    if position.step >= options.total_steps and not position.evaluation_due:
+        log.info("all %d updates are done; more needs --total_steps", position.step)
+        return
+
+    # Batches
+    config, use_title = retriever.config, not options.no_title
+    collate = RetrieverCollator(
+        TextCollator(tokenizer, config.question_maxlength, not config.apply_question_mask),
+        TextCollator(tokenizer, config.passage_maxlength, not config.apply_passage_mask),
+    )
+    places = training_places(
+        len(train_data),
+        options.per_gpu_batch_size,
+        rank,
+        world_size,
+        options.seed,
+        position.examples_seen,
+    )
+    pin = device.type == "cuda"
+    dataset = RetrieverDataset(train_data, options.n_context, use_title)
+    batches = make_loader(dataset, places, collate, options.num_workers, pin)
+
+    def evaluate() -> dict[str, float]:
+        dataset = RetrieverDataset(eval_data, options.n_context, use_title)
+        places = evaluation_places(len(eval_data), options.per_gpu_batch_size, rank, world_size)
+        top = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= options.n_context]
+        names = ["loss", "inversions", *[f"{kind}_top{k}" for kind in ("avg", "idx") for k in top]]
+        averages = {name: Average() for name in names}
+        for batch in make_loader(dataset, places, collate, options.num_workers, pin):
+            batch = move_to(batch, device)
+            with torch.no_grad(), autocast(device, precision):
+                scores = similarities(*embed(retriever, batch))
+                loss = distillation_loss(scores, batch["gold_scores"], batch["present"])
+            averages["loss"].add(loss.item(), int(batch["present"].sum()))
+            for ranks in gold_ranks(scores, batch["present"]):
+                averages["inversions"].add(count_inversions(ranks))
+                for k in [k for k in top if k <= len(ranks)]:
+                    averages[f"avg_top{k}"].add(top_k_overlap(ranks, k))
+                    averages[f"idx_top{k}"].add(last_gold_index(ranks, k))
+        joint = {name: average.over_all() for name, average in averages.items()}
+        return {name: average.value() for name, average in joint.items() if average.weight}
+
+    # Loop
+    def save_model(folder: Path) -> None:
+        retriever.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    checkpoints = Checkpoints(
+        run / "checkpoint", save_model, options.keep_checkpoints, vars(options)
+    )
+    metrics = Metrics(run, position.step)
+    train(
+        retriever,
+        functools.partial(retriever_loss, use_negatives=options.in_batch_negatives),
+        iter(batches),
+        optimizer,
+        scheduler,
+        checkpoints,
+        metrics,
+        log,
+        device,
+        total_steps=options.total_steps,
+        metric="loss",
+        higher_is_better=False,
+        evaluate=evaluate if eval_data is not None else None,
+        position=position,
+        scaler_state=state["scaler"] if state else None,
+        precision=precision,
+        accumulation_steps=options.accumulation_steps,
+        clip=options.clip,
+        eval_freq=options.eval_freq,
+        save_freq=options.save_freq,
+        should_stop=lambda: stop_request.requested,
+    )
+    metrics.close()
+    log.info("done: %s", run)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
