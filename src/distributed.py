@@ -89,6 +89,15 @@ def gather(value: Value) -> list[Value]:
     return values
 
 
+def share(value: Value) -> list[Value]:
+    """The values of all processes by rank, in every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def together(task: Callable[[], Value]) -> Value:
     """Run a task that may find bad input in every process. If any does, all end with its error:
     none is left waiting for one that has gone."""
@@ -98,8 +107,7 @@ def together(task: Callable[[], Value]) -> Value:
     except InputError as found:
         error = found
     if world_size() > 1:
-        messages: list[Any] = [None] * world_size()
-        dist.all_gather_object(messages, None if error is None else str(error))
+        messages = share(None if error is None else str(error))
         first = next((message for message in messages if message is not None), None)
         error = None if first is None else InputError(first)
     if error is not None:

@@ -1,8 +1,13 @@
 """How answers and rankings are judged: exact match, F1, answer in passage, recall, agreement.
 
-No torch here, so that data can be evaluated anywhere in a moment.
+    python -m src.evaluation retrieved_bm25.json retrieved_round1.json
+    python -m src.evaluation --data test.json checkpoint/my_test/final_output.txt
+
+The first prints recall@k of files with passages side by side, the second exact match and F1 of
+answers. No torch here, so that data can be evaluated anywhere in a moment.
 """
 
+import argparse
 import functools
 import string
 import unicodedata
@@ -10,6 +15,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 import regex
+
+from src.errors import InputError, reports_input_errors
+from src.examples import Examples, load_data, read_example
 
 _ARTICLES = regex.compile(r"\b(a|an|the)\b", regex.UNICODE)
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -102,3 +110,84 @@ def last_gold_index(gold_ranks: Sequence[int], k: int) -> int:
 def recall_at_k(has_answers: Sequence[Sequence[bool]], k: int) -> float:
     """The share of questions with an answer in one of their first k passages, in [0, 1]."""
     return sum(any(flags[:k]) for flags in has_answers) / len(has_answers)
+
+
+# ----------------------------------------------------------------------------------------------
+# From the shell
+
+
+def measure_retrieval(path: str) -> dict[str, float]:
+    """Recall at 1, 5, 20 and 100, in percent, over the questions with answers of a data file, as
+    far as it has passages. Errors: `InputError` when it has no passages, or no answers."""
+    data = load_data(path)
+    flags = []
+    for index in range(len(data)):
+        example = read_example(data, index)
+        if example.answers:
+            flags.append([has_answer(example.answers, p.text) for p in example.passages])
+    depth = max(map(len, flags), default=0)
+    if depth == 0:
+        raise InputError(f"{path}: no question in this file has both answers and passages (ctxs)")
+    recalls = {f"recall@{k}": 100 * recall_at_k(flags, k) for k in (1, 5, 20, 100) if k <= depth}
+    return {"questions": len(flags), **recalls}
+
+
+def measure_answers(path: str, data: Examples) -> dict[str, float]:
+    """Exact match and F1, in percent, of a file with a line `id<TAB>answer` for each example of the
+    data, in its order. Errors: `InputError` when the two do not belong together."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = file.read().split("\n")[:-1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from None
+    if len(lines) != len(data):
+        raise InputError(
+            f"{path}: {len(lines)} answers to the {len(data)} questions of {data.path}"
+        )
+    matches, overlaps = [], []
+    for index, line in enumerate(lines):
+        identity, tab, answer = line.partition("\t")
+        example = read_example(data, index)
+        if not tab or identity != example.id:
+            raise InputError(
+                f"{path}, line {index + 1}: must be the answer to question {example.id} of "
+                f"{data.path}, as id, tab, answer"
+            )
+        if example.answers:
+            matches.append(exact_match(answer, example.answers))
+            overlaps.append(f1(answer, example.answers))
+    if not matches:
+        raise InputError(f"{data.path}: no question in this file has answers")
+    n = len(matches)
+    return {"questions": n, "exact match": 100 * sum(matches) / n, "F1": 100 * sum(overlaps) / n}
+
+
+@reports_input_errors
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m src.evaluation",
+        description="Recall@k of data files with passages; exact match of files with answers.",
+    )
+    parser.add_argument(
+        "files", nargs="+", help=".json or .jsonl with ctxs, or a final_output.txt (needs --data)"
+    )
+    parser.add_argument("--data", help="the questions that were answered, with the right answers")
+    options = parser.parse_args(arguments)
+    rows = {}
+    for path in options.files:
+        if path.endswith((".json", ".jsonl")):
+            rows[path] = measure_retrieval(path)
+        elif options.data:
+            rows[path] = measure_answers(path, load_data(options.data))
+        else:
+            raise InputError(f"{path}: to judge answers, --data must name the questions' file")
+    columns = list(dict.fromkeys(name for values in rows.values() for name in values))
+    width = max(map(len, rows))
+    print(" " * width, *(f"{name:>11}" for name in columns))
+    for path, values in rows.items():
+        cells = [f"{values[name]:11.2f}" if name in values else f"{'-':>11}" for name in columns]
+        print(f"{path:{width}}", *cells)
+
+
+if __name__ == "__main__":
+    main()

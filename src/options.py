@@ -60,29 +60,13 @@ def _older_names(group: argparse._ArgumentGroup, option: str, *names: str) -> No
     )
 
 
-def _add_run_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--name", default="experiment_name", help="the run's name: a folder in --checkpoint_dir"
-    )
-    group.add_argument("--checkpoint_dir", default="./checkpoint/", help="where runs are kept")
+def _add_process_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    group = parser.add_argument_group("processes")
     group.add_argument(
         "--per_gpu_batch_size",
         type=_COUNT,
         default=batch_size,
         help="questions in a batch of each process",
-    )
-    group.add_argument(
-        "--precision",
-        choices=["auto", "fp32", "bf16", "fp16"],
-        default="auto",
-        help="number format of matrix products; auto: bf16 where the GPU has it, else fp32",
-    )
-    group.add_argument(
-        "--num_workers",
-        type=_COUNT_OR_ZERO,
-        default=2,
-        help="processes that prepare batches, for each training process; 0: none of their own",
     )
     group.add_argument(
         "--dist_timeout",
@@ -95,7 +79,30 @@ def _add_run_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
     _older_names(group, "--local_rank", "--local-rank")
 
 
-def _add_retriever_options(parser: argparse.ArgumentParser, model_help: str) -> None:
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--name", default="experiment_name", help="the run's name: a folder in --checkpoint_dir"
+    )
+    group.add_argument("--checkpoint_dir", default="./checkpoint/", help="where runs are kept")
+    group.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        default="auto",
+        help="number format of matrix products; auto: bf16 where the GPU has it, else fp32",
+    )
+    group.add_argument(
+        "--num_workers",
+        type=_COUNT_OR_ZERO,
+        default=2,
+        help="processes that prepare batches, for each training process; 0: none of their own",
+    )
+    _add_process_options(parser, batch_size=1)
+
+
+def _add_retriever_options(
+    parser: argparse.ArgumentParser, model_help: str, with_title: bool = True
+) -> None:
     group = parser.add_argument_group("retriever")
     group.add_argument("--model_path", default="none", help=model_help)
     group.add_argument(
@@ -103,9 +110,10 @@ def _add_retriever_options(parser: argparse.ArgumentParser, model_help: str) -> 
         default="none",
         help="folder or hub name of the tokenizer for a model without one; none: bert-base-uncased",
     )
-    group.add_argument(
-        "--no_title", action="store_true", help="embed passages without their titles"
-    )
+    if with_title:
+        group.add_argument(
+            "--no_title", action="store_true", help="embed passages without their titles"
+        )
 
 
 def _add_reader_options(parser: argparse.ArgumentParser, model_help: str) -> None:
@@ -238,7 +246,7 @@ def train_reader_parser() -> argparse.ArgumentParser:
         help="use the cross-attention position table in T5's weights, as the original code did",
     )
     _add_training_options(parser)
-    _add_run_options(parser, batch_size=1)
+    _add_run_options(parser)
     return parser
 
 
@@ -266,7 +274,7 @@ def test_reader_parser() -> argparse.ArgumentParser:
         help="batches after which the results so far are printed",
     )
     _add_reader_options(parser, "the reader: a checkpoint folder or hub name; none: t5-SIZE")
-    _add_run_options(parser, batch_size=1)
+    _add_run_options(parser)
     return parser
 
 
@@ -331,5 +339,96 @@ def train_retriever_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="other questions' passages count as wrong ones (not in the paper)",
     )
-    _add_run_options(parser, batch_size=1)
+    _add_run_options(parser)
+    return parser
+
+
+def passage_embeddings_parser() -> argparse.ArgumentParser:
+    """Options of generate_passage_embeddings.py."""
+    parser = _Parser("Embed a passage collection with a retriever, shard by shard.")
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--passages", required=True, help="the collection: .tsv (id, text, title) or .jsonl"
+    )
+    group.add_argument(
+        "--output_path",
+        default="wikipedia_embeddings",
+        help="folder: shards FOLDER/wiki_00, ...; with a slash a prefix: DIR/x gives DIR/x_00, ...",
+    )
+    group.add_argument("--shard_id", type=_COUNT_OR_ZERO, default=0, help="which shard, from 0")
+    group.add_argument("--num_shards", type=_COUNT, default=1, help="how many shards in all")
+    _add_retriever_options(parser, "the retriever: a checkpoint folder, or a BERT to use as it is")
+    group = parser.add_argument_group("embedding")
+    group.add_argument(
+        "--passage_maxlength", type=_COUNT, default=None, help="tokens of a passage; none: its own"
+    )
+    group.add_argument("--no_fp16", action="store_true", help="compute and keep fp32 on a GPU too")
+    _add_process_options(parser, batch_size=32)
+    return parser
+
+
+def passage_retrieval_parser() -> argparse.ArgumentParser:
+    """Options of passage_retrieval.py."""
+    parser = _Parser("Find passages for questions, with a retriever or with BM25.")
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", required=True, help=".json or .jsonl file with the questions")
+    _older_names(group, "--data", "--data_path")
+    group.add_argument(
+        "--passages", required=True, help="the collection: .tsv (id, text, title) or .jsonl"
+    )
+    group.add_argument(
+        "--passages_embeddings", default="none", help='its embeddings, such as "folder/wiki_*"'
+    )
+    group.add_argument(
+        "--output_path", required=True, help=".json or .jsonl file to write the passages into"
+    )
+    group.add_argument("--n-docs", "--n_docs", type=_COUNT, default=100, help="passages a question")
+    group.add_argument(
+        "--validation_workers",
+        type=_COUNT,
+        default=32,
+        help="processes at most that look for answers in passages",
+    )
+    group.add_argument(
+        "--allow_mismatch",
+        action="store_true",
+        help="use embeddings of another model, collection or run all the same",
+    )
+    _add_retriever_options(parser, "the retriever that made the embeddings", with_title=False)
+    group = parser.add_argument_group("search")
+    group.add_argument("--bm25", action="store_true", help="search by words; needs no model")
+    group.add_argument(
+        "--question_maxlength",
+        type=_COUNT,
+        default=None,
+        help="tokens of a question; none: its own",
+    )
+    group.add_argument(
+        "--save_or_load_index",
+        action="store_true",
+        help="keep a compressed or BM25 index beside its source, and use it the next time",
+    )
+    group.add_argument(
+        "--indexing_batch_size",
+        type=_COUNT,
+        default=50000,
+        help="embeddings that are in memory at one time",
+    )
+    group.add_argument(
+        "--index_factory",
+        default="",
+        help="FAISS factory string of a compressed index; none: exact",
+    )
+    group.add_argument(
+        "--n-subquantizers",
+        "--n_subquantizers",
+        type=_COUNT_OR_ZERO,
+        default=0,
+        help="product quantization into so many codes; 0: exact search",
+    )
+    group.add_argument("--n-bits", "--n_bits", type=_COUNT, default=8, help="bits of such a code")
+    group.add_argument(
+        "--no_fp16", action="store_true", help="embed questions in fp32 on a GPU too"
+    )
+    _add_process_options(parser, batch_size=64)
     return parser

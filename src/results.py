@@ -1,17 +1,22 @@
-"""The files that test_reader.py writes, joined from the parts that its processes stream out.
+"""The files that testing and retrieval write.
 
-Each process appends the answers of its batches to a part of its own; batches were dealt out in
-turn, so reading the parts in turn gives the input's order without holding anything in memory.
+In testing, each process appends the answers of its batches to a part of its own; batches were dealt
+out in turn, so reading the parts in turn gives the input's order with nothing held in memory.
 """
 
 import json
+import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from src.errors import InputError
-from src.examples import Examples, parse_example
+from src.evaluation import has_answer, recall_at_k
+from src.examples import Examples, parse_example, read_example
+from src.passages import Passages
 from src.reader import Answer
 
 
@@ -96,6 +101,82 @@ def scored_example(raw: dict[str, Any], answer: Answer, n_context: int) -> dict[
             context["score"] = answer.scores[number]
         contexts.append(context)
     return {**raw, "ctxs": contexts} if contexts else raw
+
+
+def write_retrieved(
+    path: Path,
+    data: Examples,
+    passages: Passages,
+    places: list[list[int]],
+    scores: np.ndarray,
+    workers: int,
+) -> list[list[bool]]:
+    """Write questions with the passages found for them, in the reader's input format.
+
+    Args:
+        path: `.jsonl` gives a line an example, any other name a JSON list.
+        places, scores: of each question's passages in the collection, best first.
+        workers: how many processes may look for the answers.
+
+    Returns: for each question with answers, whether each of its passages holds one.
+    """
+    flags = []
+    as_lines = path.suffix == ".jsonl"
+
+    def task(index: int) -> tuple[list[str], list[str]]:
+        answers = read_example(data, index).answers
+        return answers, [passages[place].text for place in places[index]]
+
+    def pieces() -> Iterator[str]:
+        opening = "" if as_lines else "[\n"
+        found = _find_answers(map(task, range(len(data))), len(data), scores.size, workers)
+        for index, (has_answers, holds) in enumerate(found):
+            if has_answers:
+                flags.append(holds)
+            contexts = []
+            for place, score, hold in zip(places[index], scores[index], holds, strict=False):
+                identity, title, text = passages[place]
+                context = {"id": identity, "title": title, "text": text, "score": float(score)}
+                contexts.append(context | ({"hasanswer": hold} if has_answers else {}))
+            yield opening + json.dumps({**data[index], "ctxs": contexts})
+            opening = "\n" if as_lines else ",\n"
+        yield "\n" if as_lines else "\n]\n"
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_whole(path, pieces())
+    return flags
+
+
+def _match(task: tuple[list[str], list[str]]) -> tuple[bool, list[bool]]:
+    answers, texts = task
+    return bool(answers), [bool(answers) and has_answer(answers, text) for text in texts]
+
+
+def _find_answers(
+    tasks: Iterator[tuple[list[str], list[str]]], n_tasks: int, n_pairs: int, workers: int
+) -> Iterator[tuple[bool, list[bool]]]:
+    """Whether there are answers, and which texts hold one, for each (answers, texts) in turn."""
+    # A process takes a moment to start: not for a few passages.
+    workers = min(workers, os.cpu_count() or 1, n_pairs // 50_000)
+    if workers <= 1:
+        yield from map(_match, tasks)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap(_match, tasks, chunksize=max(1, min(64, n_tasks // (4 * workers))))
+
+
+def write_recall(path: Path, flags: list[list[bool]], n_docs: int) -> dict[str, float]:
+    """Write the recall at 1, 5, 20 and 100 beside the retrieved data; {} when there are no answers.
+
+    Returns: the values by name, in [0, 1].
+    """
+    recalls = {
+        f"recall@{k}": recall_at_k(flags, k) for k in (1, 5, 20, 100) if flags and k <= n_docs
+    }
+    if recalls:
+        record = json.dumps({**recalls, "questions": len(flags)}, indent=1) + "\n"
+        _write_whole(path.with_name(f"{path.name}.recall.json"), iter([record]))
+    return recalls
 
 
 def _write_whole(path: Path, pieces: Iterator[str]) -> Path:

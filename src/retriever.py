@@ -10,11 +10,13 @@ Shapes: B questions, N passages of a question, L tokens, D size of an embedding,
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import BertConfig, BertModel, PreTrainedModel
+from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from src.data import TextCollator
 from src.errors import InputError
 from src.pretrained import from_pretrained, load_config
 
@@ -213,6 +215,56 @@ def gold_ranks(scores: torch.Tensor, present: torch.Tensor) -> list[list[int]]:
     masked = scores.masked_fill(~present, -torch.inf)
     order = masked.argsort(dim=1, descending=True, stable=True).tolist()
     return [ranks[:n] for ranks, n in zip(order, present.sum(dim=1).tolist(), strict=True)]
+
+
+class TextEmbedder:
+    """Embeds texts by the batch, those of like length together, and gives them in their order.
+
+    Args:
+        side: "questions" or "passages".
+        max_length: tokens of a text; the rest is cut off.
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        tokenizer: PreTrainedTokenizerBase,
+        side: str,
+        max_length: int,
+        batch_size: int,
+        device: torch.device,
+    ):
+        is_question = side == "questions"
+        config = retriever.config
+        apply_mask = config.apply_question_mask if is_question else config.apply_passage_mask
+        if max_length > config.max_position_embeddings:
+            raise InputError(
+                f"this retriever reads at most {config.max_position_embeddings} tokens, not "
+                f"{max_length}: lower --{side[:-1]}_maxlength"
+            )
+        self._embed = retriever.embed_questions if is_question else retriever.embed_passages
+        self._collate = TextCollator(tokenizer, max_length, fixed_length=not apply_mask)
+        self._dimension = config.indexing_dimension
+        self._batch_size, self._device = batch_size, device
+        self._dtype = next(retriever.parameters()).dtype
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str], part: tuple[int, int] = (0, 1)) -> np.ndarray:
+        """Embeddings [len(texts), D] in the model's number format.
+
+        Args:
+            part: (i, n) embeds every n-th batch from the i-th and leaves the other rows 0, so that
+                n processes' results add up to the whole.
+        """
+        rows = np.zeros(
+            (len(texts), self._dimension), torch.empty(0, dtype=self._dtype).numpy().dtype
+        )
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+        for start in range(part[0] * self._batch_size, len(texts), part[1] * self._batch_size):
+            batch = order[start : start + self._batch_size]
+            ids, mask = self._collate([texts[row] for row in batch])
+            rows[batch] = self._embed(ids.to(self._device), mask.to(self._device)).cpu().numpy()
+        return rows
 
 
 # ----------------------------------------------------------------------------------------------

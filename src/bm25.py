@@ -1,0 +1,88 @@
+"""BM25, the search by words that finds the first passages for a reader; by the library bm25s."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import bm25s
+import numpy as np
+
+from src.errors import InputError, first_line
+from src.index import Found
+from src.passages import Passages
+
+_K1, _B = 0.9, 0.4  # as is usual for Wikipedia's passages of 100 words (Anserini, DPR)
+_FINGERPRINT = "collection.txt"
+
+
+class BM25:
+    """Passages scored by the words that they share with a question; titles count as text."""
+
+    def __init__(self, index: bm25s.BM25, n_passages: int):
+        self._index = index
+        self._n_passages = n_passages
+
+    @classmethod
+    def load_or_build(cls, passages: Passages, folder: Path | None, log: logging.Logger) -> "BM25":
+        """Open the index in a folder, or build it and save it there.
+
+        Args:
+            folder: None builds an index that is not saved.
+        Errors: `InputError` when the folder holds another collection's index, or cannot be written.
+        """
+        if folder is not None and folder.exists():
+            return cls._load(passages, folder, log)
+        log.info("building the BM25 index of %d passages", len(passages))
+        words = _words([f"{passage.title} {passage.text}" for passage in passages])
+        index = bm25s.BM25(k1=_K1, b=_B)
+        index.index(words, show_progress=False)
+        if folder is not None:
+            _save(index, passages, folder)
+            log.info("saved %s", folder)
+        return cls(index, len(passages))
+
+    @classmethod
+    def _load(cls, passages: Passages, folder: Path, log: logging.Logger) -> "BM25":
+        try:
+            made_from = (folder / _FINGERPRINT).read_text()
+            index = bm25s.BM25.load(folder, mmap=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"{folder}: not a complete BM25 index ({first_line(error)}); remove it to build it"
+            ) from None
+        if made_from != passages.fingerprint():
+            raise InputError(
+                f"{folder}: a BM25 index of other passages than {passages.path}; remove it to "
+                "build it again"
+            )
+        log.info("loaded %s", folder)
+        return cls(index, len(passages))
+
+    def search(self, questions: list[str], k: int) -> Found:
+        """The k best passages of each question: scores and positions [q, k], best first."""
+        k = min(k, self._n_passages)
+        words = _words(questions, return_ids=False)
+        positions, scores = self._index.retrieve(words, k=k, show_progress=False)
+        # Equal scores in the collection's order, whatever the library's own is.
+        order = np.lexsort((positions, -scores), axis=-1)
+        return Found(
+            np.take_along_axis(scores, order, axis=1),
+            np.take_along_axis(positions, order, axis=1).astype(np.int64),
+        )
+
+
+def _words(texts: list[str], return_ids: bool = True) -> "bm25s.tokenization.Tokenized | list":
+    return bm25s.tokenize(texts, stopwords=None, return_ids=return_ids, show_progress=False)
+
+
+def _save(index: bm25s.BM25, passages: Passages, folder: Path) -> None:
+    """Write beside the folder's place and rename: the index is complete or absent."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        index.save(partial, show_progress=False)
+        (partial / _FINGERPRINT).write_text(passages.fingerprint())
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
