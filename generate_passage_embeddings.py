@@ -19,8 +19,8 @@ from src.errors import InputError, reports_input_errors
 from src.metrics import progress_bar, start_log
 from src.options import passage_embeddings_parser
 from src.passages import Passages
-from src.pretrained import check_vocabulary, fingerprint, load_tokenizer, quiet_transformers
-from src.retriever import TextEmbedder, load_retriever
+from src.pretrained import check_vocabulary, load_tokenizer, quiet_transformers
+from src.retriever import TextEmbedder, fingerprint, load_retriever
 from src.shards import ShardWriter, is_finished, shard_path
 from src.slurm import StopRequest, detect_launch
 

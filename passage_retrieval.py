@@ -25,9 +25,9 @@ from src.index import Indexer, merge
 from src.metrics import progress_bar, start_log
 from src.options import passage_retrieval_parser
 from src.passages import Passages
-from src.pretrained import check_vocabulary, fingerprint, load_tokenizer, quiet_transformers
+from src.pretrained import check_vocabulary, load_tokenizer, quiet_transformers
 from src.results import write_recall, write_retrieved
-from src.retriever import TextEmbedder, load_retriever
+from src.retriever import TextEmbedder, fingerprint, load_retriever
 from src.shards import open_shards, require_same
 from src.slurm import detect_launch
 

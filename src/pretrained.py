@@ -4,7 +4,6 @@ Nothing here unpickles freely: weights are safetensors, or `.bin` files read wit
 """
 
 import contextlib
-import hashlib
 import sys
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,15 +70,6 @@ def load_tokenizer(path: str, fallback: str) -> PreTrainedTokenizerBase:
     with _reporting(source, "no tokenizer can be read there; give one with --tokenizer"):
         # A vocabulary alone, as BERT's of its time came, does not say whose it is.
         return (BertTokenizer if bare else AutoTokenizer).from_pretrained(source)
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """A short text that two models share exactly when their weights are the same."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
     GenerationConfig,
     PreTrainedTokenizerBase,
     T5Config,
@@ -102,7 +104,7 @@ class FiDT5(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Passages [B, N, L] and their mask -> hidden states [B, N*L, D], mask [B, N*L]."""
         B, N, L = input_ids.shape
-        ids, mask = input_ids.view(B * N, L), attention_mask.view(B * N, L)
+        ids, mask = input_ids.reshape(B * N, L), attention_mask.reshape(B * N, L)
         present = mask.any(dim=1)
         if present.all():
             hidden = self.t5.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -146,10 +148,14 @@ class FiDT5(nn.Module):
             eos_token_id=self.config.eos_token_id,
             pad_token_id=self.config.pad_token_id,
         )
+        # A cache that grows by the layer: Transformers would count the encoder's layers, and fail
+        # where the decoder has more.
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         return self.t5.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
             attention_mask=mask,
             generation_config=settings,
+            past_key_values=cache,
         )
 
     @contextlib.contextmanager

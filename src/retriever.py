@@ -7,6 +7,7 @@ towards the softmax of the reader's passage scores.
 Shapes: B questions, N passages of a question, L tokens, D size of an embedding, P passages of all.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ class Retriever(PreTrainedModel):
         passage_mask: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Questions [B, L] and their passages [B, N, L'] -> embeddings [B, D] and [B, N, D]."""
-        B, N, L = passage_ids.shape
-        passages = self.embed_passages(passage_ids.view(B * N, L), passage_mask.view(B * N, L))
+        B, N, _ = passage_ids.shape
+        passages = self.embed_passages(passage_ids.flatten(0, 1), passage_mask.flatten(0, 1))
         return self.embed_questions(question_ids, question_mask), passages.view(B, N, -1)
 
 
@@ -215,6 +216,17 @@ def gold_ranks(scores: torch.Tensor, present: torch.Tensor) -> list[list[int]]:
     masked = scores.masked_fill(~present, -torch.inf)
     order = masked.argsort(dim=1, descending=True, stable=True).tolist()
     return [ranks[:n] for ranks, n in zip(order, present.sum(dim=1).tolist(), strict=True)]
+
+
+def fingerprint(retriever: Retriever) -> str:
+    """A short text that two retrievers share exactly when they embed everything alike."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(RetrieverConfig.__annotations__):
+        digest.update(f"{name} {getattr(retriever.config, name)}\n".encode())
+    for name, tensor in sorted(retriever.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 class TextEmbedder:

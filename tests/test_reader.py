@@ -145,6 +145,25 @@ def test_one_passage_is_t5(reference, batch):
         assert torch.equal(tokens, expected)
 
 
+@pytest.mark.parametrize("decoder_layers", [1, 2, 4])
+def test_greedy_generation_is_the_likeliest_token_again_and_again(decoder_layers, tmp_path, batch):
+    """Step by step without a cache; also with more or fewer layers in the decoder."""
+    torch.manual_seed(0)
+    make_t5_config(tmp_path / "config.json", num_layers=2, num_decoder_layers=decoder_layers)
+    reader = new_reader(str(tmp_path / "config.json")).eval()
+    ids, mask = batch["input_ids"][:, :2], batch["attention_mask"][:, :2]
+    tokens = reader.generate(ids, mask, max_length=7)
+    expected = torch.zeros(8, 1, dtype=torch.long)
+    ended = torch.zeros(8, dtype=torch.bool)
+    while expected.shape[1] < tokens.shape[1]:
+        labels = torch.cat([expected[:, 1:], torch.zeros(8, 1, dtype=torch.long)], dim=1)
+        _, logits = forward(reader, {"input_ids": ids, "attention_mask": mask, "labels": labels})
+        following = logits[:, -1].argmax(dim=1).masked_fill(ended, 0)
+        ended |= following == 1
+        expected = torch.cat([expected, following[:, None]], dim=1)
+    assert torch.equal(tokens, expected)
+
+
 def slow_scores(reader: FiDT5, batch: dict) -> torch.Tensor:
     """The definition, word by word: all pre-softmax scores of the first token, then their mean."""
     B, N, L = batch["attention_mask"].shape

@@ -1,0 +1,285 @@
+"""From passages to retrieved data, from a shell: the reference's results, whatever the shards."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import generate_passage_embeddings
+import passage_retrieval
+from src.passages import Passages
+from src.shards import open_shards
+from tests.conftest import run_well
+
+N_DOCS = 10
+
+
+@pytest.fixture
+def passages(reference: Path, tmp_path: Path) -> Path:
+    """A copy, because side files are kept beside a collection."""
+    return Path(shutil.copy(reference / "passages.tsv", tmp_path / "passages.tsv"))
+
+
+def model(reference: Path, name: str = "mask_mean") -> list:
+    folder = reference / f"legacy_retriever_{name}"
+    return ["--model_path", folder, "--tokenizer", reference / "bert"]
+
+
+def embed(reference, passages, output, shards=1, name="mask_mean", **kwargs) -> str:
+    printed = ""
+    for shard in range(shards):
+        command = ["--passages", passages, "--output_path", output, "--num_shards", shards]
+        command = [*model(reference, name), *command, "--shard_id", shard]
+        if kwargs:
+            printed += run_well("generate_passage_embeddings.py", *command, **kwargs)
+        else:
+            generate_passage_embeddings.main(list(map(str, command)))
+    return printed
+
+
+def retrieve(reference, passages, embeddings, output, *more, **kwargs) -> list[dict]:
+    command = [
+        *model(reference), "--passages", passages, "--passages_embeddings", embeddings,
+        "--data", reference / "questions.json", "--output_path", output, "--n-docs", N_DOCS, *more,
+    ]  # fmt: skip
+    if kwargs:
+        run_well("passage_retrieval.py", *command, **kwargs)
+    else:
+        passage_retrieval.main(list(map(str, command)))
+    return json.loads(output.read_text())
+
+
+def check_against_the_reference(found: list[dict], reference: Path, output: Path) -> None:
+    expected = json.loads((reference / "retrieved.json").read_text())
+    for ours, theirs in zip(found, expected["retrieved"], strict=True):
+        assert ours["question"] == theirs["question"]
+        for context, right in zip(ours["ctxs"], theirs["ctxs"], strict=True):
+            assert context["score"] == pytest.approx(right["score"], abs=1e-4)
+            assert {**context, "score": 0} == {**right, "score": 0}
+    recalls = json.loads(output.with_name(output.name + ".recall.json").read_text())
+    for k in (1, 5):
+        assert recalls[f"recall@{k}"] == pytest.approx(expected["top_k_hits"][k - 1] / 40)
+
+
+def test_results_equal_the_reference(reference, passages, tmp_path):
+    embed(reference, passages, tmp_path / "emb" / "x")
+    output = tmp_path / "ours.json"
+    found = retrieve(reference, passages, tmp_path / "emb" / "x_*", output)
+    check_against_the_reference(found, reference, output)
+
+
+def test_results_from_the_references_own_embeddings(reference, passages, tmp_path):
+    output = tmp_path / "theirs.json"
+    found = retrieve(reference, passages, reference / "legacy_embeddings" / "wiki_*", output)
+    check_against_the_reference(found, reference, output)
+
+
+@pytest.mark.parametrize("name", ["mask_mean", "cls", "nomask_mean"])
+def test_shards_together_hold_every_passage_once(name, reference, passages, tmp_path):
+    ids = list(Passages(passages).ids())
+    embed(reference, passages, tmp_path / "1" / "x", 1, name)
+    whole = open_shards(str(tmp_path / "1" / "x_*"))[0]
+    assert whole.ids[:] == ids
+    for n in (3, 7):
+        embed(reference, passages, tmp_path / str(n) / "x", n, name)
+        shards = open_shards(str(tmp_path / str(n) / "x_*"))
+        assert len(shards) == n
+        assert [identity for shard in shards for identity in shard.ids[:]] == ids
+        joined = np.concatenate([shard.embeddings for shard in shards])
+        assert np.abs(joined - whole.embeddings).max() < 1e-5
+
+
+def test_retrieval_is_the_same_over_any_shards(reference, passages, tmp_path):
+    results = []
+    for n in (1, 3, 7):
+        embed(reference, passages, tmp_path / str(n) / "x", n)
+        output = tmp_path / f"{n}.json"
+        block = ["--indexing_batch_size", str(13 * n)]
+        results.append(retrieve(reference, passages, tmp_path / str(n) / "x_*", output, *block))
+    for result in results[1:]:
+        for one, other in zip(results[0], result, strict=True):
+            scores = [[c.pop("score") for c in row["ctxs"]] for row in (one, other)]
+            assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+            assert one == other
+            for context, score in zip(one["ctxs"], scores[0], strict=True):
+                context["score"] = score
+
+
+def test_two_processes_embed_and_retrieve_as_one(reference, passages, tmp_path):
+    results = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        embed(reference, passages, folder / "x", processes=processes)
+        output = folder / "out.json"
+        more = ["--indexing_batch_size", 50]
+        retrieve(reference, passages, folder / "x_*", output, *more, processes=processes)
+        results.append(((folder / "x_00").read_bytes(), output.read_bytes()))
+    assert results[0] == results[1]
+
+
+def test_a_folder_as_output_path(reference, passages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    embed(reference, passages, "wikipedia_embeddings", 2)
+    assert sorted(path.name for path in (tmp_path / "wikipedia_embeddings").iterdir()) == [
+        "wiki_00",
+        "wiki_01",
+    ]
+
+
+def test_a_finished_shard_is_left_alone(reference, passages, tmp_path, capsys):
+    embed(reference, passages, tmp_path / "x")
+    (shard,) = tmp_path.glob("x_00")
+    before = shard.stat()
+    embed(reference, passages, tmp_path / "x")
+    assert "complete already" in capsys.readouterr().out
+    assert shard.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_compressed_search(reference, passages, tmp_path, capsys):
+    embed(reference, passages, tmp_path / "x")
+    arguments = [reference, passages, tmp_path / "x_*"]
+    exact = retrieve(*arguments, tmp_path / "exact.json")
+    for options in (["--index_factory", "Flat"], ["--n-subquantizers", 8, "--n-bits", 4]):
+        first = retrieve(*arguments, tmp_path / "a.json", "--save_or_load_index", *options)
+        said = capsys.readouterr().out
+        assert "saved" in said
+        again = retrieve(*arguments, tmp_path / "b.json", "--save_or_load_index", *options)
+        assert "loaded" in capsys.readouterr().out
+        assert first == again
+        ids = [[{c["id"] for c in row["ctxs"]} for row in rows] for rows in (exact, first)]
+        kept = np.mean([len(a & b) / N_DOCS for a, b in zip(*ids, strict=True)])
+        assert f"finds {100 * kept:.1f} %" in said  # the log's recall is the real one
+        assert kept == 1.0 or options[0] != "--index_factory"
+
+
+def test_bm25(reference, passages, tmp_path, capsys):
+    def search(output: str) -> str:
+        passage_retrieval.main(
+            ["--bm25", "--passages", str(passages), "--data", str(reference / "questions.json"),
+             "--output_path", str(tmp_path / output), "--n-docs", "5", "--save_or_load_index"]
+        )  # fmt: skip
+        return (tmp_path / output).read_text()
+
+    first = search("a.json")
+    assert "saved" in capsys.readouterr().out
+    assert search("b.json") == first
+    assert "loaded" in capsys.readouterr().out
+    lines = search("c.jsonl").splitlines()
+    rows = json.loads(first)
+    assert [json.loads(line) for line in lines] == rows
+    for row in rows:
+        scores = [context["score"] for context in row["ctxs"]]
+        assert scores == sorted(scores, reverse=True)
+        words = set(row["question"].strip("?").lower().split()[-1:])
+        assert words <= set(
+            f"{row['ctxs'][0]['title']} {row['ctxs'][0]['text']}".lower().replace(",", "").split()
+        )
+
+
+def bm25_by_hand(question: str, texts: list[str]) -> np.ndarray:
+    """Lucene's BM25 with k1 0.9 and b 0.4, from its formula."""
+    import re
+
+    documents = [re.findall(r"(?u)\b\w\w+\b", text.lower()) for text in texts]
+    mean = np.mean([len(document) for document in documents])
+    scores = np.zeros(len(texts))
+    for word in re.findall(r"(?u)\b\w\w+\b", question.lower()):
+        holding = sum(word in document for document in documents)
+        weight = np.log(1 + (len(texts) - holding + 0.5) / (holding + 0.5))
+        for row, document in enumerate(documents):
+            count = document.count(word)
+            scores[row] += weight * count / (count + 0.9 * (0.6 + 0.4 * len(document) / mean))
+    return scores
+
+
+def test_bm25_scores_are_bm25s(reference, passages, tmp_path):
+    from src.bm25 import BM25
+
+    collection = Passages(passages)
+    texts = [f"{passage.title} {passage.text}" for passage in collection]
+    questions = [row["question"] for row in json.loads((reference / "questions.json").read_text())]
+    import logging
+
+    found = BM25.load_or_build(collection, None, logging.getLogger("tests")).search(questions, 5)
+    for question, scores, positions in zip(questions, *found, strict=True):
+        expected = bm25_by_hand(question, texts)
+        assert scores == pytest.approx(np.sort(expected)[::-1][:5], rel=1e-4)
+        assert expected[positions] == pytest.approx(scores, rel=1e-4)
+
+
+def test_answers_are_looked_for_alike_by_one_process_and_many(reference, passages, monkeypatch):
+    from src import results
+
+    data = json.loads((reference / "retrieved.json").read_text())["retrieved"]
+    tasks = [(row["answers"], [c["text"] for c in row["ctxs"]]) for row in data] * 3
+    expected = [(True, [c["hasanswer"] for c in row["ctxs"]]) for row in data] * 3
+    for pairs in (1, 100_000):
+        monkeypatch.setattr(results.os, "cpu_count", lambda: 2)
+        assert list(results._find_answers(iter(tasks), len(tasks), pairs, 32)) == expected
+
+
+BAD = {
+    "neither model nor bm25": (["--passages", "{passages}"], "either --model_path"),
+    "both": (["--bm25", "--model_path", "x", "--passages", "{passages}"], "either --model_path"),
+    "no embeddings": (["--model_path", "{model}", "--passages", "{passages}"], "is missing"),
+    "embeddings that are not there": (
+        ["--model_path", "{model}", "--passages", "{passages}", "--passages_embeddings", "no_*",
+         "--tokenizer", "{tokenizer}"],
+        r"no_\*",
+    ),
+    "passages that are not there": (["--bm25", "--passages", "no.tsv"], r"no\.tsv"),
+    "another model": (
+        ["--model_path", "{other}", "--passages", "{passages}", "--tokenizer", "{tokenizer}",
+         "--passages_embeddings", "{embeddings}"],
+        "legacy_retriever_cls.*x_00.*--allow_mismatch",
+    ),
+    "another collection": (
+        ["--model_path", "{model}", "--passages", "{fewer}", "--tokenizer", "{tokenizer}",
+         "--passages_embeddings", "{embeddings}"],
+        r"fewer\.tsv.*x_00.*--allow_mismatch",
+    ),
+    "two kinds of index": (
+        ["--bm25", "--passages", "{passages}", "--index_factory", "PQ8", "--n-subquantizers", "8"],
+        "PQ8.*give one",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, reference, passages, tmp_path, capsys):
+    import re
+
+    options, message = BAD[case]
+    embed(reference, passages, tmp_path / "x")
+    fewer = tmp_path / "fewer.tsv"
+    fewer.write_text("".join(passages.read_text().splitlines(keepends=True)[:50]))
+    places = {
+        "passages": passages,
+        "fewer": fewer,
+        "model": reference / "legacy_retriever_mask_mean",
+        "other": reference / "legacy_retriever_cls",
+        "tokenizer": reference / "bert",
+        "embeddings": tmp_path / "x_00",
+    }
+    output = tmp_path / "out.json"
+    options = [option.format(**places) for option in options]
+    options += ["--data", str(reference / "questions.json"), "--output_path", str(output)]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exited:
+        passage_retrieval.main(options)
+    assert exited.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert re.match("error: .*" + message, lines[0]), lines[0]
+    assert not output.exists()
+
+
+def test_bad_shard_numbers(capsys):
+    with pytest.raises(SystemExit) as exited:
+        generate_passage_embeddings.main(
+            ["--passages", "p.tsv", "--model_path", "m", "--shard_id", "3", "--num_shards", "3"]
+        )
+    assert exited.value.code == 2
+    assert "from 0 to 2" in capsys.readouterr().err
