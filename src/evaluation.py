@@ -185,7 +185,8 @@ def main(arguments: list[str] | None = None) -> None:
     width = max(map(len, rows))
     print(" " * width, *(f"{name:>11}" for name in columns))
     for path, values in rows.items():
-        cells = [f"{values[name]:11.2f}" if name in values else f"{'-':>11}" for name in columns]
+        cells = [values.get(name, "-") for name in columns]
+        cells = [f"{cell:11.2f}" if isinstance(cell, float) else f"{cell:>11}" for cell in cells]
         print(f"{path:{width}}", *cells)
 
 

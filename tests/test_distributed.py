@@ -167,3 +167,27 @@ def test_collectives(tmp_path):
         "fine 1",
         "fine 2",
     ]
+
+
+@pytest.mark.parametrize("negatives", [False, True])
+def test_two_processes_distil_as_one(negatives, data, reference, tmp_path):
+    examples = [e for e in json.loads(data.read_text()) if e.get("ctxs")]
+    data.write_text(json.dumps(examples))
+    weights = []
+    for processes, batch in ((1, 4), (2, 2)):
+        folder = tmp_path / str(processes)
+        run_well(
+            "train_retriever.py", "--train_data", data, "--eval_data", data, "--n_context", 4,
+            "--model_path", reference / "legacy_retriever_mask_mean", "--dropout", 0,
+            "--tokenizer", reference / "bert", "--per_gpu_batch_size", batch, "--lr", 1e-3,
+            "--total_steps", 6, "--eval_freq", 3, "--checkpoint_dir", folder, "--name", "run",
+            "--num_workers", 0, *(["--in_batch_negatives"] if negatives else []),
+            processes=processes,
+        )  # fmt: skip
+        weights.append(load_file(folder / "run" / "checkpoint" / "step-6" / "model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    for name in weights[0]:
+        assert (weights[0][name] - weights[1][name]).abs().max() < 1e-5, name
+    for row, other in zip(*(read_metrics(tmp_path / str(n)) for n in (1, 2)), strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-6)
+    assert row["dev/loss"] > 0

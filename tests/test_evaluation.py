@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from src.evaluation import exact_match, f1, has_answer, normalize_answer, tokenize
+from src.evaluation import exact_match, f1, has_answer, main, normalize_answer, tokenize
 
 
 @pytest.fixture
@@ -61,3 +61,50 @@ def test_f1_is_one_exactly_when_the_words_are_the_same(verdicts):
             assert f1(prediction, [answer]) == 1.0
         words = [sorted(normalize_answer(text).split()) for text in (prediction, answer)]
         assert (f1(prediction, [answer]) == 1.0) is (words[0] == words[1])
+
+
+# --- from the shell
+
+
+@pytest.fixture
+def questions(reference: Path, tmp_path: Path) -> Path:
+    found = json.loads((reference / "retrieved.json").read_text())
+    (tmp_path / "found.json").write_text(json.dumps(found["retrieved"]))
+    return tmp_path / "found.json"
+
+
+def test_files_side_by_side(questions, reference, tmp_path, capsys):
+    hits = json.loads((reference / "retrieved.json").read_text())["top_k_hits"]
+    rows = json.loads(questions.read_text())
+    answers = "".join(
+        f"{row['id']}\t{row['answers'][0] if number < 30 else 'no idea'}\n"
+        for number, row in enumerate(rows)
+    )
+    (tmp_path / "final_output.txt").write_text(answers)
+    main([str(questions), str(tmp_path / "final_output.txt"), "--data", str(questions)])
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert head.split() == ["questions", "recall@1", "recall@5", "exact", "match", "F1"]
+    expected = [40, 100 * hits[0] / 40, 100 * hits[4] / 40]
+    assert [float(cell) for cell in first.split()[1:4]] == pytest.approx(expected)
+    assert first.split()[4:] == ["-", "-"]
+    assert [float(second.split()[column]) for column in (1, 4, 5)] == [40, 75, 75]
+
+
+def test_files_that_do_not_belong_together(questions, tmp_path, capsys):
+    answers = tmp_path / "final_output.txt"
+    answers.write_text("r0\tParis\n")
+    no_passages = tmp_path / "q.jsonl"
+    no_passages.write_text('{"question": "Who?", "answers": ["I"]}\n')
+    cases = [
+        ([answers], "--data must name"),
+        ([answers, "--data", questions], "1 answers to the 40 questions"),
+        ([answers, "--data", no_passages], "line 1: must be the answer to question 0"),
+        ([no_passages], "no question in this file has both"),
+        (["nowhere.json"], "cannot be read"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(SystemExit) as exited:
+            main(list(map(str, arguments)))
+        assert exited.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
