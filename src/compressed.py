@@ -188,9 +188,14 @@ def _factory_error(factory: str, dimension: int, error: Exception) -> InputError
 
 def _empty_index(factory: str, dimension: int) -> faiss.Index:
     try:
-        return faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise _factory_error(factory, dimension, error) from None
+    if isinstance(_core(index), faiss.IndexPQ):
+        # It numbers the centroids for a search by bits, which is not ours, in ten times the time
+        # that it takes to learn them.
+        _core(index).do_polysemous_training = False
+    return index
 
 
 def _core(index: faiss.Index) -> faiss.Index:
@@ -223,9 +228,9 @@ def _training_rows(index: faiss.Index) -> int:
 
 
 class Memory(NamedTuple):
-    """Bytes: of an index in use, and at most while it is built."""
+    """Bytes: of an index in use, and of all that its building takes."""
 
-    index: int
+    in_use: int
     building: int
 
 

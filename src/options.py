@@ -371,7 +371,7 @@ def passage_retrieval_parser() -> argparse.ArgumentParser:
     """Options of passage_retrieval.py."""
     parser = _Parser("Find passages for questions, with a retriever or with BM25.")
     group = parser.add_argument_group("data")
-    group.add_argument("--data", required=True, help=".json or .jsonl file with the questions")
+    group.add_argument("--data", default="data.json", help=".json or .jsonl file of questions")
     _older_names(group, "--data", "--data_path")
     group.add_argument(
         "--passages", required=True, help="the collection: .tsv (id, text, title) or .jsonl"
