@@ -1,142 +1,518 @@
-"""Shards of embeddings: what was written comes back, however often the writer was killed."""
+"""Shards: a killed writer goes on to the same bytes; what is broken or does not fit is named."""
 
-import itertools
+import errno
+import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 from safetensors.numpy import load_file
 
+from src import shards as module
 from src.errors import InputError
 from src.shards import ShardWriter, is_finished, open_shards, read_shard, shard_path
 
-IDS = ["1", "日本", "", "a b", "é" * 50, "7"]
+IDS = ["1", "wiki:2", "", "日本", "x" * 300, "a b\tc", "\ud800", "7", "8", "9", "10"]
+ROWS, DIMENSION = len(IDS), 5
+VECTORS = np.random.default_rng(0).standard_normal((ROWS, DIMENSION)).astype(np.float32)
+METADATA = {"model": "m1", "passages": "p1", "options": "{}"}
 
 
-def vectors(dtype=np.float32) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((len(IDS), 5)).astype(dtype)
+@pytest.fixture(autouse=True)
+def _spare_the_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
-def metadata(shard: int = 0, shards: int = 1, first: int = 0, model: str = "m") -> dict[str, str]:
-    return {
-        "model": model, "passages": "p", "options": "o",
-        "shard_id": str(shard), "num_shards": str(shards), "first": str(first),
-    }  # fmt: skip
+def writer_of(path: Path, dtype: type = np.float16, **changed: str) -> ShardWriter:
+    return ShardWriter(path, ROWS, DIMENSION, dtype, {**METADATA, **changed})
 
 
-def write(path: Path, rows=slice(None), dtype=np.float32, **kwargs) -> Path:
-    ids, block = IDS[rows], vectors(dtype)[rows]
-    with ShardWriter(path, len(ids), 5, dtype, metadata(**kwargs)) as writer:
-        writer.append(ids[:2], block[:2])
-        writer.append(ids[2:], block[2:])
-        return writer.finish()
+def write(path: Path, block: int = 4, dtype: type = np.float16, **changed: str) -> Path:
+    with writer_of(path, dtype, **changed) as writer:
+        go_on(writer, block)
+    return path
+
+
+def go_on(writer: ShardWriter, block: int) -> None:
+    while writer.position < ROWS:
+        rows = slice(writer.position, writer.position + block)
+        writer.append(IDS[rows], VECTORS[rows])
+    writer.finish()
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("wikipedia_embeddings", "wikipedia_embeddings/wiki_07"),
+        ("wikipedia_embeddings/", "wikipedia_embeddings/wiki_07"),
+        ("a/b/", "a/b/wiki_07"),
+        ("dir/passages", "dir/passages_07"),
+        ("./passages", "passages_07"),
+        ("/tmp/passages", "/tmp/passages_07"),
+        ("/passages", "/passages_07"),
+        (".", "wiki_07"),
+    ],
+)
+def test_where_a_shard_belongs(output, expected):
+    assert shard_path(output, 7) == Path(expected)
+    assert shard_path(output, 123).name == Path(expected).name.replace("07", "123")
+
+
+# ----------------------------------------------------------------------------------------------
+# Writing and reading back
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_what_was_written_comes_back(dtype, tmp_path):
-    path = write(tmp_path / "x_00", dtype=dtype)
-    shard = read_shard(path)
-    assert shard.ids[:] == IDS
-    assert [shard.ids[row] for row in range(len(IDS))] == IDS
-    assert np.array_equal(shard.embeddings, vectors(dtype))
+def test_a_shard_is_what_was_written(dtype, tmp_path):
+    shard = read_shard(write(tmp_path / "folder" / "wiki_00", dtype=dtype))
     assert isinstance(shard.embeddings, np.memmap)
-    assert metadata().items() <= shard.metadata.items()
-    stored = load_file(path)  # the safetensors library's own word
-    assert np.array_equal(stored["embeddings"], vectors(dtype))
-    assert bytes(stored["id_bytes"]).decode() == "".join(IDS)
-    assert is_finished(path, metadata())
-    assert not is_finished(path, metadata(model="other"))
-    assert [file.name for file in tmp_path.iterdir()] == ["x_00"]
+    assert shard.embeddings.dtype == dtype
+    assert np.array_equal(shard.embeddings, VECTORS.astype(dtype))
+    assert shard.ids[:] == list(shard.ids) == IDS
+    assert (shard.ids[-1], shard.ids[1:3], len(shard.ids)) == (IDS[-1], IDS[1:3], ROWS)
+    assert shard.metadata.items() >= METADATA.items()
+    assert files(tmp_path / "folder") == ["wiki_00"]
+    with pytest.raises(IndexError):
+        shard.ids[ROWS]
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 2, 3])
-@pytest.mark.parametrize("damage", ["none", "torn block", "cut", "no progress"])
-def test_a_killed_writer_goes_on(blocks, damage, tmp_path):
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_the_safetensors_library_opens_a_shard(dtype, tmp_path):
+    path = write(tmp_path / "wiki_00", dtype=dtype, shard_id="0")
+    tensors = load_file(path)
+    assert np.array_equal(tensors["embeddings"], VECTORS.astype(dtype))
+    text = tensors["id_bytes"].tobytes()
+    offsets = tensors["id_offsets"].tolist()
+    pieces = [text[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+    assert [piece.decode("utf-8", "surrogatepass") for piece in pieces] == IDS
+    with safetensors.safe_open(path, "numpy") as file:
+        assert file.metadata() == {**METADATA, "shard_id": "0", "format_version": "1"}
+
+
+def test_a_shard_without_rows_or_without_columns(tmp_path):
+    for rows, dimension in ((0, 5), (3, 0)):
+        path = tmp_path / f"wiki_{rows}"
+        with ShardWriter(path, rows, dimension, np.float32, METADATA) as writer:
+            writer.append(["a", "b", "c"][:rows], np.empty((rows, dimension)))
+            writer.finish()
+        shard = read_shard(path)
+        assert shard.embeddings.shape == load_file(path)["embeddings"].shape == (rows, dimension)
+        assert shard.ids[:] == ["a", "b", "c"][:rows]
+
+
+def test_misuse_of_the_writer(tmp_path):
+    with writer_of(tmp_path / "wiki_00") as writer:
+        for ids, vectors in (
+            (IDS[:2], VECTORS[:3]),
+            (IDS[:2], VECTORS[:2, :4]),
+            (IDS * 2, np.concatenate([VECTORS] * 2)),
+        ):
+            with pytest.raises(ValueError, match="do not go into"):
+                writer.append(ids, vectors)
+        with pytest.raises(ValueError, match="0 of 11 rows"):
+            writer.finish()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+def test_embeddings_that_are_not_finite_are_not_written(value, tmp_path):
+    vectors = VECTORS.copy()
+    vectors[3, 1] = value  # the last of the values is finite, but not as float16
+    with writer_of(tmp_path / "wiki_00") as writer:
+        with pytest.raises(InputError, match="'日本' is not finite in float16; .*--no_fp16"):
+            writer.append(IDS, vectors)
+        assert writer.position == 0
+
+
+# ----------------------------------------------------------------------------------------------
+# Killed writers
+
+
+@pytest.mark.parametrize("block", [1, 3, 4, ROWS])
+def test_a_writer_killed_between_blocks_goes_on(block, tmp_path):
     whole = write(tmp_path / "whole").read_bytes()
-    path = tmp_path / "x"
-    cuts = [0, 2, 3, len(IDS)]
-    block = vectors()
-    writer = ShardWriter(path, len(IDS), 5, np.float32, metadata())
-    for start, end in itertools.pairwise(cuts[: blocks + 1]):
-        writer.append(IDS[start:end], block[start:end])
-    writer._file.close()  # killed
-    partial, progress = tmp_path / ".x.partial", tmp_path / ".x.progress.json"
-    if damage == "torn block":  # bytes of a block that was not finished
-        with open(partial, "ab") as file:
-            file.write(b"half")
-    elif damage == "cut":
-        os.truncate(partial, partial.stat().st_size // 2)
-    elif damage == "no progress":
-        progress.unlink(missing_ok=True)
-    assert not path.exists()
-    with ShardWriter(path, len(IDS), 5, np.float32, metadata()) as writer:
-        expected = cuts[blocks] if damage in ("none", "torn block") else 0
-        assert writer.position == expected
-        writer.append(IDS[writer.position :], block[writer.position :])
-        writer.finish()
-    assert path.read_bytes() == whole
+    path = tmp_path / "wiki_00"
+    for kill_after in range(0, ROWS + 1, block):
+        killed = writer_of(path)
+        while killed.position < kill_after:
+            rows = slice(killed.position, killed.position + block)
+            killed.append(IDS[rows], VECTORS[rows])
+        assert not path.exists()
+        with writer_of(path) as writer:
+            assert (writer.position, writer.discarded) == (killed.position, None)
+            go_on(writer, 2)
+        assert path.read_bytes() == whole
+        path.unlink()
+        assert files(tmp_path) == ["whole"]
+
+
+class Killed(Exception):
+    """In place of a signal."""
+
+
+def test_a_writer_killed_at_any_step_goes_on(tmp_path, monkeypatch):
+    """Steps: each write, each flush to disk, each renaming. Nothing that follows one happens."""
+    whole = write(tmp_path / "whole").read_bytes()
+    path = tmp_path / "wiki_00"
+    steps = [0]
+
+    def counted(function):
+        def step(*arguments):
+            steps[0] -= 1
+            if steps[0] == 0:
+                raise Killed
+            return function(*arguments)
+
+        return step
+
+    for owner, name in ((ShardWriter, "_write"), (os, "fsync"), (Path, "replace")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    for kill_at in range(1, 1000):
+        steps[0] = kill_at
+        try:
+            write(path)
+        except Killed:
+            assert steps[0] == 0
+        else:
+            break
+        steps[0] = 0
+        if not path.exists():  # it is, when the writer was killed after the very last renaming
+            before = writer_of(path).position
+            assert before in (0, 4, 8, ROWS)
+            write(path, block=3)
+        assert path.read_bytes() == whole
+        for name in files(tmp_path):
+            if name != "whole":
+                (tmp_path / name).unlink()
+    assert kill_at == 1 + 3 * 6 + 4  # so each step was the last one once
+
+
+def test_rows_are_on_disk_before_they_are_called_finished(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(
+        os, "fsync", lambda number: order.append(os.readlink(f"/proc/self/fd/{number}"))
+    )
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda *pair: (order.append(str(pair[1])), replace(*pair)))
+    write(tmp_path / "wiki_00", block=ROWS)
+    assert [Path(name).name for name in order] == [
+        *(".wiki_00.partial", ".wiki_00.progress.new", ".wiki_00.progress.json"),
+        *(".wiki_00.partial", "wiki_00", tmp_path.name),
+    ]
+
+
+def test_a_partial_file_that_was_cut_off_is_not_trusted(tmp_path):
+    whole = write(tmp_path / "whole").read_bytes()
+    path, partial = tmp_path / "wiki_00", tmp_path / ".wiki_00.partial"
+    for missing in (1, 10, 200, 400, len(whole)):
+        writer = writer_of(path)
+        writer.append(IDS[:8], VECTORS[:8])
+        os.truncate(partial, max(0, partial.stat().st_size - missing))
+        with writer_of(path) as writer:
+            assert writer.position == 0
+            assert "shorter" in writer.discarded
+            go_on(writer, 5)
+        assert path.read_bytes() == whole
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "progress", ["", "[]", "{}", '{"rows": 4', '{"rows": [], "text_bytes": 1}']
+)
+def test_a_broken_progress_file_is_not_trusted(progress, tmp_path):
+    writer_of(tmp_path / "wiki_00").append(IDS[:4], VECTORS[:4])
+    (tmp_path / ".wiki_00.progress.json").write_text(progress)
+    with writer_of(tmp_path / "wiki_00") as writer:
+        assert writer.position == 0
+        assert "cannot be read" in writer.discarded
 
 
 def test_another_runs_partial_file_is_not_gone_on_from(tmp_path):
-    writer = ShardWriter(tmp_path / "x", len(IDS), 5, np.float32, metadata(model="other"))
-    writer.append(IDS[:2], vectors()[:2])
-    writer._file.close()
-    with ShardWriter(tmp_path / "x", len(IDS), 5, np.float32, metadata()) as writer:
-        assert writer.position == 0
-        assert "another model" in writer.discarded
+    path = tmp_path / "wiki_00"
+    for dtype, changed in ((np.float16, {"model": "m2"}), (np.float32, {})):
+        writer_of(path, dtype, **changed).append(IDS[:4], VECTORS[:4])
+        with writer_of(path) as writer:
+            assert writer.position == 0
+            assert "another model" in writer.discarded
 
 
-def test_names():
-    assert shard_path("wikipedia_embeddings", 0) == Path("wikipedia_embeddings/wiki_00")
-    assert shard_path("wikipedia_embeddings/", 3) == Path("wikipedia_embeddings/wiki_03")
-    assert shard_path("dir/passages", 12) == Path("dir/passages_12")
-    assert shard_path("/a/b", 100) == Path("/a/b_100")
+def test_whether_a_shard_is_finished(tmp_path):
+    path = tmp_path / "wiki_00"
+    assert not is_finished(path, METADATA)
+    with writer_of(path) as writer:
+        writer.append(IDS[:4], VECTORS[:4])
+        assert not is_finished(path, METADATA)
+        go_on(writer, 4)
+    assert is_finished(path, METADATA)
+    assert not is_finished(path, {**METADATA, "model": "m2"})
+    os.truncate(path, path.stat().st_size - 1)
+    assert not is_finished(path, METADATA)
 
 
-def test_shards_are_put_in_order_and_checked(tmp_path):
-    parts = [slice(0, 2), slice(2, 4), slice(4, 6)]
-    for number, rows in enumerate(parts):
-        write(tmp_path / f"x_{number}", rows, shard=number, shards=3, first=2 * number)
-    shards = open_shards(str(tmp_path / "x_*"))
-    assert [identity for shard in shards for identity in shard.ids[:]] == IDS
-    backwards = open_shards([tmp_path / f"x_{n}" for n in (2, 0, 1)])
-    assert [shard.path for shard in backwards] == [shard.path for shard in shards]
+def test_a_full_disk(tmp_path, monkeypatch):
+    path = write(tmp_path / "wiki_00")
+    before = path.read_bytes()
+    with writer_of(path, model="m2") as writer:
+        writer.append(IDS[:4], VECTORS[:4])
 
-    with pytest.raises(InputError, match="no embeddings"):
-        open_shards(str(tmp_path / "y_*"))
-    with pytest.raises(InputError, match="x_"):
-        open_shards(str(tmp_path / "x_[02]"))  # one is missing
-    shutil.copy(tmp_path / "x_1", tmp_path / "x_1b")
-    with pytest.raises(InputError, match=r"x_1b"):
-        open_shards(str(tmp_path / "x_*"))  # one is there twice
-    (tmp_path / "x_1b").unlink()
-    write(tmp_path / "x_1", parts[1], shard=1, shards=3, first=2, model="other")
-    with pytest.raises(InputError, match=r"x_0.*x_1.*other.*--allow_mismatch"):
-        open_shards(str(tmp_path / "x_*"))
-    assert len(open_shards(str(tmp_path / "x_*"), allow_mismatch=True)) == 3
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-
-def test_broken_files_are_named(tmp_path):
-    whole = write(tmp_path / "x").read_bytes()
-    cases = {
-        "empty": b"",
-        "short": whole[:5],
-        "cut": whole[:-3],
-        "no header": b"\xff" * 100,
-        "text": b"hello, I am no shard of embeddings\n" * 5,
-    }
-    for name, content in cases.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(InputError, match=name):
-            read_shard(tmp_path / name)
+        with monkeypatch.context() as patch:
+            patch.setattr(ShardWriter, "_write", full)
+            with pytest.raises(InputError, match=r"wiki_00: .*No space left on device"):
+                writer.append(IDS[4:], VECTORS[4:])
+    assert path.read_bytes() == before
+    with writer_of(path, model="m2") as writer:
+        assert writer.position == 4
+        go_on(writer, 4)
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match="disk has"):
+        writer_of(tmp_path / "wiki_01")
+    assert files(tmp_path) == ["wiki_00"]
 
 
-def test_numbers_that_are_not_finite_are_refused(tmp_path):
-    block = vectors()
-    block[3, 1] = np.nan
-    with ShardWriter(tmp_path / "x", len(IDS), 5, np.float32, metadata()) as writer:
-        with pytest.raises(InputError, match=r"'a b' is not finite"):
-            writer.append(IDS, block)
-        assert writer.position == 0
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        writer_of(tmp_path / "file" / "wiki_00")
+
+
+# ----------------------------------------------------------------------------------------------
+# Broken shards
+
+
+def test_a_shard_cut_off_anywhere(tmp_path):
+    path = write(tmp_path / "whole")
+    cut = tmp_path / "cut"
+    for end in range(path.stat().st_size):
+        cut.write_bytes(path.read_bytes()[:end])
+        with pytest.raises(InputError, match=f"^{cut}: not a complete shard"):
+            read_shard(cut)
+
+
+def with_header(folder: Path, change) -> Path:
+    """A shard whose header is changed, with its length put right."""
+    content = write(folder / "whole").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path = folder / "changed"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    return path
+
+
+def setting(tensor: str, key: str, value: object):
+    return lambda header: header[tensor].__setitem__(key, value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header.pop("id_bytes"),
+        lambda header: header.pop("embeddings"),
+        lambda header: header.pop("__metadata__"),
+        lambda header: header.update(__metadata__=3),
+        lambda header: header.update(embeddings=[]),
+        setting("__metadata__", "format_version", "2"),
+        setting("embeddings", "dtype", "I64"),
+        setting("embeddings", "dtype", ["F16"]),
+        setting("embeddings", "shape", [ROWS, DIMENSION + 1]),
+        setting("embeddings", "shape", [-ROWS, -DIMENSION]),
+        setting("embeddings", "shape", [ROWS * DIMENSION]),
+        setting("embeddings", "shape", [DIMENSION, ROWS]),
+        setting("embeddings", "shape", [ROWS, float(DIMENSION)]),
+        setting("embeddings", "shape", [1 << 40, 1 << 40]),
+        setting("embeddings", "shape", None),
+        setting("embeddings", "data_offsets", [0, 1 << 40]),
+        setting("embeddings", "data_offsets", [-110, 0]),
+        setting("embeddings", "data_offsets", "ab"),
+        setting("id_bytes", "data_offsets", []),
+    ],
+)
+def test_a_header_that_is_not_true(change, tmp_path):
+    path = with_header(tmp_path, change)
+    with pytest.raises(InputError, match=f"^{path}: not a complete shard"):
+        read_shard(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"id\ttext\ttitle\n",
+        b"\x00" * 100,
+        b"\xff" * 100,
+        (7).to_bytes(8, "little") + b'{"a":1}',
+        (100_005).to_bytes(8, "little") + b'{"a":' + b"[" * 100_000,
+        (10).to_bytes(8, "little") + b'{"\xff\xff":{}}',
+    ],
+)
+def test_files_that_are_no_shards(content, tmp_path):
+    path = tmp_path / "wiki_00"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"^{path}: not a complete shard") as caught:
+        read_shard(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_ids_that_are_broken(tmp_path):
+    path = write(tmp_path / "wiki_00")
+    content = bytearray(path.read_bytes())
+    content[-1] = 0xFF
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="id of row 10 is no text"):
+        read_shard(path).ids[-1]
+
+
+def test_a_pickle_opens_as_a_shard(reference):
+    path = reference / "legacy_embeddings" / "wiki_00"
+    ids, vectors = pickle.loads(path.read_bytes())
+    shard = read_shard(path)
+    assert (shard.path, shard.ids, shard.metadata) == (str(path), ids, {})
+    assert np.array_equal(shard.embeddings, vectors)
+
+
+# ----------------------------------------------------------------------------------------------
+# Which shards belong together
+
+
+def write_all(folder: Path, total: int = 3, **changed: str) -> list[Path]:
+    numbers = {"num_shards": str(total)}
+    return [
+        write(
+            folder / f"wiki_{shard:02d}", shard_id=str(shard), first=str(shard * ROWS), **numbers,
+            **changed,
+        )
+        for shard in range(total)
+    ]  # fmt: skip
+
+
+def test_shards_are_opened_in_order(tmp_path):
+    expected = [str(path) for path in write_all(tmp_path)]
+    for patterns in (
+        str(tmp_path / "wiki_*"),
+        tmp_path / "wiki_0?",
+        expected[::-1],
+        [*expected, tmp_path / "*"],  # named twice is opened once
+    ):
+        assert [shard.path for shard in open_shards(patterns)] == expected
+    renamed = (tmp_path / "wiki_00").rename(tmp_path / "zzz")  # the number counts, not the name
+    assert [shard.path for shard in open_shards(tmp_path / "*")] == [str(renamed), *expected[1:]]
+
+
+def test_pickles_are_opened_in_the_order_of_their_numbers(tmp_path):
+    for number in (99, 100, 9, 10):
+        content = ([str(number)], VECTORS[:1])
+        (tmp_path / f"wiki_{number:02d}").write_bytes(pickle.dumps(content))
+    ids = [shard.ids[0] for shard in open_shards(tmp_path / "wiki_*")]
+    assert ids == ["9", "10", "99", "100"]
+
+
+def test_a_name_with_brackets_is_no_pattern(tmp_path):
+    path = write(tmp_path / "wiki_[0]")
+    assert open_shards(path)[0].path == str(path)
+
+
+def test_no_such_shards(tmp_path):
+    with pytest.raises(InputError, match=r"wiki_\*: there are no embeddings"):
+        open_shards(tmp_path / "wiki_*")
+    with pytest.raises(InputError, match="a folder; name its shards"):
+        open_shards(tmp_path)
+
+
+def named(*paths: Path) -> str:
+    return ".*".join(path.name for path in paths)
+
+
+def mismatch(folder: Path) -> str:
+    """The error, which `allow_mismatch` makes go away."""
+    with pytest.raises(InputError) as caught:
+        open_shards(folder / "wiki_*")
+    assert "--allow_mismatch" in str(caught.value)
+    assert open_shards(folder / "wiki_*", allow_mismatch=True)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["model", "passages", "options"])
+def test_shards_of_two_runs(key, tmp_path):
+    write_all(tmp_path)
+    write(tmp_path / "wiki_02", shard_id="2", num_shards="3", first="22", **{key: "another"})
+    error = mismatch(tmp_path)
+    for word in ("wiki_00", "wiki_02", key, METADATA[key], "another"):
+        assert word in error
+
+
+def test_shards_of_another_number(tmp_path):
+    write_all(tmp_path)
+    write(tmp_path / "wiki_02", shard_id="2", num_shards="4", first="22")
+    assert "num_shards" in mismatch(tmp_path)
+
+
+@pytest.mark.parametrize("shard", [0, 1, 2])
+def test_a_shard_is_missing(shard, tmp_path):
+    write_all(tmp_path)[shard].unlink()
+    assert f"shard {shard} of 3 is missing" in mismatch(tmp_path)
+
+
+def test_a_shard_is_doubled(tmp_path):
+    shutil.copy(write_all(tmp_path)[1], tmp_path / "wiki_copy")
+    error = mismatch(tmp_path)
+    for word in ("wiki_01", "wiki_copy", "both shard 1"):
+        assert word in error
+
+
+def test_shards_with_a_gap(tmp_path):
+    write_all(tmp_path)
+    write(tmp_path / "wiki_01", shard_id="1", num_shards="3", first="12")
+    error = mismatch(tmp_path)
+    for word in ("wiki_00 ends at passage 11", "wiki_01 begins at 12"):
+        assert word in error
+
+
+def test_a_shard_of_ours_with_a_pickle(tmp_path):
+    write_all(tmp_path, total=1)
+    (tmp_path / "wiki_01").write_bytes(pickle.dumps((IDS, VECTORS)))
+    error = mismatch(tmp_path)
+    assert "wiki_00" in error
+    assert "wiki_01" in error
+
+
+def test_shards_of_two_dimensions_never_mix(tmp_path):
+    for number in (0, 1):
+        content = (IDS, VECTORS[:, : 5 - number])
+        (tmp_path / f"wiki_0{number}").write_bytes(pickle.dumps(content))
+    for allow in (False, True):
+        with pytest.raises(InputError, match=r"wiki_00 and .*wiki_01: .* have 5 and 4 dimensions"):
+            open_shards(tmp_path / "wiki_*", allow)
+
+
+@pytest.mark.parametrize("value", ["x", "-1", "", "1e3", "9" * 30])
+def test_numbers_that_are_none(value, tmp_path):
+    write(tmp_path / "wiki_00", shard_id=value)
+    with pytest.raises(InputError, match="wiki_00: its shard_id is .*, not a number"):
+        open_shards(tmp_path / "wiki_*")
+
+
+def test_absurd_numbers_of_shards_end_early(tmp_path):
+    write(tmp_path / "wiki_00", shard_id="0", num_shards="9" * 18)
+    assert "shard 1 of 999999999999999999 is missing" in mismatch(tmp_path)
+
+
+def test_the_module_leaves_nothing_open(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    write(tmp_path / "wiki_00")
+    shard = module.read_shard(tmp_path / "wiki_00")
+    assert shard.embeddings.shape == (ROWS, DIMENSION)
+    del shard
+    assert len(os.listdir("/proc/self/fd")) == before
