@@ -6,6 +6,7 @@ of passages with one score, the one with the lower position comes first.
 """
 
 import bisect
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,10 +14,11 @@ from typing import Any, NamedTuple
 import faiss
 import numpy as np
 
-from src.errors import InputError
+from src.errors import InputError, shorten
 from src.shards import Shard
 
 _QUERIES_AT_ONCE = 4096  # bounds what a block's scores and their merging take
+_SPARE_ROWS = 32  # how many more rows than k are looked at, for what rounding may have hidden
 
 
 class Found(NamedTuple):
@@ -76,15 +78,11 @@ class Indexer:
             np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
         )
         for start, block in self.blocks(part, on_rows) if len(queries) else ():
+            longest = self._longest_row(start, block)
             for first in range(0, len(queries), _QUERIES_AT_ONCE):
                 group = slice(first, first + _QUERIES_AT_ONCE)
-                if not _search_block(
-                    queries[group], block, start, Found(*(x[group] for x in best))
-                ):
-                    raise InputError(
-                        f"{self._shard_of(start)[0].path}: among the {len(block)} embeddings from "
-                        f"passage {start} on are some that are not finite; make them again"
-                    )
+                so_far = Found(best.scores[group], best.positions[group])
+                _search_block(queries[group], block, start, longest, so_far)
         return best
 
     def ids(self, positions: np.ndarray) -> list[list[str]]:
@@ -134,36 +132,94 @@ class Indexer:
             done += len(piece)
         return block
 
+    def _longest_row(self, start: int, block: np.ndarray) -> float:
+        lengths = _lengths(block)
+        if not np.isfinite(lengths).all():
+            shard, row = self._shard_of(start + int(np.isfinite(lengths).argmin()))
+            raise InputError(
+                f"{shard.path}: the embedding of passage {shorten(shard.ids[row])} is not finite; "
+                "make the shard again"
+            )
+        return float(lengths.max())
+
     def _shard_of(self, position: int) -> tuple[Shard, int]:
         number = bisect.bisect_right(self._starts, position) - 1
         return self.shards[number], position - self._starts[number]
 
 
-def _search_block(queries: np.ndarray, block: np.ndarray, start: int, best: Found) -> bool:
-    """Put the rows of a block [b, d], the first of which has position `start`, where they belong
-    among the best so far. Returns whether all scores that count are finite.
+def _search_block(
+    queries: np.ndarray, block: np.ndarray, start: int, longest: float, best: Found
+) -> None:
+    """Put rows of a block [b, d] among the best so far, where they belong.
 
-    FAISS keeps any of the rows that are tied for the last place. One row more than asked for shows
-    such a tie; then the question is searched again for all rows of the block.
+    A matrix product is ten times as fast as inner products one by one, but it rounds a score in
+    ways that depend on the number of threads and on where the row stands. So it only proposes
+    rows. Those that could be among the best k, for any rounding, get the score of a plain inner
+    product, which depends on the two vectors alone. That makes results the same for any blocks,
+    shards, processes and threads, and equal passages equal.
+
+    Args:
+        start: the position of the block's first row.
+        longest: the largest length (2-norm) of a row.
+        best: of these queries; changed in place.
     """
-    k = best.scores.shape[1]
-    scores, rows = faiss.knn(queries, block, min(k + 1, len(block)), faiss.METRIC_INNER_PRODUCT)
-    if not np.isfinite(scores).all() or rows.min() < 0:  # it gives -1 where a score is no number
-        return False
-    # Later positions lose ties: what only reaches the worst so far changes nothing.
-    worst = best.scores[:, -1]
-    better = np.flatnonzero(scores[:, 0] > worst)
-    found = merge([Found(scores[better], rows[better])], k)
-    if len(block) > k:
-        tied = (scores[:, k - 1] == scores[:, k]) & (scores[:, k] > worst)
-        for place in np.flatnonzero(tied[better]):
-            query = queries[better[place], None]
-            every = Found(*faiss.knn(query, block, len(block), faiss.METRIC_INNER_PRODUCT))
-            found.scores[place], found.positions[place] = (row[0] for row in merge([every], k))
-    before = Found(best.scores[better], best.positions[better])
-    after = merge([before, Found(found.scores, found.positions + start)], k)
-    best.scores[better], best.positions[better] = after
-    return True
+    k, n_rows = best.scores.shape[1], len(block)
+    width = min(k + _SPARE_ROWS, n_rows)
+    with _matrix_products():
+        guesses, rows = faiss.knn(queries, block, width, faiss.METRIC_INNER_PRODUCT)
+    # In whichever order d products are added up in float32, the sum is wrong by at most d / 2^24
+    # of the product of the lengths, and two orders differ by at most twice that.
+    slack = 1.01 * block.shape[1] * 2.0**-23 * longest * _lengths(queries)
+    floor = best.scores[:, -1].astype(np.float64)  # what has no more than this comes too late
+    if k <= n_rows:
+        floor = np.maximum(floor, guesses[:, k - 1] - slack)
+    possible = guesses + slack[:, None] >= floor[:, None]
+    # Where even the last row proposed is possible, so are others that were not proposed.
+    too_narrow = possible[:, -1] & (width < n_rows)
+    possible[too_narrow] = False
+    numbers = np.nonzero(possible)[0]
+    scores = np.full(guesses.shape, -np.inf, np.float32)
+    scores[possible] = _inner_products(queries, numbers, block, rows[possible])
+    changed = np.flatnonzero(possible.any(axis=1))
+    positions = np.where(possible, rows + start, -1)
+    _insert(best, changed, Found(scores[changed], positions[changed]))
+    every = np.arange(n_rows)
+    for number in np.flatnonzero(too_narrow):
+        scores = _inner_products(queries, np.full(n_rows, number), block, every)
+        _insert(best, np.array([number]), Found(scores[None], every[None] + start))
+
+
+def _insert(best: Found, numbers: np.ndarray, found: Found) -> None:
+    """Put what was found for the queries of these numbers among the best so far, in place."""
+    before = Found(best.scores[numbers], best.positions[numbers])
+    best.scores[numbers], best.positions[numbers] = merge([before, found], best.scores.shape[1])
+
+
+def _inner_products(
+    queries: np.ndarray, numbers: np.ndarray, block: np.ndarray, rows: np.ndarray
+) -> np.ndarray:
+    """The inner product of each query with a row: those of `numbers` and `rows`, [m] each."""
+    products = np.empty(len(rows), np.float32)
+    arrays = [queries, numbers.astype(np.int64), block, rows.astype(np.int64), products]
+    pointers = [faiss.swig_ptr(array) for array in arrays]
+    faiss.pairwise_indexed_inner_product(queries.shape[1], len(rows), *pointers)
+    return products
+
+
+def _lengths(vectors: np.ndarray) -> np.ndarray:
+    """The length (2-norm) of each vector [n, d]."""
+    return np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
+
+
+@contextlib.contextmanager
+def _matrix_products() -> Iterator[None]:
+    """FAISS forms inner products one by one, unless there are a great many."""
+    before = faiss.cvar.distance_compute_blas_threshold
+    faiss.cvar.distance_compute_blas_threshold = 1
+    try:
+        yield
+    finally:
+        faiss.cvar.distance_compute_blas_threshold = before
 
 
 def check_request(queries: np.ndarray, k: int, index: Any, path: str) -> tuple[np.ndarray, int]:

@@ -84,15 +84,20 @@ def _scalar(dtype: _Dtype, data: memoryview) -> np.generic:
     return _frombuffer(data, dtype, (1,), "C")[0]
 
 
+def _no_bytes() -> bytes:
+    """`bytes()`, by which protocol 2 writes no bytes."""
+    return b""
+
+
 def _encode(text: str, encoding: str) -> bytes:
-    """`_codecs.encode`, by which protocol 2 writes bytes."""
+    """`_codecs.encode`, by which it writes others."""
     if encoding != "latin1":
         raise ValueError("bad encoding of bytes")
     return text.encode("latin1")
 
 
 _NAMES: dict[tuple[str, str], Any] = {("numpy", "ndarray"): _NDARRAY, ("numpy", "dtype"): _Dtype}
-_NAMES["_codecs", "encode"] = _encode
+_NAMES |= {("_codecs", "encode"): _encode, ("__builtin__", "bytes"): _no_bytes}
 for _core in ("numpy.core", "numpy._core"):  # before and since numpy 2
     _NAMES[f"{_core}.multiarray", "_reconstruct"] = _reconstruct
     _NAMES[f"{_core}.multiarray", "scalar"] = _scalar

@@ -1,149 +1,279 @@
-"""Search equals brute force and IndexFlatIP, ties included, over any shards and block sizes."""
+"""Exact search equals brute force and FAISS's flat index, however the collection is cut up."""
 
+import itertools
 import json
+import os
+import tracemalloc
 from pathlib import Path
 
 import faiss
 import numpy as np
 import pytest
 
-from src.compressed import CompressedIndexer, expected_memory, factory_string, recall
+from src import index as module
 from src.errors import InputError
-from src.index import Indexer, merge
+from src.index import Found, Indexer, merge
 from src.shards import Shard, ShardWriter, open_shards
 
 
-def make_vectors(n: int = 97, d: int = 8, ties: bool = True) -> np.ndarray:
-    """Small whole numbers, so that sums are exact and many scores are equal."""
-    rng = np.random.default_rng(0)
-    if ties:
-        return rng.integers(-2, 3, (n, d)).astype(np.float32)
-    return rng.standard_normal((n, d)).astype(np.float32)
+def shards_of(vectors: np.ndarray, *borders: int) -> list[Shard]:
+    """The vectors in shards with ids p0, p1, ..."""
+    ids = [f"p{row}" for row in range(len(vectors))]
+    edges = [0, *borders, len(vectors)]
+    return [
+        Shard(f"shard{number}", ids[start:end], vectors[start:end], {})
+        for number, (start, end) in enumerate(itertools.pairwise(edges))
+    ]
 
 
-def make_shards(folder: Path, vectors: np.ndarray, n_shards: int, dtype=np.float32) -> list[Shard]:
-    folder.mkdir()
-    bounds = [len(vectors) * number // n_shards for number in range(n_shards + 1)]
-    for number in range(n_shards):
-        first, last = bounds[number], bounds[number + 1]
-        metadata = {
-            "model": "m", "passages": "p", "options": "o", "first": str(first),
-            "shard_id": str(number), "num_shards": str(n_shards),
-        }  # fmt: skip
-        shape = last - first, vectors.shape[1]
-        with ShardWriter(folder / f"x_{number:02d}", *shape, dtype, metadata) as writer:
-            writer.append([f"id{row}" for row in range(first, last)], vectors[first:last])
-            writer.finish()
-    return open_shards(str(folder / "x_*"))
-
-
-def brute_force(queries: np.ndarray, vectors: np.ndarray, k: int):
+def brute_force(queries: np.ndarray, vectors: np.ndarray, k: int) -> Found:
+    """The definition: every inner product, exact for whole numbers; ties to the lower position."""
     scores = queries.astype(np.float64) @ vectors.astype(np.float64).T
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]  # ties: the lower position first
-    return np.take_along_axis(scores, order, axis=1), order
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return Found(np.take_along_axis(scores, order, axis=1).astype(np.float32), order)
+
+
+def plain_search(queries: np.ndarray, vectors: np.ndarray, k: int) -> Found:
+    """FAISS's inner products one by one, of all rows, put in order."""
+    flat = faiss.IndexFlatIP(vectors.shape[1])
+    flat.add(vectors)
+    few = range(0, len(queries), 10)  # for so few, FAISS never forms a matrix product
+    parts = [flat.search(queries[start : start + 10], len(vectors)) for start in few]
+    every = Found(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    return merge([every], k)
+
+
+def assert_same(found: Found, expected: Found) -> None:
+    assert found.scores.dtype == np.float32
+    assert found.positions.dtype == np.int64
+    assert np.array_equal(found.positions, expected.positions)
+    assert np.array_equal(found.scores, expected.scores)
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def whole_numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    """Small whole numbers: scores are exact in any precision, and most of them are ties."""
+    return np.random.default_rng(seed).integers(-2, 3, shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("block_rows", [1, 7, 64, 199, 200, 1000])
+@pytest.mark.parametrize("borders", [(), (100,), (1, 1, 64, 65, 199)])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("k", [1, 5, 150])
+def test_ties_and_all_equal_brute_force(block_rows, borders, dtype, k):
+    vectors, queries = whole_numbers(200, 8).astype(dtype), whole_numbers(30, 8, seed=1)
+    found = Indexer(shards_of(vectors, *borders), block_rows).search(queries, k)
+    assert_same(found, brute_force(queries, vectors, k))
+
+
+@pytest.mark.parametrize("spare_rows", [0, 1, 32])
+@pytest.mark.parametrize("values", [1, 3, 40])
+def test_equal_passages_stand_in_their_order(values, spare_rows, monkeypatch):
+    """Copies of few vectors have equal scores wherever they stand, though not whole ones."""
+    monkeypatch.setattr(module, "_SPARE_ROWS", spare_rows)
+    rows = np.random.default_rng(2).integers(0, values, 500)
+    vectors, queries = random(values, 33)[rows], random(40, 33, seed=1)
+    for block_rows in (50, 123, 500):
+        found = Indexer(shards_of(vectors, 77, 300), block_rows).search(queries, 60)
+        assert_same(found, plain_search(queries, vectors, 60))
+
+
+@pytest.mark.parametrize("spare_rows", [0, 1, 32])
+def test_scores_that_differ_by_rounding_alone(spare_rows, monkeypatch):
+    """Passages so alike that a matrix product puts them in another order."""
+    monkeypatch.setattr(module, "_SPARE_ROWS", spare_rows)
+    vectors = 100 * random(1, 64) + 1e-5 * random(400, 64, seed=1)
+    queries = random(50, 64, seed=2)
+    expected = plain_search(queries, vectors, 20)
+    product = np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :20]
+    assert not np.array_equal(product, expected.positions)  # or the test would show nothing
+    for block_rows in (10, 64, 400):
+        assert_same(Indexer(shards_of(vectors), block_rows).search(queries, 20), expected)
+
+
+@pytest.mark.parametrize("n_queries", [1, 19, 20, 200])
+@pytest.mark.parametrize("k", [1, 10, 99, 100, 101])
+def test_equals_the_flat_index(n_queries, k):
+    vectors, queries = random(3000, 48), random(n_queries, 48, seed=1)
+    flat = faiss.IndexFlatIP(48)
+    flat.add(vectors)
+    scores, positions = flat.search(queries, k)
+    found = Indexer(shards_of(vectors, 1234), 700).search(queries, k)
+    assert_same(found, Found(scores, positions))
+
+
+def test_equals_the_flat_index_but_for_rounding():
+    """With so many queries that FAISS uses a matrix product by itself."""
+    vectors, queries = random(800, 48), random(2700, 48, seed=1)
+    flat = faiss.IndexFlatIP(48)
+    flat.add(vectors)
+    scores, _ = flat.search(queries, 10)
+    found = Indexer(shards_of(vectors), 700).search(queries, 10)
+    assert np.abs(found.scores - scores).max() < 1e-4
+    assert_same(found, plain_search(queries, vectors, 10))
+
+
+def test_more_queries_than_are_taken_at_once(monkeypatch):
+    vectors, queries = random(300, 16), random(50, 16, seed=1)
+    expected = Indexer(shards_of(vectors), 100).search(queries, 20)
+    monkeypatch.setattr(module, "_QUERIES_AT_ONCE", 7)
+    assert_same(Indexer(shards_of(vectors), 100).search(queries, 20), expected)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 40])
+def test_processes_together_find_what_one_does(processes):
+    vectors = np.concatenate([random(300, 16), random(200, 16)])  # ties across the blocks
+    queries = random(50, 16, seed=1)
+    indexer = Indexer(shards_of(vectors, 90), 33)
+    expected = indexer.search(queries, 25)
+    parts = [indexer.search(queries, 25, (i, processes)) for i in range(processes)]
+    assert_same(merge(parts, 25), expected)
+
+
+def test_the_number_of_threads_makes_no_difference():
+    vectors, queries = random(3000, 300), random(500, 300, seed=1)
+    before, results = faiss.omp_get_max_threads(), []
+    for threads in (1, 2, 3):
+        faiss.omp_set_num_threads(threads)
+        results.append(Indexer(shards_of(vectors), 1024).search(queries, 30))
+    faiss.omp_set_num_threads(before)
+    for result in results[1:]:
+        assert_same(result, results[0])
+
+
+def test_numbers_of_the_reference(reference):
+    shards = open_shards(reference / "legacy_embeddings" / "wiki_*")
+    queries = np.load(reference / "question_embeddings.npz")["embeddings"]
+    expected = json.loads((reference / "retrieved.json").read_text())["retrieved"]
+    for block_rows in (7, 50_000):
+        indexer = Indexer(shards, block_rows)
+        found = indexer.search(queries, 10)
+        for ids, scores, example in zip(
+            indexer.ids(found.positions), found.scores, expected, strict=True
+        ):
+            assert ids == [context["id"] for context in example["ctxs"]]
+            right = [float(context["score"]) for context in example["ctxs"]]
+            assert scores == pytest.approx(right, abs=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------
+# Edges
+
+
+def test_more_passages_asked_for_than_there_are():
+    vectors, queries = random(7, 4), random(3, 4, seed=1)
+    for block_rows in (2, 100):
+        found = Indexer(shards_of(vectors, 3), block_rows).search(queries, 50)
+        assert_same(found, plain_search(queries, vectors, 7))
+
+
+def test_nothing_to_look_for_or_in():
+    indexer = Indexer(shards_of(random(7, 4)))
+    assert indexer.search(np.empty((0, 4)), 5).scores.shape == (0, 5)
+    assert indexer.ids(indexer.search(np.empty((0, 4)), 5).positions) == []
+    empty = Indexer(shards_of(random(0, 4), 0))
+    assert len(empty) == 0
+    assert empty.search(random(3, 4), 5).positions.shape == (3, 0)
+
+
+def test_queries_of_other_kinds_are_taken_as_float32():
+    indexer = Indexer(shards_of(random(50, 4)))
+    queries = random(6, 4, seed=1).astype(np.float16)
+    expected = indexer.search(queries.astype(np.float32), 5)
+    for same in (queries, queries.astype(np.float64), np.asfortranarray(queries)):
+        assert_same(indexer.search(same, 5), expected)
+
+
+def test_vectors_in_column_order_or_between_words_of_memory():
+    vectors, queries = random(50, 4), random(6, 4, seed=1)
+    expected = Indexer(shards_of(vectors)).search(queries, 5)
+    crooked = np.frombuffer(b"x" + vectors.tobytes(), np.float32, offset=1).reshape(50, 4)
+    assert not crooked.flags.aligned
+    for same in (np.asfortranarray(vectors), crooked):
+        assert_same(Indexer(shards_of(same)).search(queries, 5), expected)
+
+
+def test_another_dimension_is_an_error():
+    with pytest.raises(InputError, match=r"have 5 dim.* shard0 have 4; .*--model_path"):
+        Indexer(shards_of(random(7, 4))).search(random(3, 5), 5)
+
+
+def test_impossible_numbers():
+    with pytest.raises(InputError, match="--n-docs must be at least 1, not 0"):
+        Indexer(shards_of(random(7, 4))).search(random(3, 4), 0)
+    with pytest.raises(InputError, match="--indexing_batch_size must be at least 1, not 0"):
+        Indexer(shards_of(random(7, 4)), 0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_named(value):
+    vectors, queries = random(50, 4), random(6, 4, seed=1)
+    vectors[33, 2] = value
+    with pytest.raises(InputError, match="shard1: the embedding of passage 'p33' is not finite"):
+        Indexer(shards_of(vectors, 20), 15).search(queries, 3)
+    queries[1, 1] = value
+    with pytest.raises(InputError, match="questions' embeddings are not finite"):
+        Indexer(shards_of(vectors), 15).search(queries, 3)
+
+
+def test_a_setting_of_faiss_is_as_it_was():
+    before = faiss.cvar.distance_compute_blas_threshold
+    Indexer(shards_of(random(7, 4))).search(random(3, 4), 5)
+    assert faiss.cvar.distance_compute_blas_threshold == before
+
+
+def test_ids_of_positions():
+    indexer = Indexer(shards_of(random(10, 4), 4, 4))
+    assert indexer.ids(np.array([[0, 3, 4], [9, -1, -1]])) == [["p0", "p3", "p4"], ["p9"]]
+
+
+def test_taking_rows_out():
+    vectors = random(50, 4).astype(np.float16)
+    indexer = Indexer(shards_of(vectors, 0, 20, 20, 21))
+    for positions in ([], [0], [0, 19, 20, 21, 49], range(50)):
+        rows = np.array(positions, dtype=np.int64)
+        assert np.array_equal(indexer.take(rows), vectors[rows].astype(np.float32))
+
+
+def test_blocks_are_all_rows_in_order_once():
+    vectors = random(50, 4).astype(np.float16)
+    told = []
+    blocks = Indexer(shards_of(vectors, 20), 8).blocks(on_rows=told.append)
+    copies = [(start, block.copy()) for start, block in blocks]
+    assert [start for start, _ in copies] == list(range(0, 50, 8))
+    assert np.array_equal(np.concatenate([block for _, block in copies]), vectors)
+    assert told == [8] * 6 + [2]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-@pytest.mark.parametrize("n_shards", [1, 3, 7])
-@pytest.mark.parametrize("block_rows", [1, 13, 50_000])
-def test_exact_search_is_brute_force(dtype, n_shards, block_rows, tmp_path):
-    vectors, queries = make_vectors(), make_vectors(11)[::-1]
-    exact = Indexer(make_shards(tmp_path / "s", vectors, n_shards, dtype), block_rows)
-    assert (len(exact), exact.dimension) == (97, 8)
-    for k in (1, 10, 97, 200):
-        found = exact.search(queries, k)
-        scores, positions = brute_force(queries, vectors, k)
-        assert np.array_equal(found.positions, positions)
-        assert np.array_equal(found.scores, scores)
-    assert exact.ids(positions[:2, :3]) == [[f"id{p}" for p in row] for row in positions[:2, :3]]
+def test_no_more_than_a_block_is_in_memory(dtype):
+    vectors, queries = random(20_000, 64).astype(dtype), random(2, 64, seed=1)
+    indexer = Indexer(shards_of(vectors, 12_345), 2000)
+    tracemalloc.start()
+    indexer.search(queries, 10)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.5 * 2000 * 64 * 4
 
 
-def test_exact_search_is_index_flat_ip(tmp_path):
-    vectors, queries = make_vectors(1000, 32, ties=False), make_vectors(20, 32, ties=False)
-    flat = faiss.IndexFlatIP(32)
-    flat.add(vectors)
-    scores, positions = flat.search(queries, 25)
-    found = Indexer(make_shards(tmp_path / "s", vectors, 3), 100).search(queries, 25)
-    assert np.array_equal(found.positions, positions)
-    assert np.abs(found.scores - scores).max() < 1e-4
+def test_float32_blocks_are_searched_where_they_lie():
+    vectors = random(100, 8)
+    for start, block in Indexer(shards_of(vectors, 50), 25).blocks():
+        assert np.shares_memory(block, vectors), start
 
 
-@pytest.mark.parametrize("n", [2, 3])
-def test_processes_share_the_blocks(n, tmp_path):
-    vectors, queries = make_vectors(), make_vectors(11)
-    exact = Indexer(make_shards(tmp_path / "s", vectors, 2), 10)
-    parts = [exact.search(queries, 20, (rank, n)) for rank in range(n)]
-    together = merge(parts, 20)
-    whole = exact.search(queries, 20)
-    assert np.array_equal(together.positions, whole.positions)
-    assert np.array_equal(together.scores, whole.scores)
-
-
-def test_no_queries_and_wrong_ones(tmp_path):
-    exact = Indexer(make_shards(tmp_path / "s", make_vectors(), 1))
-    assert exact.search(np.zeros((0, 8), np.float32), 5).positions.shape == (0, 5)
-    with pytest.raises(InputError, match=r"(?s)9.*8|8.*9"):
-        exact.search(np.zeros((2, 9), np.float32), 5)
-    with pytest.raises(InputError, match="finite"):
-        exact.search(np.full((2, 8), np.nan, np.float32), 5)
-
-
-def test_results_from_the_references_embeddings(reference: Path):
-    exact = Indexer(open_shards(str(reference / "legacy_embeddings" / "wiki_*")), 50)
-    queries = np.load(reference / "question_embeddings.npz")["embeddings"]
-    found = exact.search(queries, 10)
-    expected = json.loads((reference / "retrieved.json").read_text())["retrieved"]
-    assert exact.ids(found.positions) == [[c["id"] for c in row["ctxs"]] for row in expected]
-    scores = np.array([[c["score"] for c in row["ctxs"]] for row in expected])
-    assert np.abs(found.scores - scores).max() < 1e-4
-
-
-@pytest.mark.parametrize("factory", ["Flat", "SQfp16", "PQ4x4", "IVF4,Flat", "HNSW8"])
-def test_compressed_search_is_what_faiss_finds(factory, tmp_path):
-    vectors, queries = make_vectors(400, 16, ties=False), make_vectors(30, 16, ties=False)
-    exact = Indexer(make_shards(tmp_path / "s", vectors, 3), 64)
-    built = CompressedIndexer.build(exact, factory)
-    built.save(tmp_path / "index")
-    loaded = CompressedIndexer.load(tmp_path / "index", exact, factory)
-    found, again = built.search(queries, 10), loaded.search(queries, 10)
-    assert np.array_equal(found.positions, again.positions)
-    assert np.array_equal(found.scores, again.scores)
-    assert len(built) == len(loaded) == 400
-    assert loaded.ids(found.positions[:1]) == [[f"id{p}" for p in found.positions[0] if p >= 0]]
-    wanted = brute_force(queries, vectors, 10)[1]
-    share = np.mean(
-        [len(np.intersect1d(*rows)) / 10 for rows in zip(found.positions, wanted, strict=True)]
-    )
-    assert recall(built, exact, queries, 10) == pytest.approx(share)
-    assert share == 1.0 if factory == "Flat" else share > 0.3
-    memory = expected_memory(400, 16, 64, factory)
-    size = (tmp_path / "index" / "index.faiss").stat().st_size
-    assert 0.5 * size < memory.in_use < 2 * size
-
-
-def test_an_index_of_something_else_is_refused(tmp_path):
-    exact = Indexer(make_shards(tmp_path / "a", make_vectors(), 1))
-    fewer = Indexer(make_shards(tmp_path / "b", make_vectors(50), 1))
-    CompressedIndexer.build(exact, "SQfp16").save(tmp_path / "index")
-    with pytest.raises(InputError, match=r"index.*--allow_mismatch"):
-        CompressedIndexer.load(tmp_path / "index", fewer, "SQfp16")
-    with pytest.raises(InputError, match="SQfp16"):
-        CompressedIndexer.load(tmp_path / "index", exact, "PQ4x4")
-    (tmp_path / "index" / "index.faiss").write_bytes(b"short")
-    with pytest.raises(InputError, match="index"):
-        CompressedIndexer.load(tmp_path / "index", exact, "SQfp16")
-
-
-def test_factories():
-    assert factory_string("", 0, 8) == ""
-    assert factory_string("", 64, 8) == "PQ64x8"
-    assert factory_string("IVF8,PQ4", 0, 8) == "IVF8,PQ4"
-    with pytest.raises(InputError, match="give one"):
-        factory_string("PQ8", 8, 8)
-
-
-@pytest.mark.parametrize("factory", ["nonsense", "PQ5", "IVF1000,Flat"])
-def test_impossible_factories(factory, tmp_path):
-    exact = Indexer(make_shards(tmp_path / "s", make_vectors(), 1))
-    with pytest.raises(InputError, match=factory):
-        CompressedIndexer.build(exact, factory)
+def test_shards_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    vectors, queries = random(100, 8), random(9, 8, seed=1)
+    for shard in shards_of(vectors, 40):
+        path = Path(tmp_path / shard.path)
+        with ShardWriter(path, len(shard), 8, np.float32, {}) as writer:
+            writer.append(shard.ids, shard.embeddings)
+            writer.finish()
+    indexer = Indexer(open_shards(tmp_path / "shard*"), 30)
+    found = indexer.search(queries, 12)
+    assert_same(found, plain_search(queries, vectors, 12))
+    assert indexer.ids(found.positions) == [[f"p{p}" for p in row] for row in found.positions]
