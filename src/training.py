@@ -128,22 +128,25 @@ def train(
         recent.clear()
         return last
 
+    def log_line(dev: str, lr: float, rate: float) -> None:
+        loss = average.value()
+        log.info(
+            "step %d of %d | train loss %s | %slr %.3g | %.2f examples/s",
+            position.step,
+            total_steps,
+            "-" if loss is None else f"{loss:.4f}",
+            dev,
+            lr,
+            rate,
+        )
+
     def evaluate_now(lr: float, rate: float) -> None:
         """Report the dev metrics, and keep the weights if they are the best so far."""
         values = _evaluate(model, evaluate)
         position.evaluation_due = False
         metrics.write(position.step, {f"dev/{name}": value for name, value in values.items()})
         shown = ", ".join(f"{name} {_short(value)}" for name, value in values.items())
-        loss = average.value()
-        log.info(
-            "step %d of %d | train loss %s | dev %s | lr %.3g | %.2f examples/s",
-            position.step,
-            total_steps,
-            "-" if loss is None else f"{loss:.4f}",
-            shown,
-            lr,
-            rate,
-        )
+        log_line(f"dev {shown} | ", lr, rate)
         if position.best is None or (values[metric] - position.best) * direction > 0:
             position.best = values[metric]
             save(checkpoints.save_best)
@@ -187,10 +190,9 @@ def train(
         stopped = distributed.any_process(should_stop())
         is_end = position.step == total_steps
         saves = position.step % save_freq == 0 or is_end
-        position.evaluation_due = evaluate is not None and (
-            position.step % eval_freq == 0 or is_end
-        )
-        if position.evaluation_due or saves or stopped or len(recent) == 10:
+        reports = position.step % eval_freq == 0 or is_end
+        position.evaluation_due = reports and evaluate is not None
+        if reports or saves or stopped or len(recent) == 10:
             last_loss = report_losses()
             rate = (position.examples_seen - seen) / (time.perf_counter() - since)
             bar.set_postfix(_shown(last_loss, position, metric, lr, rate), refresh=False)
@@ -201,6 +203,9 @@ def train(
             evaluate_now(lr, rate)
             if is_end:
                 save(checkpoints.save_step)  # or the next start would evaluate once more
+        elif reports and not stopped:
+            log_line("", lr, rate)
+        if reports:
             average = Average()
             since, seen = time.perf_counter(), position.examples_seen
     bar.close()
