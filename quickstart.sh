@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# The whole circle on a small corpus of invented text, from nothing, without a download:
+# BM25 -> train the reader -> score passages -> train the retriever -> embed -> retrieve -> read again.
+#
+#     bash quickstart.sh                   a second run goes on from what is there
+#     bash quickstart.sh --fresh           starts again
+#     bash quickstart.sh --seed 1 -o DIR   another corpus and other random numbers; another folder
+set -euo pipefail
+
+fid_root=$(cd "$(dirname "$0")" && pwd)
+seed=0
+out=""
+fresh=no
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --fresh) fresh=yes ;;
+        --seed) seed="${2:-}"; shift ;;
+        -o) out="${2:-}"; shift ;;
+        -h|--help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        *) echo "error: $1: no such option (bash quickstart.sh --help)" >&2; exit 2 ;;
+    esac
+    shift || { echo "error: an option's value is missing (bash quickstart.sh --help)" >&2; exit 2; }
+done
+if ! [[ "$seed" =~ ^[0-9]+$ ]]; then
+    echo "error: --seed '$seed': must be a whole number from 0" >&2; exit 2
+fi
+cd "$fid_root"
+out=${out:-quickstart/seed-$seed}
+source ./environment.sh
+if [ "$fresh" = yes ]; then rm -rf "$out"; fi
+mkdir -p "$out"
+
+# step TITLE RESULT COMMAND...: say what comes, and run it unless its result is there.
+# (Results are complete or absent, and trainings go on from their checkpoints.)
+number=0
+step() {
+    local title=$1 result=$2
+    shift 2
+    number=$((number + 1))
+    echo
+    echo "== $number. $title"
+    if [ -e "$result" ]; then echo "   done: $result"; return; fi
+    echo "   $*"
+    "$@"
+}
+
+data=$out/data
+passages=$data/passages.tsv
+runs=$out/runs
+# Texts of this corpus are short, and its answers are a word or two.
+reading=(--text_maxlength 40 --generation_max_length 8 --checkpoint_dir "$runs")
+training=(--seed "$seed" --scheduler linear --optim adamw --weight_decay 0 --dropout 0)
+finding=(python passage_retrieval.py --passages "$passages")
+
+step "Make the corpus: passages, questions, models to start from" "$data" \
+    python examples/make_quickstart.py --seed "$seed" -o "$data"
+
+for part in train dev test; do
+    step "Find passages for the $part questions by BM25" "$out/bm25_$part.jsonl" \
+        "${finding[@]}" --bm25 --save_or_load_index --data "$data/$part.json" --n-docs 20 \
+        --output_path "$out/bm25_$part.jsonl"
+done
+
+# read_more PASSAGES BATCH UPDATES LR WARMUP END MODEL TRAIN_DATA: train on from a model, with more
+# passages of each question. The learning rate falls towards 0 at update END.
+# (The papers train with growing numbers of passages too: fewer are cheaper, and easier to begin with.)
+read_more() {
+    step "Train the reader: $1 passage(s) of each question" "$runs/reader_$1/checkpoint/step-$3" \
+        python train_reader.py --train_data "$8" --eval_data none --model_path "$7" --n_context "$1" \
+        --per_gpu_batch_size "$2" --total_steps "$3" --lr "$4" --warmup_steps "$5" \
+        --scheduler_steps "$6" --name "reader_$1" "${reading[@]}" "${training[@]}"
+}
+read_more 1 32 400 2e-3 80 1600 "$data/reader_start" "$data/train_gold.json"
+read_more 2 32 200 1.5e-3 20 1000 "$runs/reader_1/checkpoint/latest" "$out/bm25_train.jsonl"
+read_more 4 16 200 1.1e-3 20 800 "$runs/reader_2/checkpoint/latest" "$out/bm25_train.jsonl"
+read_more 8 8 300 8e-4 20 300 "$runs/reader_4/checkpoint/latest" "$out/bm25_train.jsonl"
+reader=$runs/reader_8/checkpoint/latest
+
+# answer NAME QUESTIONS PASSAGES RESULT OPTIONS...: let the reader answer, into runs/NAME.
+answer() {
+    local name=$1 questions=$2 passages_read=$3 result=$4
+    shift 4
+    step "Let the reader answer $(basename "$questions"), reading $passages_read" "$runs/$name/$result" \
+        python test_reader.py --model_path "$reader" --eval_data "$questions" \
+        --n_context "$passages_read" --per_gpu_batch_size 32 --name "$name" "${reading[@]}" "$@"
+}
+for n in 1 8; do
+    answer "test_bm25_$n" "$out/bm25_test.jsonl" "$n" final_output.txt --write_results
+done
+
+# An eighth of the train questions is enough to distil from; all parts of the corpus are in it.
+awk 'NR % 8 == 1' "$out/bm25_train.jsonl" > "$out/to_score_train.jsonl"
+for part in to_score_train bm25_dev; do
+    answer "scores_$part" "$out/$part.jsonl" 8 dataset_wscores.json --write_crossattention_scores
+done
+
+step "Train the retriever on the reader's scores" "$runs/retriever/checkpoint/step-600" \
+    python train_retriever.py --train_data "$runs/scores_to_score_train/dataset_wscores.json" \
+    --eval_data "$runs/scores_bm25_dev/dataset_wscores.json" --n_context 8 \
+    --model_config "$data/retriever_start/config.json" --tokenizer "$data/retriever_start" \
+    --indexing_dimension 128 --question_maxlength 40 --passage_maxlength 60 --in_batch_negatives \
+    --per_gpu_batch_size 32 --total_steps 600 --eval_freq 200 --lr 1e-3 --warmup_steps 30 \
+    --name retriever --checkpoint_dir "$runs" "${training[@]}"
+retriever=$runs/retriever/checkpoint/latest
+
+step "Embed the passages" "$out/embeddings/wiki_00" \
+    python generate_passage_embeddings.py --model_path "$retriever" --passages "$passages" \
+    --output_path "$out/embeddings/wiki" --per_gpu_batch_size 128
+
+step "Find passages for the test questions by the retriever" "$out/distilled_test.jsonl" \
+    "${finding[@]}" --model_path "$retriever" --passages_embeddings "$out/embeddings/wiki_*" \
+    --data "$data/test.json" --n-docs 20 --output_path "$out/distilled_test.jsonl"
+for n in 1 8; do
+    answer "test_distilled_$n" "$out/distilled_test.jsonl" "$n" final_output.txt --write_results
+done
+
+echo
+python -m examples.quickstart_table "$out"
+echo
+echo "Everything is in $out; read the README for what each step does on your own data."
