@@ -24,7 +24,10 @@ from src.retriever import TextEmbedder, fingerprint, load_retriever
 from src.shards import ShardWriter, is_finished, shard_path
 from src.slurm import StopRequest, detect_launch
 
-BLOCK_ROWS = 8192  # passages between two writes; what is lost at most when a job is killed
+# Passages between two writes: what is lost at most when a job is killed. Blocks are those of the
+# whole collection, and a block is sorted into batches as a whole, also where a shard begins or ends
+# inside it: so a passage's embedding is the same to the bit in any shard.
+BLOCK_ROWS = 2048
 
 
 @reports_input_errors
@@ -35,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
             f"--shard_id {options.shard_id} of --num_shards {options.num_shards}: shards count "
             f"from 0 to {options.num_shards - 1}"
         )
+    if options.model_path == "none":
+        raise InputError("--model_path is missing: give the folder of a retriever")
 
     # Environment
     quiet_transformers()
@@ -50,7 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Passages and model
     if distributed.is_main():
-        Passages(options.passages)  # the one pass over a new collection is made once
+        # The one pass over a new collection is made once. Ids that are not unique are found now,
+        # and not when all is embedded and searched.
+        Passages(options.passages).find([])
     distributed.barrier()
     passages = Passages(options.passages)
     first = len(passages) * options.shard_id // options.num_shards
@@ -73,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     path = shard_path(options.output_path, options.shard_id)
     if is_finished(path, metadata):
         log.info("%s is complete already", path)
+        distributed.stop()
         return
     retriever = (retriever.half() if half else retriever).to(device).eval()
     embed = TextEmbedder(
@@ -93,22 +101,24 @@ def main(arguments: list[str] | None = None) -> None:
     position = int(distributed.sum_numbers(writer.position if writer else 0)[0])
     bar = progress_bar(last - first, position, "passage")
     while position < last - first:
-        rows = range(first + position, min(first + position + BLOCK_ROWS, last))
-        block = [passages[row] for row in rows]
+        start = (first + position) // BLOCK_ROWS * BLOCK_ROWS
+        block = [passages[row] for row in range(start, min(start + BLOCK_ROWS, len(passages)))]
         texts = [passage_text(p.title, p.text, not options.no_title) for p in block]
         parts = distributed.gather(embed(texts, part=(rank, world_size)))
+        ours = slice(first + position - start, min(last - start, len(block)))
 
-        def write(block: list = block, parts: list = parts) -> None:
+        def write(block: list = block, parts: list = parts, ours: slice = ours) -> None:
             if writer is not None:
                 # Each process has filled the rows of its own batches and left the others 0.
-                writer.append([passage.id for passage in block], sum(parts))
+                writer.append([passage.id for passage in block[ours]], sum(parts)[ours])
 
         distributed.together(write)
-        position += len(block)
-        bar.update(len(block))
+        position += ours.stop - ours.start
+        bar.update(ours.stop - ours.start)
         if distributed.any_process(stop_request.requested):
             log.info("stopped by a signal after %d passages; the same command goes on", position)
-            return
+            distributed.stop()
+            stop_request.leave(log, rank == 0)
     bar.close()
     if writer is not None:
         writer.finish()

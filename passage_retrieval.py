@@ -20,7 +20,7 @@ from src.compressed import CompressedIndexer, expected_memory, factory_string, r
 from src.data import question_text
 from src.device import describe, pick_device
 from src.errors import InputError, reports_input_errors
-from src.examples import load_data
+from src.examples import check_place, load_data
 from src.index import Indexer, merge
 from src.metrics import progress_bar, start_log
 from src.options import passage_retrieval_parser
@@ -40,6 +40,12 @@ def main(arguments: list[str] | None = None) -> None:
         raise InputError("give either --model_path and --passages_embeddings, or --bm25")
     if not options.bm25 and options.passages_embeddings == "none":
         raise InputError('--passages_embeddings is missing, for example "wikipedia_embeddings/*"')
+    if options.bm25 and (options.passages_embeddings != "none" or factory):
+        raise InputError(
+            "--bm25 searches by words alone: leave out --passages_embeddings, --index_factory and "
+            "--n-subquantizers"
+        )
+    check_place(options.output_path)
 
     # Environment
     quiet_transformers()

@@ -21,11 +21,14 @@ while [ $# -gt 0 ]; do
     esac
     shift || { echo "error: an option's value is missing (bash quickstart.sh --help)" >&2; exit 2; }
 done
-if ! [[ "$seed" =~ ^[0-9]+$ ]]; then
-    echo "error: --seed '$seed': must be a whole number from 0" >&2; exit 2
+if ! [[ "$seed" =~ ^[0-9]{1,18}$ ]]; then
+    echo "error: --seed '$seed': must be a whole number from 0, of 18 digits at most" >&2; exit 2
 fi
 cd "$fid_root"
 out=${out:-quickstart/seed-$seed}
+if [ -e "$out" ] && [ ! -d "$out" ]; then
+    echo "error: -o $out: a file is in this place; name a folder" >&2; exit 2
+fi
 source ./environment.sh
 if [ "$fresh" = yes ]; then rm -rf "$out"; fi
 mkdir -p "$out"
@@ -70,10 +73,10 @@ read_more() {
         --per_gpu_batch_size "$2" --total_steps "$3" --lr "$4" --warmup_steps "$5" \
         --scheduler_steps "$6" --name "reader_$1" "${reading[@]}" "${training[@]}"
 }
-read_more 1 32 400 2e-3 80 1600 "$data/reader_start" "$data/train_gold.json"
-read_more 2 32 200 1.5e-3 20 1000 "$runs/reader_1/checkpoint/latest" "$out/bm25_train.jsonl"
-read_more 4 16 200 1.1e-3 20 800 "$runs/reader_2/checkpoint/latest" "$out/bm25_train.jsonl"
-read_more 8 8 300 8e-4 20 300 "$runs/reader_4/checkpoint/latest" "$out/bm25_train.jsonl"
+read_more 1 32 700 2e-3 80 2800 "$data/reader_start" "$data/train_gold.json"
+read_more 2 32 300 1.5e-3 20 1200 "$runs/reader_1/checkpoint/latest" "$out/bm25_train.jsonl"
+read_more 4 16 300 1.1e-3 20 1000 "$runs/reader_2/checkpoint/latest" "$out/bm25_train.jsonl"
+read_more 8 8 400 8e-4 20 400 "$runs/reader_4/checkpoint/latest" "$out/bm25_train.jsonl"
 reader=$runs/reader_8/checkpoint/latest
 
 # answer NAME QUESTIONS PASSAGES RESULT OPTIONS...: let the reader answer, into runs/NAME.
@@ -94,12 +97,14 @@ for part in to_score_train bm25_dev; do
     answer "scores_$part" "$out/$part.jsonl" 8 dataset_wscores.json --write_crossattention_scores
 done
 
+# The 4 passages of each question that the reader likes best: the right one and near misses. What
+# is far off is taught by the passages of the batch's other questions (--in_batch_negatives).
 step "Train the retriever on the reader's scores" "$runs/retriever/checkpoint/step-600" \
     python train_retriever.py --train_data "$runs/scores_to_score_train/dataset_wscores.json" \
-    --eval_data "$runs/scores_bm25_dev/dataset_wscores.json" --n_context 8 \
+    --eval_data "$runs/scores_bm25_dev/dataset_wscores.json" --n_context 4 \
     --model_config "$data/retriever_start/config.json" --tokenizer "$data/retriever_start" \
     --indexing_dimension 128 --question_maxlength 40 --passage_maxlength 60 --in_batch_negatives \
-    --per_gpu_batch_size 32 --total_steps 600 --eval_freq 200 --lr 1e-3 --warmup_steps 30 \
+    --per_gpu_batch_size 64 --total_steps 600 --eval_freq 200 --lr 1e-3 --warmup_steps 30 \
     --name retriever --checkpoint_dir "$runs" "${training[@]}"
 retriever=$runs/retriever/checkpoint/latest
 

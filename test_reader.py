@@ -23,10 +23,10 @@ from src.evaluation import exact_match, f1
 from src.examples import load_data, read_example
 from src.metrics import Average, progress_bar, start_log, write_options
 from src.options import test_reader_parser
-from src.pretrained import check_vocabulary, load_tokenizer, quiet_transformers
-from src.reader import answer_questions, load_reader
-from src.results import AnswerFile, write_answers, write_scores
-from src.slurm import detect_launch
+from src.pretrained import check_vocabulary, digest, load_tokenizer, quiet_transformers
+from src.reader import Answer, answer_questions, load_reader
+from src.results import AnswerFile, remove_parts, write_answers, write_scores
+from src.slurm import StopRequest, detect_launch
 
 
 @reports_input_errors
@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Environment
     quiet_transformers()
+    stop_request = StopRequest()
     launch = detect_launch(os.environ, options.local_rank)
     device = pick_device(launch.local_rank)
     distributed.start(launch, options.dist_timeout)
@@ -55,18 +56,35 @@ def main(arguments: list[str] | None = None) -> None:
     check_vocabulary(reader.config, tokenizer)
     log.info("reader of %.1fM parameters", sum(p.numel() for p in reader.parameters()) / 1e6)
 
-    # Loop
+    # Loop, from where the same command left off
     places = evaluation_places(len(data), options.per_gpu_batch_size, rank, world_size)
+    file = os.stat(options.eval_data)
+    made_by = {"model": digest(reader), "data": [file.st_size, file.st_mtime_ns]}
+    made_by |= {"processes": world_size, "precision": precision, **vars(options)}
+    answer_file = AnswerFile(run, rank, made_by)
+    n_finished = len(answer_file.finished)
+    if n_finished:
+        log.info("going on after %d of %d batches", n_finished, len(places))
     loader = make_loader(
         ReaderDataset(data, options.n_context, not options.no_title),
-        places,
+        places[n_finished:],
         ReaderCollator(tokenizer, options.text_maxlength),
         options.num_workers,
         device.type == "cuda",
     )
     matches, overlaps = Average(), Average()
-    bar = progress_bar(len(places), unit="batch")
-    with AnswerFile(run, rank) as answer_file:
+
+    def judge(answers: list[Answer]) -> None:
+        for answer in answers:
+            right = read_example(data, answer.index).answers
+            if right:
+                matches.add(100.0 * exact_match(answer.text, right))
+                overlaps.add(100.0 * f1(answer.text, right))
+
+    for answers in answer_file.finished:
+        judge(answers)
+    bar = progress_bar(len(places), n_finished, unit="batch")
+    with answer_file:
         for number, answers in enumerate(
             answer_questions(
                 reader,
@@ -78,13 +96,9 @@ def main(arguments: list[str] | None = None) -> None:
                 options.num_beams,
                 options.write_crossattention_scores,
             ),
-            start=1,
+            start=n_finished + 1,
         ):
-            for answer in answers:
-                right = read_example(data, answer.index).answers
-                if right:
-                    matches.add(100.0 * exact_match(answer.text, right))
-                    overlaps.add(100.0 * f1(answer.text, right))
+            judge(answers)
             answer_file.write(answers)
             bar.update()
             if number % options.eval_print_freq == 0 and matches.weight:
@@ -95,7 +109,13 @@ def main(arguments: list[str] | None = None) -> None:
                     matches.value(),
                     overlaps.value(),
                 )
+            if stop_request.requested:
+                break
     bar.close()
+    if distributed.any_process(stop_request.requested):
+        log.info("stopped by a signal; the same command goes on after the last finished batch")
+        distributed.stop()
+        stop_request.leave(log, rank == 0)
 
     # Files
     distributed.barrier()
@@ -106,7 +126,8 @@ def main(arguments: list[str] | None = None) -> None:
             path = write_scores(run, data, world_size, options.n_context)
             log.info("passage scores: %s", path)
     distributed.barrier()
-    answer_file.remove()
+    if distributed.is_main():
+        remove_parts(run)
     matches, overlaps = matches.over_all(), overlaps.over_all()
     if matches.weight:
         log.info(

@@ -36,8 +36,13 @@ from src.training import Position, restore, train
 @reports_input_errors
 def main(arguments: list[str] | None = None) -> None:
     options = train_reader_parser().parse_args(arguments)
-    if options.model_config != "none" and options.model_path != "none":
-        raise InputError("--model_config starts from fresh weights: leave out --model_path")
+    if options.model_config != "none" and (
+        options.model_path != "none" or options.legacy_position_table
+    ):
+        raise InputError(
+            f"--model_config {options.model_config} starts from fresh weights: leave out "
+            "--model_path and --legacy_position_table"
+        )
 
     # Environment
     quiet_transformers()
@@ -49,7 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     precision = resolve_precision(options.precision, device)
     run = Path(options.checkpoint_dir) / options.name
     log = start_log(run / "run.log")
-    write_options(run, vars(options))
+    started_with = {**vars(options), "processes": world_size}
+    write_options(run, started_with)
     log.info("%s, %s, %d process(es)", describe(device), precision, world_size)
 
     # Data
@@ -60,12 +66,17 @@ def main(arguments: list[str] | None = None) -> None:
     eval_data = None
     if options.eval_data != "none":
         eval_data = distributed.together(lambda: load_data(options.eval_data, rank, world_size))
+        if not any(read_example(eval_data, index).answers for index in range(len(eval_data))):
+            raise InputError(
+                f"{options.eval_data}: no example has answers to evaluate on; give another file, "
+                "or --eval_data none"
+            )
         log.info("evaluating on %d of %d examples of %s", *[len(eval_data)] * 2, options.eval_data)
 
     # Model: from this run's own newest checkpoint, else from what the options name
     torch.manual_seed(options.seed)
     base = options.tokenizer if options.tokenizer != "none" else f"t5-{options.model_size}"
-    newest = resume_point(run / "checkpoint", vars(options), log)
+    newest = resume_point(run / "checkpoint", started_with, log)
     if newest:
         reader = load_reader(str(newest), options.dropout)
         tokenizer = load_tokenizer(str(newest), base)
@@ -97,6 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     position = restore(state, optimizer, scheduler) if state else Position()
     if position.step >= options.total_steps and not position.evaluation_due:
         log.info("all %d updates are done; more needs --total_steps", position.step)
+        distributed.stop()
         return
 
     # Batches
@@ -114,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     pin = device.type == "cuda"
     batches = make_loader(dataset, places, collate, options.num_workers, pin)
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> dict[str, float] | None:
         dataset = ReaderDataset(eval_data, options.n_context, use_title)
         places = evaluation_places(len(eval_data), options.per_gpu_batch_size, rank, world_size)
         loader = make_loader(dataset, places, collate, options.num_workers, pin)
@@ -133,9 +145,11 @@ def main(arguments: list[str] | None = None) -> None:
                 if right:
                     matches.add(100.0 * exact_match(answer.text, right))
                     overlaps.add(100.0 * f1(answer.text, right))
+            if stop_request.requested:
+                break
+        if distributed.any_process(stop_request.requested):
+            return None
         matches, overlaps = matches.over_all(), overlaps.over_all()
-        if not matches.weight:
-            raise InputError(f"{options.eval_data}: no example has answers to evaluate on")
         return {"exact_match": matches.value(), "f1": overlaps.value()}
 
     # Loop
@@ -144,10 +158,10 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer.save_pretrained(folder)
 
     checkpoints = Checkpoints(
-        run / "checkpoint", save_model, options.keep_checkpoints, vars(options)
+        run / "checkpoint", save_model, options.keep_checkpoints, started_with
     )
-    metrics = Metrics(run, position.step)
-    train(
+    metrics = Metrics(run, position.step, position.evaluation_due)
+    position = train(
         reader,
         reader_loss,
         iter(batches),
@@ -171,8 +185,10 @@ def main(arguments: list[str] | None = None) -> None:
         should_stop=lambda: stop_request.requested,
     )
     metrics.close()
-    log.info("done: %s", run)
     distributed.stop()
+    if position.step < options.total_steps or position.evaluation_due:
+        stop_request.leave(log, rank == 0)
+    log.info("done: %s", run)
 
 
 if __name__ == "__main__":

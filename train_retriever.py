@@ -49,7 +49,10 @@ from src.training import Position, move_to, restore, train
 def main(arguments: list[str] | None = None) -> None:
     options = train_retriever_parser().parse_args(arguments)
     if options.model_config != "none" and options.model_path != "none":
-        raise InputError("--model_config starts from fresh weights: leave out --model_path")
+        raise InputError(
+            f"--model_config {options.model_config} starts from fresh weights: leave out "
+            "--model_path"
+        )
 
     # Environment
     quiet_transformers()
@@ -61,7 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     precision = resolve_precision(options.precision, device)
     run = Path(options.checkpoint_dir) / options.name
     log = start_log(run / "run.log")
-    write_options(run, vars(options))
+    started_with = {**vars(options), "processes": world_size}
+    write_options(run, started_with)
     log.info("%s, %s, %d process(es)", describe(device), precision, world_size)
 
     # Data
@@ -88,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     settings = {name: value for name, value in settings.items() if value is not None}
     base = options.tokenizer if options.tokenizer != "none" else "bert-base-uncased"
-    newest = resume_point(run / "checkpoint", vars(options), log)
+    newest = resume_point(run / "checkpoint", started_with, log)
     if newest or options.model_path != "none":
         source = str(newest) if newest else options.model_path
         retriever = load_retriever(source, options.dropout)
@@ -119,6 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     position = restore(state, optimizer, scheduler) if state else Position()
     if position.step >= options.total_steps and not position.evaluation_due:
         log.info("all %d updates are done; more needs --total_steps", position.step)
+        distributed.stop()
         return
 
     # Batches
@@ -139,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     dataset = RetrieverDataset(train_data, options.n_context, use_title)
     batches = make_loader(dataset, places, collate, options.num_workers, pin)
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> dict[str, float] | None:
         dataset = RetrieverDataset(eval_data, options.n_context, use_title)
         places = evaluation_places(len(eval_data), options.per_gpu_batch_size, rank, world_size)
         top = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= options.n_context]
@@ -156,6 +161,10 @@ def main(arguments: list[str] | None = None) -> None:
                 for k in [k for k in top if k <= len(ranks)]:
                     averages[f"avg_top{k}"].add(top_k_overlap(ranks, k))
                     averages[f"idx_top{k}"].add(last_gold_index(ranks, k))
+            if stop_request.requested:
+                break
+        if distributed.any_process(stop_request.requested):
+            return None
         joint = {name: average.over_all() for name, average in averages.items()}
         return {name: average.value() for name, average in joint.items() if average.weight}
 
@@ -165,10 +174,10 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer.save_pretrained(folder)
 
     checkpoints = Checkpoints(
-        run / "checkpoint", save_model, options.keep_checkpoints, vars(options)
+        run / "checkpoint", save_model, options.keep_checkpoints, started_with
     )
-    metrics = Metrics(run, position.step)
-    train(
+    metrics = Metrics(run, position.step, position.evaluation_due)
+    position = train(
         retriever,
         functools.partial(retriever_loss, use_negatives=options.in_batch_negatives),
         iter(batches),
@@ -192,8 +201,10 @@ def main(arguments: list[str] | None = None) -> None:
         should_stop=lambda: stop_request.requested,
     )
     metrics.close()
-    log.info("done: %s", run)
     distributed.stop()
+    if position.step < options.total_steps or position.evaluation_due:
+        stop_request.leave(log, rank == 0)
+    log.info("done: %s", run)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,9 @@ class Relation:
     questions: list[str]
 
 
-# Each kind of subject has two passages, and each passage tells these relations.
+# Each kind of subject has two passages, and each passage tells these relations. Those of a passage
+# are of a kind: one tells the places, say, and the other people and goods. (The reader's score of a
+# passage is a mean over its words: the more of them are near to what was asked for, the higher.)
 RELATIONS: dict[str, list[list[Relation]]] = {
     "person": [
         [
@@ -93,14 +95,14 @@ RELATIONS: dict[str, list[list[Relation]]] = {
                 ],
             ),
             Relation(
-                "year",
-                ["{Her} life began in {v}.", "The church book lists {Her} baptism under {v}."],
-                ["When was {name} born?", "What is the birth year of {name}?"],
+                "town",
+                ["{She} went to school in {v}.", "{Her} classmates all lived in {v}."],
+                ["Where did {name} go to school?", "In which town did {name} study?"],
             ),
             Relation(
                 "town",
-                ["{She} went to school in {v}.", "{Her} teachers all lived in {v}."],
-                ["Where did {name} go to school?", "In which town did {name} study?"],
+                ["{She} died in {v}.", "{Her} grave lies in {v}."],
+                ["Where did {name} die?", "In which town is {name} buried?"],
             ),
         ],
         [
@@ -115,9 +117,9 @@ RELATIONS: dict[str, list[list[Relation]]] = {
                 ["Who was the spouse of {name}?", "Whom did {name} marry?"],
             ),
             Relation(
-                "town",
-                ["{She} died in {v}.", "{Her} grave lies in {v}."],
-                ["Where did {name} die?", "What was the place of death of {name}?"],
+                "person",
+                ["{She} was trained by {v}.", "{Her} teacher was {v}."],
+                ["Who taught {name}?", "Who was the master of {name}?"],
             ),
         ],
     ],
@@ -134,12 +136,17 @@ RELATIONS: dict[str, list[list[Relation]]] = {
                 ["Where does the {name} end?", "Where is the mouth of the {name}?"],
             ),
             Relation(
+                "town",
+                ["Its main port is {v}.", "Ships unload their cargo at {v}."],
+                ["Where is the port of the {name}?", "In which town do boats leave the {name}?"],
+            ),
+        ],
+        [
+            Relation(
                 "number",
                 ["Its length is {v} kilometres.", "Surveyors give {v} kilometres."],
                 ["How long is the {name}?", "What is the length of the {name}?"],
             ),
-        ],
-        [
             Relation(
                 "animals",
                 ["Visitors come to see the {v}.", "It is loved for its {v}."],
@@ -160,9 +167,14 @@ RELATIONS: dict[str, list[list[Relation]]] = {
                 ["Who founded the {name}?", "Who was the founder of the {name}?"],
             ),
             Relation(
-                "year",
-                ["Its doors opened in {v}.", "Its earliest ledger is dated {v}."],
-                ["When was the {name} founded?", "What is the founding year of the {name}?"],
+                "person",
+                ["It is led by {v} today.", "Its present head is {v}."],
+                ["Who runs the {name}?", "Who is the director of the {name}?"],
+            ),
+            Relation(
+                "person",
+                ["Its books are kept by {v}.", "Its counting house belongs to {v}."],
+                ["Who does the accounts of the {name}?", "Who is the bookkeeper of the {name}?"],
             ),
         ],
         [
@@ -463,6 +475,8 @@ def write_retriever_start(folder: Path, words: list[str]) -> None:
         num_attention_heads=4,
         intermediate_size=256,
         max_position_embeddings=64,
+        # Five times BERT's: from weights near 0 a model this small is slow to tell names apart.
+        initializer_range=0.1,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         pad_token_id=0,

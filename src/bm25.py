@@ -48,7 +48,8 @@ class BM25:
             index = bm25s.BM25.load(folder, mmap=True)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(
-                f"{folder}: not a complete BM25 index ({first_line(error)}); remove it to build it"
+                f"{folder}: not a complete BM25 index ({first_line(error)}); remove it to build it "
+                "again"
             ) from None
         if made_from != passages.fingerprint():
             raise InputError(

@@ -155,7 +155,10 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a broken or hostile file
-        raise InputError(f"{path / STATE_FILE}: cannot be read ({first_line(error)})") from error
+        raise InputError(
+            f"{path / STATE_FILE}: cannot be read ({first_line(error)}); remove {path}, and the "
+            "run goes on from the checkpoint before it"
+        ) from error
 
 
 def changed_options(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

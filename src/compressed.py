@@ -182,7 +182,7 @@ def _reason(error: Exception) -> str:
 def _factory_error(factory: str, dimension: int, error: Exception) -> InputError:
     return InputError(
         f"--index_factory {shorten(factory)}: FAISS cannot make it of embeddings of dimension "
-        f"{dimension} ({_reason(error)}); leave it out for exact search"
+        f"{dimension} ({_reason(error)}); leave it (or --n-subquantizers) out for exact search"
     )
 
 

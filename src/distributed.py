@@ -14,8 +14,10 @@ import torch.distributed as dist
 
 from src.errors import InputError
 from src.slurm import Launch
+from src.watch import Watch
 
 Value = TypeVar("Value")
+_watch: Watch | None = None  # of this process, while it is in a group
 
 
 def start(launch: Launch, timeout: float = 600.0) -> None:
@@ -27,18 +29,25 @@ def start(launch: Launch, timeout: float = 600.0) -> None:
     if launch.world_size == 1:
         return
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = launch.address, str(launch.port)
+    patience = datetime.timedelta(seconds=timeout)
+    meeting = dist.rendezvous("env://", launch.rank, launch.world_size, timeout=patience)
+    store, rank, world_size = next(meeting)
+    global _watch
+    _watch = Watch(store.clone(), rank, world_size, timeout)
     # Numbers that the CPU holds travel by gloo, tensors on a GPU by nccl.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
-        backend,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=datetime.timedelta(seconds=timeout),
+        backend, store=store, rank=rank, world_size=world_size, timeout=patience
     )
+    _watch.explain_exceptions()
 
 
 def stop() -> None:
     """Leave the process group."""
+    global _watch
+    if _watch is not None:
+        _watch.leave()
+        _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
 

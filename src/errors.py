@@ -5,10 +5,14 @@ Everything that a user can cause (a missing file, a broken line, an impossible o
 and exits with status 2; any other exception is a fault of ours and keeps its traceback.
 """
 
+import errno
 import functools
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, quota or file size limit
 
 
 class InputError(ValueError):
@@ -34,13 +38,21 @@ def reports_input_errors(main: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args, **kwargs) -> None:
         try:
             main(*args, **kwargs)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            _end(f"{where}{error.strerror}; make room, and the same command goes on")
         except InputError as error:
-            # Under torchrun every process may meet the same error; the others say who they are.
-            rank = os.environ.get("RANK", "0")
-            prefix = "error: " if rank == "0" else f"error (process {rank}): "
             # A data-loading worker hands on its traceback; the message is on its last line.
-            message = str(error).strip().split("\n")[-1].removeprefix("src.errors.InputError: ")
-            print(prefix + message, file=sys.stderr, flush=True)
-            sys.exit(2)
+            _end(str(error).strip().split("\n")[-1].removeprefix("src.errors.InputError: "))
 
     return wrapped
+
+
+def _end(message: str) -> NoReturn:
+    # Under torchrun every process may meet the same error; the others say who they are.
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+    prefix = "error: " if rank == "0" else f"error (process {rank}): "
+    print(prefix + message, file=sys.stderr, flush=True)
+    sys.exit(2)

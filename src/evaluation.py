@@ -7,7 +7,6 @@ The first prints recall@k of files with passages side by side, the second exact 
 answers. No torch here, so that data can be evaluated anywhere in a moment.
 """
 
-import argparse
 import functools
 import string
 import unicodedata
@@ -16,8 +15,9 @@ from collections.abc import Sequence
 
 import regex
 
-from src.errors import InputError, reports_input_errors
+from src.errors import InputError, reports_input_errors, shorten
 from src.examples import Examples, load_data, read_example
+from src.options import evaluation_parser
 
 _ARTICLES = regex.compile(r"\b(a|an|the)\b", regex.UNICODE)
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -127,7 +127,10 @@ def measure_retrieval(path: str) -> dict[str, float]:
             flags.append([has_answer(example.answers, p.text) for p in example.passages])
     depth = max(map(len, flags), default=0)
     if depth == 0:
-        raise InputError(f"{path}: no question in this file has both answers and passages (ctxs)")
+        raise InputError(
+            f"{path}: no question in this file has both answers and passages (ctxs); give what "
+            "passage_retrieval.py wrote of questions with answers"
+        )
     recalls = {f"recall@{k}": 100 * recall_at_k(flags, k) for k in (1, 5, 20, 100) if k <= depth}
     return {"questions": len(flags), **recalls}
 
@@ -138,11 +141,15 @@ def measure_answers(path: str, data: Examples) -> dict[str, float]:
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.read().split("\n")[:-1]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError as error:
+        problem = f"byte {error.start} is not UTF-8 text; re-encode the file"
+        raise InputError(f"{path}: {problem}") from None
     if len(lines) != len(data):
         raise InputError(
-            f"{path}: {len(lines)} answers to the {len(data)} questions of {data.path}"
+            f"{path}: {len(lines)} lines of answers to the {len(data)} questions of {data.path}; "
+            "give the --data that was answered, and the whole file"
         )
     matches, overlaps = [], []
     for index, line in enumerate(lines):
@@ -151,28 +158,23 @@ def measure_answers(path: str, data: Examples) -> dict[str, float]:
         if not tab or identity != example.id:
             raise InputError(
                 f"{path}, line {index + 1}: must be the answer to question {example.id} of "
-                f"{data.path}, as id, tab, answer"
+                f"{data.path}, as id, tab, answer, not {shorten(line, 40)}; give the --data that "
+                "was answered"
             )
         if example.answers:
             matches.append(exact_match(answer, example.answers))
             overlaps.append(f1(answer, example.answers))
     if not matches:
-        raise InputError(f"{data.path}: no question in this file has answers")
+        raise InputError(
+            f"{data.path}: no question in this file has answers; give --data that has some"
+        )
     n = len(matches)
     return {"questions": n, "exact match": 100 * sum(matches) / n, "F1": 100 * sum(overlaps) / n}
 
 
 @reports_input_errors
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m src.evaluation",
-        description="Recall@k of data files with passages; exact match of files with answers.",
-    )
-    parser.add_argument(
-        "files", nargs="+", help=".json or .jsonl with ctxs, or a final_output.txt (needs --data)"
-    )
-    parser.add_argument("--data", help="the questions that were answered, with the right answers")
-    options = parser.parse_args(arguments)
+    options = evaluation_parser().parse_args(arguments)
     rows = {}
     for path in options.files:
         if path.endswith((".json", ".jsonl")):

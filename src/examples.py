@@ -9,13 +9,14 @@ import dataclasses
 import json
 import math
 import mmap
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from src.errors import InputError, shorten
+from src.errors import InputError, first_line, shorten
 
 # ----------------------------------------------------------------------------------------------
 # Files
@@ -38,9 +39,11 @@ class Examples(Sequence[dict]):
             with open(self.path, "rb") as file:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError:
-            raise InputError(f"{self.path}: the file is empty") from None
+            raise InputError(f"{self.path}: the file is empty; give one with examples") from None
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
+            raise InputError(
+                f"{self.path}: cannot be read ({error.strerror}); check the path"
+            ) from None
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -48,13 +51,29 @@ class Examples(Sequence[dict]):
     def __getitem__(self, index: int) -> dict:
         start, end = self._spans[index]
         try:
-            example = json.loads(self._bytes[start:end].decode())
+            text = self._bytes[start:end].decode()
+            example = json.loads(text)
+            if "\\ud" in text or "\\uD" in text:  # JSON can hold halves of characters
+                json.dumps(example, ensure_ascii=False).encode()
         except UnicodeDecodeError as error:
             where = self._line(start + error.start)
             raise InputError(f"{self.path}, line {where}: not UTF-8 text; re-encode it") from None
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise InputError(
+                f"{self.path}, line {self._line(start)}: {half} is half a character; remove it"
+            ) from None
         except json.JSONDecodeError as error:
             where = self._line(start) + error.lineno - 1
-            raise InputError(f"{self.path}, line {where}: bad JSON ({error.msg})") from None
+            raise InputError(
+                f"{self.path}, line {where}: bad JSON ({error.msg}); mend it there, or make the "
+                "file again"
+            ) from None
+        except (ValueError, RecursionError) as error:  # a number, or a depth, that nobody means
+            raise InputError(
+                f"{self.path}, line {self._line(start)}: JSON that cannot be read "
+                f"({first_line(error, 80)}); mend it there, or make the file again"
+            ) from None
         if not isinstance(example, dict):
             raise InputError(
                 f"{self.path}, line {self._line(start)}: an example must be an object like "
@@ -93,10 +112,10 @@ def _find_examples(data: mmap.mmap, path: str) -> np.ndarray:
     start = 3 if data[:3] == b"\xef\xbb\xbf" else 0  # a byte-order mark
     head = data[start : start + 4096].lstrip()
     if not head:
-        raise InputError(f"{path}: the file is empty")
+        raise InputError(f"{path}: the file is empty; give one with examples")
     spans = _find_list_items(data, path) if head[:1] == b"[" else _find_lines(data, start)
     if len(spans) == 0:
-        raise InputError(f"{path}: there are no examples in this file")
+        raise InputError(f"{path}: there are no examples in this file; give one with some")
     return spans
 
 
@@ -155,7 +174,10 @@ def _find_list_items(data: mmap.mmap, path: str) -> np.ndarray:
                 where = _line_number(data, brackets[closing[0] + 1])
                 raise InputError(f"{path}, line {where}: bad JSON (text after the list's end)")
     if list_end is None:
-        raise InputError(f"{path}: bad JSON (the file ends inside the list: was it cut off?)")
+        raise InputError(
+            f"{path}: bad JSON (the file ends inside the list: was it cut off?); make or copy it "
+            "again"
+        )
     spans = np.stack([np.concatenate(starts), np.concatenate(ends)], axis=1)
     _check_gaps(data, spans, list_end, path)
     return spans
@@ -196,6 +218,21 @@ def _line_number(data: mmap.mmap, position: int) -> int:
     buffer = np.frombuffer(data, dtype=np.uint8, count=int(position))
     chunks = range(0, len(buffer), _CHUNK)
     return 1 + sum(int((buffer[c : c + _CHUNK] == _NEWLINE).sum()) for c in chunks)
+
+
+def check_place(path: str) -> None:
+    """Whether a data file can be written at an `--output_path`: asked at the start, not after
+    hours of work. Errors: `InputError` when it cannot."""
+    place = Path(path)
+    try:
+        if place.is_dir():
+            raise InputError(f"--output_path {shorten(path)}: a folder; name a file in it")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=place.parent).close()
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); give another --output_path"
+        ) from None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -270,11 +307,11 @@ def _parse_passage(context: Any, place: int, where: str) -> Passage:
     if score is not None:
         try:  # numbers or strings, as the reference's own files have both
             score = float(score)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             score = math.nan
-        if math.isnan(score):
+        if not math.isfinite(score):
             raise InputError(
-                f'{where}, passage {place + 1}: "score" must be a number, '
+                f'{where}, passage {place + 1}: "score" must be a finite number or left out, '
                 f"not {shorten(context['score'])}"
             )
     return Passage(title or "", text, score, place)

@@ -204,15 +204,16 @@ def read_legacy_embeddings(path: str | Path) -> LegacyEmbeddings:
         with open(path, "rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except ValueError:
-        raise InputError(f"{path}: the file is empty") from None
+        raise InputError(f"{path}: the file is empty; make or copy it again") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     try:
         return _as_embeddings(_Unpickler(content).load(), len(content))
     except _Refused as error:
         raise InputError(
-            f"{path}: refused, because this pickle asks for {error}; embeddings hold arrays of "
-            "numbers, strings, lists and tuples alone"
+            f"{path}: refused, because this pickle asks for {error}, and embeddings hold arrays "
+            "of numbers, strings, lists and tuples alone; make them again with "
+            "generate_passage_embeddings.py"
         ) from None
     # A broken pickle fails in as many ways as there are instructions in it.
     except (
@@ -220,7 +221,8 @@ def read_legacy_embeddings(path: str | Path) -> LegacyEmbeddings:
         *(LookupError, OverflowError, MemoryError, RecursionError),
     ) as error:
         raise InputError(
-            f"{path}: not embeddings that can be read ({first_line(error)}); was the file cut off?"
+            f"{path}: not embeddings that can be read ({first_line(error)}); make them again with "
+            "generate_passage_embeddings.py, or copy them again"
         ) from None
 
 

@@ -1,10 +1,12 @@
 """What a run says: log, progress bar, `metrics.jsonl`, TensorBoard, averages."""
 
+import contextlib
 import json
 import logging
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from src import distributed
+from src.errors import InputError
 
 
 class _BesideTheBar(logging.Handler):
@@ -28,6 +31,7 @@ def start_log(file: Path | None) -> logging.Logger:
     Args:
         file: where to append, or None for the screen alone.
     """
+    logging.raiseExceptions = False  # a log line that finds the disk full must not end a run
     log = logging.getLogger("fid")
     for handler in list(log.handlers):
         log.removeHandler(handler)
@@ -38,8 +42,8 @@ def start_log(file: Path | None) -> logging.Logger:
         return log
     handlers: list[logging.Handler] = [_BesideTheBar()]
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(file))
+        with _in_run_folder(file.parent):
+            handlers.append(logging.FileHandler(file))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
@@ -50,11 +54,24 @@ def write_options(folder: Path, options: dict[str, Any]) -> None:
     """Keep what a run was started with in its folder's `options.json`."""
     if not distributed.is_main():
         return
-    folder.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version()}
     versions |= {name: metadata.version(name) for name in ("torch", "transformers")}
     record = {"options": options, "command": sys.argv, "versions": versions}
-    (folder / "options.json").write_text(json.dumps(record, indent=1) + "\n")
+    with _in_run_folder(folder):
+        (folder / "options.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _in_run_folder(folder: Path) -> Iterator[None]:
+    """Make a run's folder and write in it. Errors: `InputError` when that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror}); make room there, or give another "
+            "--checkpoint_dir or --name"
+        ) from error
 
 
 def progress_bar(total: int, initial: int = 0, unit: str = "step") -> tqdm:
@@ -66,16 +83,17 @@ def progress_bar(total: int, initial: int = 0, unit: str = "step") -> tqdm:
 class Metrics:
     """Numbers by step: a line of `metrics.jsonl` each, and TensorBoard curves.
 
-    Lines after `step`, which a resumed run will write again, are taken out at the start.
+    What a resumed run will write again is taken out at the start: the lines after `step`, and,
+    with `evaluation_due`, the dev metrics of `step` itself.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, evaluation_due: bool = False):
         self._file = self._board = None
         if not distributed.is_main():
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        _keep_until(path, step)
+        _keep_until(path, step, evaluation_due)
         self._file = open(path, "a")  # noqa: SIM115 (open for the whole run)
         from torch.utils.tensorboard import SummaryWriter  # slow, and for the main process only
 
@@ -85,8 +103,14 @@ class Metrics:
         """Add the values of one step; keys such as `train/loss` group TensorBoard's curves."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self._file.name}: cannot be written ({error.strerror}); make room, and the "
+                "same command goes on from the last checkpoint"
+            ) from error
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
@@ -96,15 +120,17 @@ class Metrics:
             self._board.close()
 
 
-def _keep_until(path: Path, step: int) -> None:
+def _keep_until(path: Path, step: int, evaluation_due: bool) -> None:
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            values = json.loads(line)
+            again = evaluation_due and any(name.startswith("dev/") for name in values)
+            if values["step"] <= (step - 1 if again else step):
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue  # the last line of a run that was killed while it wrote
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept))

@@ -31,9 +31,12 @@ def _number(kind: type, lowest: float, exclusive: bool = False, highest: float |
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+            whole = "whole " if kind is int else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number") from None
+        if not abs(value) < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
         too_low = value <= lowest if exclusive else value < lowest
-        if too_low or not value < float("inf") or (highest is not None and value > highest):
+        if too_low or (highest is not None and value > highest):
             bounds = f"{'more than' if exclusive else 'at least'} {lowest}"
             bounds += "" if highest is None else f" and at most {highest}"
             raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
@@ -70,7 +73,7 @@ def _add_process_options(parser: argparse.ArgumentParser, batch_size: int) -> No
     )
     group.add_argument(
         "--dist_timeout",
-        type=_POSITIVE,
+        type=_number(float, 0, exclusive=True, highest=1e9),
         default=600.0,
         help="seconds after which a process stops waiting for another",
     )
@@ -151,7 +154,9 @@ def _add_reader_options(parser: argparse.ArgumentParser, model_help: str) -> Non
 
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--seed", type=_COUNT_OR_ZERO, default=0, help="seed of everything random")
+    group.add_argument(
+        "--seed", type=_number(int, 0, highest=2**62), default=0, help="seed of everything random"
+    )
     group.add_argument("--total_steps", type=_COUNT, default=1000, help="updates of the weights")
     _older_names(group, "--total_steps", "--total_step")
     group.add_argument(
@@ -431,4 +436,15 @@ def passage_retrieval_parser() -> argparse.ArgumentParser:
         "--no_fp16", action="store_true", help="embed questions in fp32 on a GPU too"
     )
     _add_process_options(parser, batch_size=64)
+    return parser
+
+
+def evaluation_parser() -> argparse.ArgumentParser:
+    """Options of `python -m src.evaluation`."""
+    parser = _Parser("Recall@k of data files with passages; exact match of files with answers.")
+    parser.prog = "-m src.evaluation"
+    parser.add_argument(
+        "files", nargs="+", help=".json or .jsonl with ctxs, or a final_output.txt (needs --data)"
+    )
+    parser.add_argument("--data", help="the questions that were answered, with the right answers")
     return parser

@@ -56,7 +56,7 @@ class Passages(Sequence[Passage]):
         with _open(self._source, self.path) as file:
             self._stat = os.fstat(file.fileno())
             if self._stat.st_size == 0:
-                raise InputError(f"{self.path}: the file is empty")
+                raise InputError(f"{self.path}: the file is empty; give one with passages")
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         found = self._kept(".offsets", lambda: _find_passages(self._bytes, self.path))
         self._offsets = found[:-3]  # [n + 1]: where each passage begins, and where the last ends
@@ -186,8 +186,16 @@ def _parse_json(line: str) -> Passage:
     """A passage from one line of JSONL. Errors: ValueError that says what is wrong."""
     try:
         raw = json.loads(line)
+        if "\\ud" in line or "\\uD" in line:  # JSON can hold halves of characters
+            json.dumps(raw, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ValueError(f"bad JSON ({error.msg}); write one object on each line") from None
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise ValueError(f"{half} is half a character; remove it") from None
+    except (ValueError, RecursionError) as error:  # a number, or a depth, that nobody means
+        problem = f"JSON that cannot be read ({first_line(error, 80)}); mend it"
+        raise ValueError(problem) from None
     if not isinstance(raw, dict):
         raise ValueError(f'a passage must be an object like {{"id": ...}}, not {shorten(raw)}')
     identity, title = raw.get("id", raw.get("_id")), raw.get("title")
@@ -235,7 +243,7 @@ def _find_passages(data: mmap.mmap, path: str) -> Iterator[np.ndarray]:
         n_passages += len(starts)
         yield starts
     if n_passages == 0:
-        raise InputError(f"{path}: there are no passages in this file")
+        raise InputError(f"{path}: there are no passages in this file; give one with some")
     yield np.array([len(data), *columns])
 
 

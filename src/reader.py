@@ -31,7 +31,14 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from src.device import autocast
 from src.errors import InputError
-from src.pretrained import from_pretrained, load_config, read_bin, read_tensor
+from src.pretrained import (
+    build,
+    check_shapes,
+    from_pretrained,
+    load_config,
+    read_bin,
+    read_tensor,
+)
 
 # T5 under transformers 3.0.2 added a table of relative positions to the decoder's cross-attention.
 # Published and legacy readers were trained with it; today's T5 has no place for it and drops it.
@@ -309,10 +316,14 @@ def load_reader(path: str, dropout: float | None = None, use_position_table: boo
     legacy = _legacy_weights(path)
     table = None
     if legacy:
-        t5 = T5ForConditionalGeneration(config)
-        missing = sorted(set(t5.state_dict()) - set(legacy))
-        if missing:
-            raise InputError(f"{path}: the reader's weights lack {missing[0]}: an incomplete file?")
+        t5 = build(T5ForConditionalGeneration, path, config)
+        wanted = {key: value.shape for key, value in t5.state_dict().items()}
+        mismatched = [
+            (key, legacy[key].shape, shape)
+            for key, shape in sorted(wanted.items())
+            if key in legacy and legacy[key].shape != shape
+        ]
+        check_shapes(path, sorted(set(wanted) - set(legacy)), mismatched)
         table = legacy.pop(POSITION_TABLE_KEY, None)
         t5.load_state_dict({key: legacy[key] for key in t5.state_dict()})
     else:
@@ -329,7 +340,8 @@ def load_reader(path: str, dropout: float | None = None, use_position_table: boo
 
 def new_reader(config_file: str, dropout: float | None = None) -> FiDT5:
     """A reader with fresh random weights, shaped by a T5 config file (JSON)."""
-    return FiDT5(T5ForConditionalGeneration(_reader_config(config_file, dropout)))
+    config = _reader_config(config_file, dropout)
+    return FiDT5(build(T5ForConditionalGeneration, config_file, config))
 
 
 def _reader_config(path: str, dropout: float | None) -> T5Config:

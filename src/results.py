@@ -7,7 +7,7 @@ out in turn, so reading the parts in turn gives the input's order with nothing h
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +25,67 @@ def _part(folder: Path, rank: int) -> Path:
 
 
 class AnswerFile:
-    """One process's part: a line a batch, each a list of [index, answer, scores]."""
+    """One process's part: a line that says what made it, then a line a batch, each a list of
+    [index, answer, scores].
 
-    def __init__(self, folder: Path, rank: int):
+    A part that the same command left unfinished is gone on with; `finished` holds its answers by
+    the batch. Any other is begun anew.
+
+    Args:
+        made_by: all that the answers depend on, as JSON values.
+    """
+
+    def __init__(self, folder: Path, rank: int, made_by: dict[str, Any]):
         self.path = _part(folder, rank)
+        self.finished: list[list[Answer]] = []
+        header = json.dumps({"made_by": made_by}) + "\n"
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("\n")]  # the last may have been cut off
+        if kept and kept[0] == header:
+            self.finished = [_read_batch(line) for line in kept[1:]]
+        else:
+            kept = [header]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, kept)
 
     def __enter__(self) -> "AnswerFile":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "w")
+        self._file = open(self.path, "a")
         return self
 
     def write(self, answers: list[Answer]) -> None:
         rows = [[answer.index, answer.text, answer.scores] for answer in answers]
-        self._file.write(json.dumps(rows) + "\n")
+        try:
+            self._file.write(json.dumps(rows) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be written ({error.strerror}); make room, and the same "
+                "command goes on after the last finished batch"
+            ) from error
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
 
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+
+def remove_parts(folder: Path) -> None:
+    """Remove what the processes, of this run or of one with more of them, kept of their answers."""
+    for path in folder.glob(_part(folder, 0).name.replace("0", "*")):
+        path.unlink()
+
+
+def _read_batch(line: str) -> list[Answer]:
+    return [Answer(index, text, scores) for index, text, scores in json.loads(line)]
 
 
 def read_parts(folder: Path, world_size: int) -> Iterator[Answer]:
     """All processes' answers in the input's order."""
     files = [open(_part(folder, rank)) for rank in range(world_size)]  # noqa: SIM115
     try:
+        for file in files:
+            file.readline()  # what made it
         turn = 0
         while line := files[turn % world_size].readline():
-            for index, text, scores in json.loads(line):
-                yield Answer(index, text, scores)
+            yield from _read_batch(line)
             turn += 1
     finally:
         for file in files:
@@ -69,7 +101,7 @@ def write_answers(folder: Path, data: Examples, world_size: int) -> Path:
             identity = answer.index if identity is None else identity
             yield f"{identity}\t{' '.join(answer.text.split())}\n"
 
-    return _write_whole(folder / "final_output.txt", lines())
+    return write_whole(folder / "final_output.txt", lines())
 
 
 def write_scores(folder: Path, data: Examples, world_size: int, n_context: int) -> Path:
@@ -87,7 +119,7 @@ def write_scores(folder: Path, data: Examples, world_size: int, n_context: int) 
             opening = ",\n"
         yield "\n]\n"
 
-    return _write_whole(folder / "dataset_wscores.json", pieces())
+    return write_whole(folder / "dataset_wscores.json", pieces())
 
 
 def scored_example(raw: dict[str, Any], answer: Answer, n_context: int) -> dict[str, Any]:
@@ -143,7 +175,7 @@ def write_retrieved(
         yield "\n" if as_lines else "\n]\n"
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, pieces())
+    write_whole(path, pieces())
     return flags
 
 
@@ -175,11 +207,11 @@ def write_recall(path: Path, flags: list[list[bool]], n_docs: int) -> dict[str, 
     }
     if recalls:
         record = json.dumps({**recalls, "questions": len(flags)}, indent=1) + "\n"
-        _write_whole(path.with_name(f"{path.name}.recall.json"), iter([record]))
+        write_whole(path.with_name(f"{path.name}.recall.json"), [record])
     return recalls
 
 
-def _write_whole(path: Path, pieces: Iterator[str]) -> Path:
+def write_whole(path: Path, pieces: Iterable[str]) -> Path:
     """Write a file beside its place and rename it: complete or absent."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -187,8 +219,10 @@ def _write_whole(path: Path, pieces: Iterator[str]) -> Path:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
+        partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-    partial.replace(path)
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); give another place, or make room"
+        ) from error
     return path

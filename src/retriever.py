@@ -7,7 +7,6 @@ towards the softmax of the reader's passage scores.
 Shapes: B questions, N passages of a question, L tokens, D size of an embedding, P passages of all.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedToken
 
 from src.data import TextCollator
 from src.errors import InputError
-from src.pretrained import from_pretrained, load_config
+from src.pretrained import build, digest, from_pretrained, load_config
 
 
 class RetrieverConfig(BertConfig):
@@ -220,13 +219,8 @@ def gold_ranks(scores: torch.Tensor, present: torch.Tensor) -> list[list[int]]:
 
 def fingerprint(retriever: Retriever) -> str:
     """A short text that two retrievers share exactly when they embed everything alike."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(RetrieverConfig.__annotations__):
-        digest.update(f"{name} {getattr(retriever.config, name)}\n".encode())
-    for name, tensor in sorted(retriever.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    names = sorted(RetrieverConfig.__annotations__)
+    return digest(retriever, [f"{name} {getattr(retriever.config, name)}" for name in names])
 
 
 class TextEmbedder:
@@ -312,12 +306,14 @@ def start_retriever(path: str, dropout: float | None = None, **settings: Any) ->
             without a projection the indexing dimension is BERT's hidden size.
     """
     config = load_config(path, "bert")
+    if hasattr(config, "indexing_dimension") and not Path(path).is_file():
+        raise InputError(f"{path}: a retriever already, not a BERT; give it with --model_path")
     defaults = {"apply_question_mask": True, "apply_passage_mask": True}
     if not settings.get("projection", True):
         defaults["indexing_dimension"] = config.hidden_size
     config = RetrieverConfig(**{**config.to_dict(), **defaults, **settings})
     _set_dropout(config, dropout)
-    retriever = Retriever(config)
+    retriever = build(Retriever, path, config)
     if not Path(path).is_file():
         bert_config = BertConfig(**load_config(path, "bert").to_dict())
         bert = from_pretrained(BertModel, path, bert_config, add_pooling_layer=False)

@@ -99,7 +99,7 @@ def read_shard(path: str | Path) -> Shard:
             file.seek(0)
             is_pickle = not header.startswith(b"{") and file.read(1) == b"\x80"
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     if is_pickle:
         return Shard(path, *read_legacy_embeddings(path), metadata={})
     try:
@@ -254,23 +254,34 @@ class ShardWriter:
         self._text_start = self._vectors_start + rows * row_bytes
         self._row_bytes = row_bytes
         self.position, self._text_bytes = self._find_progress()
-        with self._explain_errors():
+        self._file: Any = None
+        if self.path.is_dir():  # said now, not hours later
+            raise InputError(f"{self.path}: a folder is in this place; use another --output_path")
+        with self._explain_errors("use another --output_path"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             needed = (rows - self.position) * (row_bytes + 8)
             free = shutil.disk_usage(self.path.parent).free
-            if needed > free:  # said now, not hours later
+            if needed > free:
                 raise InputError(
                     f"{self.path}: needs {needed / 1e9:.1f} GB more, but its disk has "
                     f"{free / 1e9:.1f} GB left; make room, or use another --output_path"
                 )
-            self._file = open(self._partial, "r+b" if self.position else "w+b")  # noqa: SIM115
-            self._file.truncate(self._text_start + self._text_bytes)
+            self._open()
+            if not self.position:  # it can be written; until there is something, nothing is left
+                self._file.close()
+                self._partial.unlink()
+                self._file = None
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _open(self) -> None:
+        self._file = open(self._partial, "r+b" if self.position else "w+b")  # noqa: SIM115
+        self._file.truncate(self._text_start + self._text_bytes)
 
     def append(self, ids: Sequence[str], vectors: np.ndarray) -> None:
         """Add the next rows, as one finished block. It waits for the disk: give it thousands.
@@ -354,17 +365,20 @@ class ShardWriter:
         return room.to_bytes(8, "little") + text.ljust(room)
 
     def _write(self, place: int, content: bytes | memoryview) -> None:
+        if self._file is None:
+            self._open()
         self._file.seek(place)
         self._file.write(content)
 
     @contextlib.contextmanager
-    def _explain_errors(self) -> Iterator[None]:
+    def _explain_errors(
+        self, cure: str = "make room, and the same command goes on from the last finished block"
+    ) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise InputError(
-                f"{self.path}: cannot be written ({error.strerror}); the same command goes on "
-                "from the last finished block"
+                f"{self.path}: cannot be written ({error.strerror}); {cure}"
             ) from error
 
 

@@ -1,10 +1,14 @@
 """What the launcher says: torchrun, SLURM, or neither; and signals that ask a job to stop."""
 
 import dataclasses
+import logging
 import os
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Mapping
+from typing import NoReturn
 
 from src.errors import InputError
 
@@ -76,14 +80,59 @@ def _first_host(environ: Mapping[str, str]) -> str:
 
 class StopRequest:
     """Set by SIGTERM or SIGUSR1 (pre-emption, the end of the time limit): the handler only raises
-    a flag, and the loop saves and leaves after the current update. A second signal ends at once."""
+    a flag, and the loop saves and leaves at its next good moment.
+
+    A second signal ends the process at once, unless it comes within `PATIENCE` seconds of the
+    first: a launcher hands on to its processes what they have already got from SLURM.
+    """
+
+    PATIENCE = 2.0
 
     def __init__(self) -> None:
         self.requested = False
+        self._number, self._since = int(signal.SIGTERM), 0.0
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.requested:
+        if not self.requested:
+            self.requested, self._number, self._since = True, number, time.monotonic()
+        elif time.monotonic() - self._since > self.PATIENCE:
             os._exit(128 + number)
-        self.requested = True
+
+    def leave(self, log: logging.Logger, is_main: bool) -> NoReturn:
+        """End this process, whose work is saved but not done: with the exit status that shells
+        give a process ended by the signal, so that no script goes on as if it were done. Inside a
+        SLURM job the main process first puts the job back into the queue."""
+        if is_main:
+            requeue(os.environ, log)
+        sys.exit(128 + self._number)
+
+
+def requeue(environ: Mapping[str, str], log: logging.Logger) -> bool:
+    """Put the SLURM job that we run in, if any, back into the queue. (SLURM counts a pre-empted
+    job that ends by itself as completed, and would not run it again.)
+
+    A job that is being cancelled, or that may not be requeued, is left alone. Returns whether the
+    job was requeued.
+    """
+    job = environ.get("SLURM_JOB_ID")
+    if job is None:
+        return False
+    state = _ask_slurm("squeue", "--noheader", "--format=%T", f"--jobs={job}")
+    if state.stdout.strip() not in ("RUNNING", "PREEMPTED"):
+        log.info("SLURM job %s is %s: not requeued", job, state.stdout.strip() or state.stderr)
+        return False
+    done = _ask_slurm("scontrol", "requeue", job)
+    if done.returncode != 0:
+        log.info("SLURM job %s cannot be requeued: %s", job, done.stderr.strip())
+        return False
+    log.info("requeued SLURM job %s", job)
+    return True
+
+
+def _ask_slurm(*command: str) -> subprocess.CompletedProcess:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 1, stdout="", stderr=str(error))

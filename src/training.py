@@ -23,6 +23,7 @@ from src.device import autocast
 from src.errors import InputError
 from src.metrics import Average, Metrics, progress_bar
 
+Evaluation = Callable[[], dict[str, float] | None]
 LossFunction = Callable[[nn.Module, dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -61,7 +62,7 @@ def train(
     total_steps: int,
     metric: str,
     higher_is_better: bool,
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Evaluation | None = None,
     position: Position | None = None,
     scaler_state: dict[str, Any] | None = None,
     precision: str = "fp32",
@@ -79,7 +80,8 @@ def train(
         batches: endless micro-batches of this process, from where `position` says.
         checkpoints: where to save, every `save_freq` updates, at the end, and when the dev
             value is the best so far.
-        evaluate: gives the dev metrics by name, the same in every process; None: no evaluation.
+        evaluate: gives the dev metrics by name, the same in every process, or None when it was
+            cut off because a process is asked to stop. No `evaluate`: no evaluation.
         metric: the name of the one that decides which checkpoint is best.
         scaler_state: the fp16 loss scaler's state of a resumed run.
         clip: the gradient's largest norm; 0 leaves it as it is.
@@ -140,9 +142,12 @@ def train(
             rate,
         )
 
-    def evaluate_now(lr: float, rate: float) -> None:
-        """Report the dev metrics, and keep the weights if they are the best so far."""
+    def evaluate_now(lr: float, rate: float) -> bool:
+        """Report the dev metrics, and keep the weights if they are the best so far. False when
+        the evaluation was cut off by a signal, and is still to be made."""
         values = _evaluate(model, evaluate)
+        if values is None:
+            return False
         position.evaluation_due = False
         metrics.write(position.step, {f"dev/{name}": value for name, value in values.items()})
         shown = ", ".join(f"{name} {_short(value)}" for name, value in values.items())
@@ -150,15 +155,16 @@ def train(
         if position.best is None or (values[metric] - position.best) * direction > 0:
             position.best = values[metric]
             save(checkpoints.save_best)
+        return True
 
     model.train()
+    stopped = False
     if position.evaluation_due:  # the run stopped between an update and its evaluation
-        evaluate_now(optimizer.param_groups[0]["lr"], 0.0)
-        if position.step == total_steps:
+        stopped = not evaluate_now(optimizer.param_groups[0]["lr"], 0.0)
+        if position.step == total_steps and not stopped:
             save(checkpoints.save_step)
     bar = progress_bar(total_steps, position.step)
     since, seen = time.perf_counter(), position.examples_seen
-    stopped = False
     while position.step < total_steps and not stopped:
         update_loss = torch.zeros((), device=device)
         for micro in range(accumulation_steps):
@@ -200,8 +206,10 @@ def train(
         if saves or stopped:
             save(checkpoints.save_step, periodic=saves)
         if position.evaluation_due and not stopped:
-            evaluate_now(lr, rate)
-            if is_end:
+            stopped = not evaluate_now(lr, rate)
+            if stopped and not saves:
+                save(checkpoints.save_step, periodic=False)
+            elif is_end and not stopped:
                 save(checkpoints.save_step)  # or the next start would evaluate once more
         elif reports and not stopped:
             log_line("", lr, rate)
@@ -224,7 +232,7 @@ def _short(value: float) -> str:
     return f"{value:.2f}" if abs(value) >= 1 else f"{value:.4f}"
 
 
-def _evaluate(model: nn.Module, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
+def _evaluate(model: nn.Module, evaluate: Evaluation) -> dict[str, float] | None:
     model.eval()
     try:
         return evaluate()

@@ -88,23 +88,3 @@ def test_files_side_by_side(questions, reference, tmp_path, capsys):
     assert [float(cell) for cell in first.split()[1:4]] == pytest.approx(expected)
     assert first.split()[4:] == ["-", "-"]
     assert [float(second.split()[column]) for column in (1, 4, 5)] == [40, 75, 75]
-
-
-def test_files_that_do_not_belong_together(questions, tmp_path, capsys):
-    answers = tmp_path / "final_output.txt"
-    answers.write_text("r0\tParis\n")
-    no_passages = tmp_path / "q.jsonl"
-    no_passages.write_text('{"question": "Who?", "answers": ["I"]}\n')
-    cases = [
-        ([answers], "--data must name"),
-        ([answers, "--data", questions], "1 answers to the 40 questions"),
-        ([answers, "--data", no_passages], "line 1: must be the answer to question 0"),
-        ([no_passages], "no question in this file has both"),
-        (["nowhere.json"], "cannot be read"),
-    ]
-    for arguments, message in cases:
-        with pytest.raises(SystemExit) as exited:
-            main(list(map(str, arguments)))
-        assert exited.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert message in line

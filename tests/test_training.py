@@ -122,7 +122,7 @@ def run(
         model.load_state_dict(torch.load(newest / "weights.pt"))
         state = load_state(newest)
         position = restore(state, optimizer, scheduler)
-    metrics = Metrics(folder, position.step)
+    metrics = Metrics(folder, position.step, position.evaluation_due)
     settings = {"accumulation_steps": 2, "eval_freq": 3, "save_freq": 4} | kwargs
     position = train(
         model,
