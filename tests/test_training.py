@@ -99,9 +99,14 @@ def regression_batches(start: int, size: int = 2):
 
 
 def run(
-    folder: Path, total_steps: int = 12, loss_function=regression_loss, **kwargs
+    folder: Path,
+    total_steps: int = 12,
+    loss_function=regression_loss,
+    cuts_off=lambda: False,
+    **kwargs,
 ) -> tuple[Dropped, Position, dict]:
-    """Train in a folder as the scripts do, from its newest checkpoint if there is one."""
+    """Train in a folder as the scripts do, from its newest checkpoint if there is one.
+    `cuts_off` says whether a signal comes while an evaluation is under way."""
     model = Dropped()
     optimizer = build_optimizer(model, "adamw", 0.05, 0.1)
     scheduler = build_scheduler(optimizer, "linear", 2, 12, None, False)
@@ -109,7 +114,9 @@ def run(
     def save_model(path: Path) -> None:
         torch.save(model.state_dict(), path / "weights.pt")
 
-    def evaluate() -> dict[str, float]:
+    def evaluate() -> dict[str, float] | None:
+        if cuts_off():
+            return None
         batch = next(regression_batches(0, 11))
         assert not model.training
         with torch.no_grad():
@@ -172,6 +179,22 @@ def test_a_stopped_run_equals_one_that_never_stopped(stops, tmp_path):
         for name in ("whole", "parts")
     ]
     assert best[0] == best[1]
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])  # after updates 3, 6 and 12, the last one
+def test_a_run_stopped_while_evaluating_makes_up_for_it(number, tmp_path):
+    model, position, _ = run(tmp_path / "whole")
+    count = itertools.count(1)
+    _, reached, _ = run(tmp_path / "parts", cuts_off=lambda: next(count) == number)
+    assert reached.step == 3 * number
+    assert reached.evaluation_due
+    _, still, _ = run(tmp_path / "parts", cuts_off=lambda: True)  # and once more, at its start
+    assert still == reached
+    resumed, resumed_position, _ = run(tmp_path / "parts")
+    assert resumed_position == position
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+    assert metrics_lines(tmp_path / "parts") == metrics_lines(tmp_path / "whole")
 
 
 def test_a_run_that_failed_while_evaluating_resumes_before_it(tmp_path):
