@@ -117,11 +117,11 @@ def main(arguments: list[str] | None = None) -> None:
         bar.update(ours.stop - ours.start)
         if distributed.any_process(stop_request.requested):
             log.info("stopped by a signal after %d passages; the same command goes on", position)
-            distributed.stop()
-            stop_request.leave(log, rank == 0)
+            stop_request.leave(log, rank == 0, distributed.stop_together)
     bar.close()
     if writer is not None:
         writer.finish()
+    stop_request.finish()
     log.info("done: %s", path)
     distributed.stop()
 

@@ -114,8 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     bar.close()
     if distributed.any_process(stop_request.requested):
         log.info("stopped by a signal; the same command goes on after the last finished batch")
-        distributed.stop()
-        stop_request.leave(log, rank == 0)
+        stop_request.leave(log, rank == 0, distributed.stop_together)
 
     # Files
     distributed.barrier()
@@ -126,6 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
             path = write_scores(run, data, world_size, options.n_context)
             log.info("passage scores: %s", path)
     distributed.barrier()
+    stop_request.finish()
     if distributed.is_main():
         remove_parts(run)
     matches, overlaps = matches.over_all(), overlaps.over_all()

@@ -185,9 +185,10 @@ def main(arguments: list[str] | None = None) -> None:
         should_stop=lambda: stop_request.requested,
     )
     metrics.close()
-    distributed.stop()
     if position.step < options.total_steps or position.evaluation_due:
-        stop_request.leave(log, rank == 0)
+        stop_request.leave(log, rank == 0, distributed.stop_together)
+    stop_request.finish()
+    distributed.stop()
     log.info("done: %s", run)
 
 

@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -548,6 +549,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_questions(folder / f"{split}.json", group, split)
     write_questions(folder / "train_gold.json", questions["train"], "train", with_passage=True)
 
+    transformers.utils.logging.disable_progress_bar()
     # The models. Their words are those of the collection and of the train questions.
     words = count_words(
         [passage.title for passage in passages]

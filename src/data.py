@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -287,6 +288,13 @@ def evaluation_places(
     return batches[rank::world_size]
 
 
+def _ignore_signals(worker: int) -> None:
+    """In a process that loads data: SLURM signals every process of a job, and what its signals
+    mean is the training's to say. (One that SIGTERM ended would end the training with an error.)"""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(
     dataset: Dataset,
     places: Sequence[list] | Iterator[list],
@@ -303,5 +311,6 @@ def make_loader(
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # its own: or each epoch would move the training's state
     )

@@ -52,6 +52,12 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def stop_together() -> None:
+    """Leave the process group when every process is ready to."""
+    barrier()
+    stop()
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

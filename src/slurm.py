@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from src.errors import InputError
@@ -52,7 +52,10 @@ def detect_launch(environ: Mapping[str, str], local_rank: int | None = None) -> 
             port = 15000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000
             return Launch(
                 rank=int(environ["SLURM_PROCID"]),
-                local_rank=int(environ.get("SLURM_LOCALID", 0)),
+                # With --gpus-per-task, each process sees its own GPUs only, from 0.
+                local_rank=int(
+                    0 if "SLURM_GPUS_PER_TASK" in environ else environ.get("SLURM_LOCALID", 0)
+                ),
                 world_size=tasks,
                 address=environ.get("MASTER_ADDR") or _first_host(environ),
                 port=int(environ.get("MASTER_PORT", port)),
@@ -100,12 +103,28 @@ class StopRequest:
         elif time.monotonic() - self._since > self.PATIENCE:
             os._exit(128 + number)
 
-    def leave(self, log: logging.Logger, is_main: bool) -> NoReturn:
+    def finish(self) -> None:
+        """The work is done: signals change nothing any more. (Python gives up its handlers when it
+        ends, and a signal in that moment would make a failure of a job that is complete.)"""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+
+    def leave(
+        self, log: logging.Logger, is_main: bool, meet: Callable[[], None] = lambda: None
+    ) -> NoReturn:
         """End this process, whose work is saved but not done: with the exit status that shells
         give a process ended by the signal, so that no script goes on as if it were done. Inside a
-        SLURM job the main process first puts the job back into the queue."""
+        SLURM job the main process first puts the job back into the queue.
+
+        Args:
+            meet: waits for the other processes. A launcher ends all when one has left, and the
+                main one may still wait for an answer of SLURM's.
+        """
+        # A job that is requeued gets SIGTERM at once, and so do the commands it asks SLURM by.
+        self.finish()
         if is_main:
             requeue(os.environ, log)
+        meet()
         sys.exit(128 + self._number)
 
 
@@ -119,6 +138,9 @@ def requeue(environ: Mapping[str, str], log: logging.Logger) -> bool:
     job = environ.get("SLURM_JOB_ID")
     if job is None:
         return False
+    if "SLURM_ARRAY_TASK_ID" in environ:
+        # The last task of an array has the array's own number, by which SLURM means all tasks.
+        job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     state = _ask_slurm("squeue", "--noheader", "--format=%T", f"--jobs={job}")
     if state.stdout.strip() not in ("RUNNING", "PREEMPTED"):
         log.info("SLURM job %s is %s: not requeued", job, state.stdout.strip() or state.stderr)

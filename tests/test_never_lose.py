@@ -132,12 +132,17 @@ SLURM_SAYS = {  # the job's state: whether scontrol is asked to requeue, and wha
 }
 
 
+@pytest.mark.parametrize("task", [None, 3])
 @pytest.mark.parametrize("state", SLURM_SAYS)
-def test_a_stopped_job_is_requeued(state, tmp_path):
+def test_a_stopped_job_is_requeued(state, task, tmp_path):
     """Against stand-ins of SLURM's commands; tests/slurm has the real ones."""
     commands, asked = tmp_path / "bin", tmp_path / "asked"
     commands.mkdir()
-    for name, line in (("squeue", f"echo {state}"), ("scontrol", f'echo "$@" > {asked}')):
+    # The last task of an array has the array's own number, which means all of them to SLURM.
+    job = "7" if task is None else f"7_{task}"
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(task)} if task else {}
+    squeue = f'[ "$3" = --jobs={job} ] && echo {state}'
+    for name, line in (("squeue", squeue), ("scontrol", f'echo "$@" > {asked}')):
         (commands / name).write_text(f"#!/bin/sh\n{line}\n")
         (commands / name).chmod(0o755)
     script = tmp_path / "script.py"
@@ -151,20 +156,20 @@ def test_a_stopped_job_is_requeued(state, tmp_path):
         "request.leave(logging.getLogger(), is_main=True)\n"
     )
     path = f"{commands}:{os.environ['PATH']}"
-    done = run(script, SLURM_JOB_ID="7", PATH=path)
+    done = run(script, SLURM_JOB_ID="7", PATH=path, **array)
     requeues, says = SLURM_SAYS[state]
     assert done.returncode == 128 + signal.SIGUSR1
     assert asked.exists() == requeues
     if requeues:
-        assert asked.read_text() == "requeue 7\n"
-    assert says in done.stdout
+        assert asked.read_text() == f"requeue {job}\n"
+    assert says.replace("job 7", f"job {job}") in done.stdout
 
 
 # ----------------------------------------------------------------------------------------------
 # Testing goes on, too
 
 
-def testing(reference: Path, folder: Path, *more) -> list[str]:
+def answering(reference: Path, folder: Path, *more) -> list[str]:
     command = [
         "--eval_data", reference / "data.json", "--model_path", reference / "t5",
         "--n_context", 2, "--text_maxlength", 48, "--per_gpu_batch_size", 2, "--write_results",
@@ -182,7 +187,7 @@ def test_testing_goes_on_after_the_last_finished_batch(reference, tmp_path, caps
         assert not list(folder.glob(".*"))
         return [judged, *[file.read_bytes() for file in files], printed]
 
-    test_reader.main(testing(reference, tmp_path / "whole"))
+    test_reader.main(answering(reference, tmp_path / "whole"))
     whole = results("whole")
 
     class Killed(BaseException):
@@ -202,20 +207,20 @@ def test_testing_goes_on_after_the_last_finished_batch(reference, tmp_path, caps
         with monkeypatch.context() as patch:
             patch.setattr(test_reader.AnswerFile, "write", write)
             with pytest.raises(Killed):
-                test_reader.main(testing(reference, tmp_path / "parts", *more))
+                test_reader.main(answering(reference, tmp_path / "parts", *more))
 
     killed_after(2)
     killed_after(3)
     assert "going on after 2 of" in capsys.readouterr().out
     assert not (tmp_path / "parts" / "run" / "final_output.txt").exists()
-    test_reader.main(testing(reference, tmp_path / "parts"))
+    test_reader.main(answering(reference, tmp_path / "parts"))
     parts = results("parts")
     assert "going on after 5 of" in parts[-1]
     assert parts[:3] == whole[:3]
     # Another command does not go on with what this one left.
     killed_after(2)
     capsys.readouterr()
-    test_reader.main(testing(reference, tmp_path / "parts", "--n_context", "1"))
+    test_reader.main(answering(reference, tmp_path / "parts", "--n_context", "1"))
     assert "going on" not in results("parts")[-1]
 
 
@@ -355,7 +360,7 @@ def test_hostile_pickles_are_refused(place, case, reference, tmp_path):
     elif place == "weights":
         folder = Path(shutil.copytree(reference / "t5", tmp_path / "model"))
         hostile = folder / "pytorch_model.bin"
-        command = ["test_reader.py", *testing(reference, tmp_path / "c", "--model_path", folder)]
+        command = ["test_reader.py", *answering(reference, tmp_path / "c", "--model_path", folder)]
     else:
         command = training("train_reader.py", reference, tmp_path / "c", "--total_steps", 2)
         run_well(*command)

@@ -41,12 +41,13 @@ def test_stopped_by_a_signal_and_resumed(reference, tmp_path):
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # as many as `run` gives: they change bits
+        start_new_session=True,
     )
     printed = []
     for line in process.stdout:
         printed.append(line)
         if "saved" in line:  # in the middle, wherever that is
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)  # as SLURM does: also to those that load data
             break
     printed += process.stdout.readlines()
     assert process.wait() == 128 + signal.SIGTERM  # so that no shell script goes on to what is next

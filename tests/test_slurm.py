@@ -44,6 +44,8 @@ def test_srun():
     other = detect_launch({**environ, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
     assert (other.address, other.port) == (launch.address, launch.port)
     assert 1024 < launch.port < 65536
+    own_gpus = detect_launch({**environ, "SLURM_GPUS_PER_TASK": "1"})
+    assert (own_gpus.rank, own_gpus.local_rank) == (3, 0)  # it sees no others
 
 
 def test_a_batch_script_without_srun_is_one_process():
