@@ -97,11 +97,6 @@ RELATIONS: dict[str, list[list[Relation]]] = {
             ),
             Relation(
                 "town",
-                ["{She} went to school in {v}.", "{Her} classmates all lived in {v}."],
-                ["Where did {name} go to school?", "In which town did {name} study?"],
-            ),
-            Relation(
-                "town",
                 ["{She} died in {v}.", "{Her} grave lies in {v}."],
                 ["Where did {name} die?", "In which town is {name} buried?"],
             ),
@@ -117,29 +112,19 @@ RELATIONS: dict[str, list[list[Relation]]] = {
                 ["{She} shared a home with {v}.", "{Her} wedding with {v} was a quiet one."],
                 ["Who was the spouse of {name}?", "Whom did {name} marry?"],
             ),
-            Relation(
-                "person",
-                ["{She} was trained by {v}.", "{Her} teacher was {v}."],
-                ["Who taught {name}?", "Who was the master of {name}?"],
-            ),
         ],
     ],
     "river": [
         [
             Relation(
                 "town",
-                ["It rises near {v}.", "Its source is close to {v}."],
+                ["It rises near {v}.", "Its first spring is close to {v}."],
                 ["Where does the {name} begin?", "Where is the source of the {name}?"],
             ),
             Relation(
                 "town",
                 ["It reaches the sea at {v}.", "Its waters meet the coast at {v}."],
                 ["Where does the {name} end?", "Where is the mouth of the {name}?"],
-            ),
-            Relation(
-                "town",
-                ["Its main port is {v}.", "Ships unload their cargo at {v}."],
-                ["Where is the port of the {name}?", "In which town do boats leave the {name}?"],
             ),
         ],
         [
@@ -153,18 +138,13 @@ RELATIONS: dict[str, list[list[Relation]]] = {
                 ["Visitors come to see the {v}.", "It is loved for its {v}."],
                 ["Which animals live in the {name}?", "Which wildlife has the {name}?"],
             ),
-            Relation(
-                "year",
-                ["Its oldest crossing dates from {v}.", "Masons spanned it with stone in {v}."],
-                ["When was the {name} bridged?", "How old is the bridge over the {name}?"],
-            ),
         ],
     ],
     "company": [
         [
             Relation(
                 "person",
-                ["It was founded by {v}.", "Its first owner was {v}."],
+                ["It was set up by {v}.", "Its first owner was {v}."],
                 ["Who founded the {name}?", "Who was the founder of the {name}?"],
             ),
             Relation(
@@ -172,27 +152,17 @@ RELATIONS: dict[str, list[list[Relation]]] = {
                 ["It is led by {v} today.", "Its present head is {v}."],
                 ["Who runs the {name}?", "Who is the director of the {name}?"],
             ),
-            Relation(
-                "person",
-                ["Its books are kept by {v}.", "Its counting house belongs to {v}."],
-                ["Who does the accounts of the {name}?", "Who is the bookkeeper of the {name}?"],
-            ),
         ],
         [
             Relation(
                 "town",
-                ["It is based in {v}.", "Its goods are sent out from {v}."],
+                ["It has its seat in {v}.", "Its goods are sent out from {v}."],
                 ["Where is the {name} based?", "In which town is the {name} located?"],
             ),
             Relation(
                 "product",
                 ["It is known for making {v}.", "Its workshops turn out {v}."],
                 ["What does the {name} produce?", "What does the {name} sell?"],
-            ),
-            Relation(
-                "number",
-                ["It has {v} employees.", "Its payroll lists {v} workers."],
-                ["How many employees does the {name} have?", "How large is the {name}?"],
             ),
         ],
     ],
@@ -266,7 +236,6 @@ class World:
             return self._random.choice(COMMON_NOUNS[kind])
         draw = {
             "town": lambda: self._random.choice(self.towns),
-            "year": lambda: str(self._random.randint(1700, 1999)),
             "number": lambda: str(self._random.randint(20, 299)),
             "person": self._person,
         }
@@ -522,7 +491,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("-o", "--output", default="quickstart/data", help="folder to write into")
     parser.add_argument("--subjects", type=int, default=5000, help="people, rivers and companies")
     parser.add_argument(
-        "--held_out", type=int, default=100, help="subjects for each of dev and test"
+        "--held_out", type=int, default=150, help="subjects for each of dev and test"
     )
     options = parser.parse_args(arguments)
     if options.subjects <= 2 * options.held_out:

@@ -5,8 +5,12 @@ them, concatenated (Izacard and Grave, 2020, https://arxiv.org/abs/2007.01282, s
 cross-attention tells how much each passage mattered: the passage scores that the retriever learns
 from (Izacard and Grave, 2021, https://arxiv.org/abs/2012.04584, section 3.2).
 
-Shapes: B questions, N passages of a question, L tokens of a passage, T tokens of an answer,
-D model, H heads, K size of a head.
+Passages come padded to one length, and nothing is spent on the padding: they are encoded in groups
+of like length, and the decoder gets their real tokens only, one passage's after the other's.
+
+Shapes: B questions, N passages of a question, L tokens of a padded passage, S real tokens of a
+question's passages (as many as the longest of the batch has), T tokens of an answer, D model,
+H heads, K size of a head.
 """
 
 import contextlib
@@ -14,7 +18,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -43,6 +47,8 @@ from src.pretrained import (
 # T5 under transformers 3.0.2 added a table of relative positions to the decoder's cross-attention.
 # Published and legacy readers were trained with it; today's T5 has no place for it and drops it.
 POSITION_TABLE_KEY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+# Fewer tokens than this are not worth a call of the encoder of their own.
+MIN_TOKENS = {"cpu": 256, "cuda": 8192}
 _LEGACY_ENCODER = "encoder.encoder."  # how the reference's checkpoints begin their encoder's keys
 
 
@@ -61,14 +67,42 @@ class CrossAttentionPositions(nn.Module):
         self.table = nn.Embedding(self.n_buckets, config.num_heads)
 
     def forward(self, query_places: torch.Tensor, key_places: torch.Tensor) -> torch.Tensor:
-        """Places [Q] and [K'] -> what to add to the scores, [1, H, Q, K']."""
-        distance = (query_places[:, None] - key_places[None, :]).clamp(min=0)
+        """Places [T] and [B, S] -> what to add to the scores, [B, H, T, S]."""
+        distance = (query_places[None, :, None] - key_places[:, None, :]).clamp(min=0)
         half = self.n_buckets // 2  # exact buckets for small distances, logarithmic ones beyond
         ratio = torch.log(distance.clamp(min=1).float() / half)
         ratio = ratio / math.log(self.max_distance / half) * (self.n_buckets - half)
         large = half + ratio.long()
         bucket = torch.where(distance < half, distance, large.clamp(max=self.n_buckets - 1))
-        return self.table(bucket).permute(2, 0, 1).unsqueeze(0)
+        return self.table(bucket).permute(0, 3, 1, 2)
+
+
+class Encoded(NamedTuple):
+    """A batch's passages for the decoder: hidden states [B, S, D] of real tokens, `mask` [B, S]
+    (false where a question has fewer tokens than another), and `places` [B, S], where each token
+    stands in the padded layout [N * L]."""
+
+    hidden: torch.Tensor
+    mask: torch.Tensor
+    places: torch.Tensor
+
+
+def length_groups(lengths: list[int], slack: float, min_tokens: int) -> list[tuple[int, int]]:
+    """Cut a list of lengths, longest first, into groups [start, end) to be padded to their longest.
+
+    Args:
+        slack: the largest share of a text that may be padding ...
+        min_tokens: ... unless the group has fewer tokens than this, and is not worth a call.
+    """
+    groups, start = [], 0
+    for row in range(1, len(lengths) + 1):
+        tokens = (row - start) * lengths[start]
+        if row == len(lengths) or (
+            lengths[row] < (1 - slack) * lengths[start] and tokens >= min_tokens
+        ):
+            groups.append((start, row))
+            start = row
+    return groups
 
 
 class FiDT5(nn.Module):
@@ -81,6 +115,7 @@ class FiDT5(nn.Module):
         super().__init__()
         self.t5 = t5
         self.positions: CrossAttentionPositions | None = None
+        self._places: torch.Tensor | None = None  # [B, S] of the passages encoded last
         if position_table is not None:
             self.positions = CrossAttentionPositions(t5.config)
             self.positions.table.weight.data.copy_(position_table)
@@ -98,7 +133,8 @@ class FiDT5(nn.Module):
         # By now the self-attention before this layer has put the queries' own keys in the cache.
         first = 0 if cache is None else cache.get_seq_length() - queries.shape[1]
         query_places = torch.arange(queries.shape[1], device=queries.device) + first
-        key_places = torch.arange(keys.shape[1], device=keys.device)
+        n_beams = len(keys) // len(self._places)  # with beams, each question stands repeated
+        key_places = self._places.repeat_interleave(n_beams, dim=0)
         kwargs["position_bias"] = self.positions(query_places, key_places).to(queries.dtype)
         return args, kwargs
 
@@ -106,30 +142,47 @@ class FiDT5(nn.Module):
         """Recompute the encoder's activations in the backward pass instead of keeping them."""
         self.t5.encoder.activation_checkpointing_enable()
 
-    def encode(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Passages [B, N, L] and their mask -> hidden states [B, N*L, D], mask [B, N*L]."""
+    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Encoded:
+        """Passages [B, N, L], their real tokens first, and the mask of these -> `Encoded`."""
         B, N, L = input_ids.shape
         ids, mask = input_ids.reshape(B * N, L), attention_mask.reshape(B * N, L)
-        present = mask.any(dim=1)
-        if present.all():
-            hidden = self.t5.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        else:  # a question with fewer passages than others: nothing to encode in their places
-            encoded = self.t5.encoder(input_ids=ids[present], attention_mask=mask[present])
-            hidden = encoded.last_hidden_state.new_zeros(B * N, L, self.config.d_model)
-            hidden[present] = encoded.last_hidden_state
-        return hidden.view(B, N * L, -1), mask.view(B, N * L)
+        lengths = mask.sum(dim=1)
+        ends = lengths.view(B, N).cumsum(dim=1)  # of each passage among the question's tokens
+        S = int(ends[:, -1].max())
+        first = torch.arange(B, device=ids.device)[:, None] * S + ends - lengths.view(B, N)
+        first = first.view(B * N)  # where each passage's tokens go in [B * S]
+
+        order = lengths.argsort(descending=True, stable=True)
+        sorted_lengths = lengths[order].tolist()
+        sorted_lengths = sorted_lengths[: B * N - sorted_lengths.count(0)]  # missing passages
+        tokens, places = [], []
+        for start, end in length_groups(sorted_lengths, 0.1, MIN_TOKENS[ids.device.type]):
+            rows, width = order[start:end], sorted_lengths[start]
+            group_mask = mask[rows, :width]
+            hidden = self.t5.encoder(
+                input_ids=ids[rows, :width],
+                # Without padding there is nothing to mask.
+                attention_mask=None if sorted_lengths[end - 1] == width else group_mask,
+            ).last_hidden_state
+            tokens.append(hidden[group_mask])
+            places.append((first[rows, None] + torch.arange(width, device=ids.device))[group_mask])
+        flat, where = torch.cat(tokens), torch.cat(places)
+        hidden = flat.new_zeros(B * S, flat.shape[1]).index_copy(0, where, flat)
+
+        real = torch.arange(S, device=ids.device)[None, :] < ends[:, -1:]
+        self._places = torch.zeros(B, S, dtype=torch.long, device=ids.device)
+        self._places[real] = mask.view(B, N * L).nonzero()[:, 1]
+        return Encoded(hidden.view(B, S, -1), real, self._places)
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Passages [B, N, L], mask [B, N, L], labels [B, T] (-100: not counted) -> the mean
         cross-entropy over the labels' tokens, and the logits [B, T, vocabulary]."""
-        hidden, mask = self.encode(input_ids, attention_mask)
+        encoded = self.encode(input_ids, attention_mask)
         output = self.t5(
-            encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
-            attention_mask=mask,
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
+            attention_mask=encoded.mask,
             labels=labels,
             use_cache=False,
         )
@@ -145,7 +198,7 @@ class FiDT5(nn.Module):
     ) -> torch.Tensor:
         """Passages [B, N, L] -> answers' token ids [B, at most `max_length`], the start token
         included, greedily or by beam search."""
-        hidden, mask = self.encode(input_ids, attention_mask)
+        encoded = self.encode(input_ids, attention_mask)
         # Settings of our own: those saved with a model may hold another task's lengths.
         settings = GenerationConfig(
             max_length=max_length,
@@ -159,8 +212,8 @@ class FiDT5(nn.Module):
         # where the decoder has more.
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         return self.t5.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
-            attention_mask=mask,
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
+            attention_mask=encoded.mask,
             generation_config=settings,
             past_key_values=cache,
         )
@@ -208,10 +261,18 @@ class PassageScores:
         if self._mean_hidden is None:
             B, N, L = self._mask.shape
             hidden = kwargs["encoder_hidden_states"]
-            hidden = hidden[:: hidden.shape[0] // B]  # with beams, each question stands repeated
-            mask = self._mask.to(hidden.dtype)
-            total = torch.einsum("bnld,bnl->bnd", hidden.detach().view(B, N, L, -1), mask)
-            self._mean_hidden = total / mask.sum(dim=2, keepdim=True)
+            hidden = hidden[:: hidden.shape[0] // B].detach()  # with beams, each stands repeated
+            passage = self._reader._places // L  # of each token
+            real = (
+                torch.arange(hidden.shape[1], device=hidden.device) < self._count().sum(1)[:, None]
+            )
+            total = hidden.new_zeros(B, N, hidden.shape[2], dtype=torch.float32)
+            rows = (torch.arange(B, device=hidden.device)[:, None] * N + passage)[real]
+            total.view(B * N, -1).index_add_(0, rows, hidden[real].float())
+            self._mean_hidden = total / self._count()[:, :, None]
+
+    def _count(self) -> torch.Tensor:
+        return self._mask.sum(dim=2)  # [B, N]
 
     def _see_query(self, number: int):
         def hook(module: nn.Module, args: tuple, query: torch.Tensor) -> None:
@@ -241,7 +302,7 @@ class PassageScores:
     def _mean_position_bias(self) -> torch.Tensor:
         _, N, L = self._mask.shape
         first = torch.zeros(1, dtype=torch.long, device=self._mask.device)
-        keys = torch.arange(N * L, device=self._mask.device)
+        keys = torch.arange(N * L, device=self._mask.device)[None]
         bias = self._reader.positions(first, keys).float().mean(dim=(0, 1, 2)).view(1, N, L)
         return (bias * self._mask).sum(dim=2) / self._mask.sum(dim=2)
 

@@ -1,6 +1,7 @@
 """The reader's numbers equal the reference's, plain T5's, and those of the slow way."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ from src.pretrained import load_tokenizer
 from src.reader import (
     POSITION_TABLE_KEY,
     CrossAttentionPositions,
+    Encoded,
     FiDT5,
     answer_questions,
+    length_groups,
     load_reader,
     new_reader,
 )
@@ -122,7 +125,7 @@ def test_buckets_equal_t5s_own():
         places[None, :] - places[:, None], bidirectional=False
     )
     expected = positions.table(buckets).permute(2, 0, 1)[None]
-    assert torch.equal(positions(places, places), expected)
+    assert torch.equal(positions(places, places[None]), expected)
 
 
 # --- second ways to compute the same
@@ -164,11 +167,75 @@ def test_greedy_generation_is_the_likeliest_token_again_and_again(decoder_layers
     assert torch.equal(tokens, expected)
 
 
+def padded_encode(reader: FiDT5, batch: dict) -> Encoded:
+    """The slow twin of `encode`: every passage at its full padded length, missing ones too."""
+    B, N, L = batch["input_ids"].shape
+    ids, mask = batch["input_ids"].view(B * N, L), batch["attention_mask"].view(B * N, L)
+    hidden = reader.t5.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    places = torch.arange(N * L).expand(B, N * L)
+    reader._places = places
+    return Encoded(hidden.view(B, N * L, -1), mask.view(B, N * L), places)
+
+
+@pytest.mark.parametrize("name", ["t5", "legacy"])
+def test_nothing_changes_by_leaving_out_the_padding(name, reference, batch, monkeypatch):
+    """Loss, gradients, logits and answers, with passages of many lengths and some missing."""
+    reader = load(reference, name)
+    B, N, L = batch["input_ids"].shape
+    kept = torch.arange(L) < torch.randint(2, L, (B, N, 1), generator=torch.manual_seed(3))
+    cut = changed_passages(batch, [5, 1, 3, 5, 2, 4, 5, 5])
+    cut["attention_mask"] &= kept
+    cut["input_ids"] = cut["input_ids"].masked_fill(~cut["attention_mask"], 0)
+    monkeypatch.setattr("src.reader.MIN_TOKENS", {"cpu": 8})  # many groups
+    results = []
+    for encode in (reader.encode, lambda *_: padded_encode(reader, cut)):
+        with monkeypatch.context() as patch:
+            patch.setattr(reader, "encode", encode)
+            reader.zero_grad()
+            loss, logits = reader(cut["input_ids"], cut["attention_mask"], cut["labels"])
+            loss.backward()
+            gradients = [p.grad.clone() for p in reader.parameters() if p.grad is not None]
+            tokens = reader.generate(cut["input_ids"], cut["attention_mask"], 8, num_beams=2)
+        results.append(([loss.detach()], logits.detach(), gradients, tokens))
+    for ours, slow in zip(*results, strict=True):
+        for one, other in zip(ours, slow, strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_the_decoder_gets_real_tokens_only(reference, batch):
+    encoded = load(reference, "t5").encode(batch["input_ids"], batch["attention_mask"])
+    counts = batch["attention_mask"].sum(dim=(1, 2))
+    assert encoded.hidden.shape[1] == counts.max() < batch["attention_mask"][0].numel()
+    assert torch.equal(encoded.mask.sum(dim=1), counts)
+    for places, real, mask in zip(
+        encoded.places, encoded.mask, batch["attention_mask"].flatten(1), strict=True
+    ):
+        assert torch.equal(places[real], mask.nonzero()[:, 0])
+
+
+def test_groups_of_like_length():
+    rng = random.Random(0)
+    for _ in range(200):
+        lengths = sorted((rng.randint(1, 60) for _ in range(rng.randint(1, 30))), reverse=True)
+        slack, min_tokens = rng.choice([0.0, 0.1, 0.5]), rng.choice([1, 100])
+        groups = length_groups(lengths, slack, min_tokens)
+        rows = [row for start, end in groups for row in range(start, end)]
+        assert rows == list(range(len(lengths)))  # each row once, in order
+        for start, end in groups[:-1]:
+            assert lengths[start] * (end - start) >= min_tokens
+            # One more row would have had too much padding.
+            assert lengths[end] < (1 - slack) * lengths[start]
+        for start, end in groups:  # a row with more padding had to fill a small group up
+            for row in range(start + 1, end):
+                if lengths[row] < (1 - slack) * lengths[start]:
+                    assert lengths[start] * (row - start) < min_tokens
+
+
 def slow_scores(reader: FiDT5, batch: dict) -> torch.Tensor:
     """The definition, word by word: all pre-softmax scores of the first token, then their mean."""
     B, N, L = batch["attention_mask"].shape
     H, K = reader.config.num_heads, reader.config.d_kv
-    hidden, _ = reader.encode(batch["input_ids"], batch["attention_mask"])
+    hidden = padded_encode(reader, batch).hidden
     layers = [block.layer[1] for block in reader.t5.decoder.block]
     inputs: list[torch.Tensor] = []
     handles = [
@@ -184,7 +251,9 @@ def slow_scores(reader: FiDT5, batch: dict) -> torch.Tensor:
         key = layer.EncDecAttention.k(hidden).view(B, N * L, H, K).transpose(1, 2)
         scores = (query @ key.transpose(2, 3)).view(B, H, N * L)
         if reader.positions is not None:
-            scores = scores + reader.positions(torch.zeros(1).long(), torch.arange(N * L))[:, :, 0]
+            scores = (
+                scores + reader.positions(torch.zeros(1).long(), torch.arange(N * L)[None])[:, :, 0]
+            )
         scores = scores.view(B, H, N, L).mean(dim=1)
         for b in range(B):
             for n in range(N):

@@ -1,0 +1,185 @@
+"""The reader against Transformers' own T5 run as Fusion-in-Decoder the plain way.
+
+    python bench/bench_reader.py [--rounds 5] [--shape small] [--passages 10] [--batch 1]
+
+The plain way: eager attention, float32, every passage padded to its full length in encoder and
+decoder, unfused AdamW. The same weights, passages and targets for both. Real lengths are 130 to
+190 tokens of 250. Ratios are of medians of interleaved runs; peak memory is that of a process of
+its own, less that of one that only imports.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench.measure import interleaved, matrix_peak, nothing, peak_memory, table
+from src.optim import build_optimizer
+from src.reader import FiDT5, reader_loss
+
+SHAPES = {  # of T5: width, head size, feed-forward, layers, heads
+    "small": {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
+    "base": {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
+}
+TEXT_MAXLENGTH, ANSWER_LENGTH = 250, 8
+
+
+def make_t5(shape: str, attention: str) -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    config = T5Config(**SHAPES[shape], vocab_size=32128, decoder_start_token_id=0)
+    config._attn_implementation = attention
+    return T5ForConditionalGeneration(config)
+
+
+def make_batch(batch: int, passages: int) -> dict:
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(130, 191, (batch, passages, 1), generator=generator)
+    mask = torch.arange(TEXT_MAXLENGTH) < lengths
+    ids = torch.randint(3, 32000, (batch, passages, TEXT_MAXLENGTH), generator=generator)
+    labels = torch.randint(3, 32000, (batch, ANSWER_LENGTH), generator=generator)
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+
+
+class PlainFiD(torch.nn.Module):
+    """Fusion-in-Decoder as one writes it first."""
+
+    def __init__(self, t5: T5ForConditionalGeneration):
+        super().__init__()
+        self.t5 = t5
+
+    def encode(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        B, N, L = ids.shape
+        hidden = self.t5.encoder(input_ids=ids.view(B * N, L), attention_mask=mask.view(B * N, L))
+        return hidden.last_hidden_state.view(B, N * L, -1), mask.view(B, N * L)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor):
+        hidden, mask = self.encode(ids, mask)
+        encoded = BaseModelOutput(last_hidden_state=hidden)
+        output = self.t5(
+            encoder_outputs=encoded, attention_mask=mask, labels=labels, use_cache=False
+        )
+        return output.loss, output.logits
+
+    @torch.no_grad()
+    def generate(self, ids: torch.Tensor, mask: torch.Tensor, max_length: int) -> torch.Tensor:
+        hidden, mask = self.encode(ids, mask)
+        settings = GenerationConfig(
+            max_length=max_length, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0
+        )
+        encoded = BaseModelOutput(last_hidden_state=hidden)
+        return self.t5.generate(
+            encoder_outputs=encoded, attention_mask=mask, generation_config=settings
+        )
+
+
+def make_reader(shape: str, way: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """`plain`, `ours` or `ours, --use_checkpoint`, and its optimizer."""
+    if way == "plain":
+        reader = PlainFiD(make_t5(shape, "eager"))
+        return reader, torch.optim.AdamW(reader.parameters(), lr=1e-4)
+    reader = FiDT5(make_t5(shape, "sdpa"))
+    if "checkpoint" in way:
+        reader.checkpoint_encoder()
+    return reader, build_optimizer(reader, "adamw", 1e-4, 0.01)
+
+
+def training_step(reader: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict) -> float:
+    reader.train()
+    loss, _ = reader_loss(reader, batch)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def train_twice(shape: str, way: str, batch: int, passages: int) -> None:
+    reader, optimizer = make_reader(shape, way)
+    for _ in range(2):
+        training_step(reader, optimizer, make_batch(batch, passages))
+
+
+def useful_flops(shape: str, batch: dict) -> float:
+    """Floating-point operations of one training step on real tokens alone: 6 a weight and token,
+    and attention's own products. (The optimizer is not counted.)"""
+    size = SHAPES[shape]
+    D, F, H = size["d_model"], size["d_ff"], size["num_heads"] * size["d_kv"]
+    layers, lengths = size["num_layers"], batch["attention_mask"].sum(dim=2).double()
+    tokens, answers = float(lengths.sum()), float(batch["labels"].numel())
+    weights = layers * (4 * D * H + 2 * D * F)
+    cross = layers * 2 * D * H  # the keys and values of the passages
+    attention = layers * 2 * H * float((lengths**2).sum())
+    answer_weights = layers * (6 * D * H + 2 * D * F) + D * 32128
+    return 6 * (tokens * (weights + cross) + answers * answer_weights) + 3 * 2 * attention
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--passages", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=1)
+    options = parser.parse_args()
+    batch = make_batch(options.batch, options.passages)
+    ways = ["plain", "ours", "ours, --use_checkpoint"]
+    made = {way: make_reader(options.shape, way) for way in ways}
+    losses = {way: training_step(*made[way], batch) for way in ways}
+    # (Dropout is on, so losses differ a little; the tests compare without it.)
+    print(json.dumps({"first losses": losses}))
+
+    steps = {way: lambda way=way: training_step(*made[way], batch) for way in ways}
+    seconds = interleaved(steps, options.rounds)
+    empty = peak_memory(nothing)
+    memory = {
+        way: peak_memory(train_twice, options.shape, way, options.batch, options.passages) - empty
+        for way in ways
+    }
+    peak, flops = matrix_peak(), useful_flops(options.shape, batch)
+    rows = [
+        {
+            "training": way,
+            "s a step": seconds[way],
+            "speed": seconds["plain"] / seconds[way],
+            "peak MB": round(memory[way]),
+            "memory": memory[way] / memory["plain"],
+            "of peak FLOPs": flops / seconds[way] / peak,
+        }
+        for way in ways
+    ]
+    table(rows)
+
+    plain, ours = made["plain"][0].eval(), made["ours"][0].eval()
+    ours.t5.load_state_dict(plain.t5.state_dict())
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+
+    def with_scores() -> None:
+        with ours.capture_scores(mask) as capture:
+            ours.generate(ids, mask, 20)
+            capture.value()
+
+    answers = [reader.generate(ids, mask, max_length=20) for reader in (plain, ours)]
+    if not torch.equal(*answers):
+        sys.exit("the two ways answer differently")
+    seconds = interleaved(
+        {
+            "plain": lambda: plain.generate(ids, mask, 20),
+            "ours": lambda: ours.generate(ids, mask, 20),
+            "ours, scores captured": with_scores,
+        },
+        options.rounds,
+    )
+    table(
+        [
+            {"generation": way, "s": value, "speed": seconds["plain"] / value,
+             "of ours": value / seconds["ours"]}
+            for way, value in seconds.items()
+        ]
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
