@@ -1,10 +1,14 @@
 """Verdicts on answers equal the reference's; F1 as SQuAD's evaluation defines it."""
+# ruff: noqa: RUF001 (characters that look like others are the point)
 
 import json
+import random
+import sys
 import unicodedata
 from pathlib import Path
 
 import pytest
+import regex
 
 from src.evaluation import exact_match, f1, has_answer, main, normalize_answer, tokenize
 
@@ -24,6 +28,53 @@ def test_has_answer_equals_the_reference(verdicts):
     assert len(verdicts["has_answer"]) == 408
     for text, answer, verdict in verdicts["has_answer"]:
         assert has_answer([answer], text) is verdict, (text, answer)
+
+
+def slow_has_answer(answers: list[str], text: str) -> bool:
+    """The rule, written naively."""
+    tokens = tokenize(text)
+    wanted = [tokenize(answer) for answer in answers]
+    return any(
+        tokens[start : start + len(answer)] == answer
+        for answer in wanted
+        for start in range(len(tokens) - len(answer) + 1)
+    )
+
+
+def test_has_answer_equals_the_rule_on_random_texts():
+    """Over letters, digits, marks, signs, spaces and controls that are hard on it."""
+    rng = random.Random(0)
+    alphabet = (
+        "aab bB1 ½Ⅷⅷ.-'’()é\u0301\u0323Çç İıIi ΣσςΑα ßẞ Ⓐⓐ ʼ \u00ad\u200b\u200d\x00\t\n\u2028"
+        "日本ق\u064b\u0e01\u0e31 ǅǆ ﬁ 𝐀 𐐀𐐨 \ue000 \U000e0001"
+    )
+    found = 0
+    for _ in range(60_000):
+        text = "".join(rng.choices(alphabet, k=rng.randint(0, 14)))
+        start = rng.randint(0, len(text))
+        cut = text[start : start + rng.randint(0, 5)]
+        answer = rng.choice([cut, cut.swapcase(), "".join(rng.choices(alphabet, k=2)), f" {cut}."])
+        verdict = has_answer([answer], text)
+        assert verdict is slow_has_answer([answer], text), (answer, text)
+        found += verdict
+    assert 10_000 < found < 50_000
+
+
+def test_lower_case_does_not_move_the_borders_of_tokens():
+    """What `has_answer` relies on: a character in lower case is of the kind that it was, so a
+    lowered text is cut as the text itself; and only a capital sigma's form depends on others."""
+    kinds = [regex.compile(kind) for kind in (r"[\p{L}\p{N}\p{M}]", r"[\p{Z}\p{C}]")]
+    changed = 0
+    for code in range(sys.maxunicode + 1):
+        for character in unicodedata.normalize("NFD", chr(code)):
+            lowered = character.lower()
+            changed += lowered != character
+            for kind in kinds:
+                expected = kind.match(character) is not None
+                assert all((kind.match(c) is not None) == expected for c in lowered), hex(code)
+            if character != "Σ":
+                assert f"a{character}".lower() == f"a{lowered}", hex(code)
+    assert changed > 1000
 
 
 def test_tokens_equal_the_reference(verdicts):
