@@ -64,19 +64,19 @@ for part in train dev test; do
         --output_path "$out/bm25_$part.jsonl"
 done
 
-# read_more PASSAGES BATCH UPDATES LR WARMUP END MODEL TRAIN_DATA: train on from a model, with more
-# passages of each question. The learning rate falls towards 0 at update END.
+# read_more NAME PASSAGES BATCH UPDATES LR WARMUP END MODEL TRAIN_DATA: train on from a model, with
+# more passages of each question. The learning rate falls towards 0 at update END.
 # (The papers train with growing numbers of passages too: fewer are cheaper, and easier to begin with.)
 read_more() {
-    step "Train the reader: $1 passage(s) of each question" "$runs/reader_$1/checkpoint/step-$3" \
-        python train_reader.py --train_data "$8" --eval_data none --model_path "$7" --n_context "$1" \
-        --per_gpu_batch_size "$2" --total_steps "$3" --lr "$4" --warmup_steps "$5" \
-        --scheduler_steps "$6" --name "reader_$1" "${reading[@]}" "${training[@]}"
+    step "Train the reader: $2 passages of each question" "$runs/$1/checkpoint/step-$4" \
+        python train_reader.py --train_data "$9" --eval_data none --model_path "$8" --n_context "$2" \
+        --per_gpu_batch_size "$3" --total_steps "$4" --lr "$5" --warmup_steps "$6" \
+        --scheduler_steps "$7" --name "$1" "${reading[@]}" "${training[@]}"
 }
-read_more 1 32 600 2e-3 80 2400 "$data/reader_start" "$data/train_gold.json"
-read_more 2 32 300 1.5e-3 20 1200 "$runs/reader_1/checkpoint/latest" "$out/bm25_train.jsonl"
-read_more 4 16 300 1.1e-3 20 1000 "$runs/reader_2/checkpoint/latest" "$out/bm25_train.jsonl"
-read_more 8 8 300 8e-4 20 300 "$runs/reader_4/checkpoint/latest" "$out/bm25_train.jsonl"
+read_more reader_pairs 2 32 600 2e-3 80 2400 "$data/reader_start" "$data/train_pairs.json"
+found=$out/bm25_train.jsonl
+read_more reader_4 4 16 400 1.3e-3 20 1200 "$runs/reader_pairs/checkpoint/latest" "$found"
+read_more reader_8 8 8 300 8e-4 20 300 "$runs/reader_4/checkpoint/latest" "$found"
 reader=$runs/reader_8/checkpoint/latest
 
 # answer NAME QUESTIONS PASSAGES RESULT OPTIONS...: let the reader answer, into runs/NAME.

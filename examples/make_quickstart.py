@@ -9,7 +9,8 @@ to guess which of its passages; that is what there is to learn. In the output fo
 
     passages.tsv                      the collection (id, text, title)
     train.json, dev.json, test.json   questions and answers, about different subjects in each
-    train_gold.json                   the train questions, each with the passage that answers it
+    train_pairs.json                  the train questions, each with the passage that answers it and
+                                      one that tells the same of another subject
     reader_start/                     a tiny T5, its weights ready to learn to copy, and a tokenizer
     retriever_start/                  a tiny BERT's config and tokenizer (no weights)
 """
@@ -88,7 +89,7 @@ RELATIONS: dict[str, list[list[Relation]]] = {
         [
             Relation(
                 "town",
-                ["{She} was born in {v}.", "{Her} cradle stood in {v}."],
+                ["{She} first saw the light in {v}.", "{Her} cradle stood in {v}."],
                 [
                     "Where was {name} born?",
                     "In which town was {name} born?",
@@ -181,11 +182,12 @@ class Passage:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question, its one answer, and the passage that tells it."""
+    """A question, its one answer, the passage that tells it, and how it is asked."""
 
     text: str
     answer: str
     passage: Passage
+    wording: str  # with {name} for the subject
 
 
 class World:
@@ -253,11 +255,14 @@ class World:
                 # Within a sentence the pronoun is not capitalised; at its start it is.
                 sentence = re.sub(r"(?<!^)\{Her\}", her.lower(), sentence)
                 sentences.append(sentence.format(v=value, She=she, Her=her))
-                asked.append((self._random.choice(relation.questions).format(name=name), value))
+                asked.append((self._random.choice(relation.questions), value))
             self._random.shuffle(sentences)
             passage = Passage(first_id + len(passages), name, " ".join(sentences))
             passages.append(passage)
-            questions += [Question(text, answer, passage) for text, answer in asked]
+            questions += [
+                Question(wording.format(name=name), answer, passage, wording)
+                for wording, answer in asked
+            ]
         return passages, questions
 
 
@@ -466,9 +471,10 @@ def write_passages(file: Path, passages: list[Passage]) -> None:
 
 
 def write_questions(
-    file: Path, questions: list[Question], split: str, with_passage: bool = False
+    file: Path, questions: list[Question], split: str, others: list[Passage] | None = None
 ) -> None:
-    """A list of questions in the reader's input format, with the right passage if wanted."""
+    """A list of questions in the reader's input format. With `others`, a passage for each, there
+    are these and the right passages, too."""
     examples = []
     for number, question in enumerate(questions):
         example = {
@@ -476,11 +482,25 @@ def write_questions(
             "question": question.text,
             "answers": [question.answer],
         }
-        if with_passage:
-            passage = dataclasses.asdict(question.passage)
-            example["ctxs"] = [passage | {"id": str(question.passage.id)}]
+        if others is not None:
+            found = [dataclasses.asdict(passage) for passage in (question.passage, others[number])]
+            example["ctxs"] = [passage | {"id": str(passage["id"])} for passage in found]
         examples.append(example)
     file.write_text(json.dumps(examples, indent=1) + "\n")
+
+
+def other_subjects(questions: list[Question], rng: random.Random) -> list[Passage]:
+    """For each question, the passage of another question with the same wording."""
+    alike: dict[str, list[Passage]] = {}
+    for question in questions:
+        alike.setdefault(question.wording, []).append(question.passage)
+    others = []
+    for question in questions:
+        other = question.passage
+        while other.title == question.passage.title:
+            other = rng.choice(alike[question.wording])
+        others.append(other)
+    return others
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -516,7 +536,8 @@ def main(arguments: list[str] | None = None) -> None:
     write_passages(folder / "passages.tsv", passages)
     for split, group in questions.items():
         write_questions(folder / f"{split}.json", group, split)
-    write_questions(folder / "train_gold.json", questions["train"], "train", with_passage=True)
+    others = other_subjects(questions["train"], random.Random(options.seed))
+    write_questions(folder / "train_pairs.json", questions["train"], "train", others)
 
     transformers.utils.logging.disable_progress_bar()
     # The models. Their words are those of the collection and of the train questions.
