@@ -25,7 +25,7 @@ from src.metrics import Average, progress_bar, start_log, write_options
 from src.options import test_reader_parser
 from src.pretrained import check_vocabulary, digest, load_tokenizer, quiet_transformers
 from src.reader import Answer, answer_questions, load_reader
-from src.results import AnswerFile, remove_parts, write_answers, write_scores
+from src.results import AnswerFile, check_results, remove_parts, write_answers, write_scores
 from src.slurm import StopRequest, detect_launch
 
 
@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     rank, world_size = distributed.rank(), distributed.world_size()
     precision = resolve_precision(options.precision, device)
     run = Path(options.checkpoint_dir) / options.name
+    check_results(run)
     log = start_log(run / "run.log")
     write_options(run, vars(options))
     log.info("%s, %s, %d process(es)", describe(device), precision, world_size)

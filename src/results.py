@@ -19,6 +19,15 @@ from src.examples import Examples, parse_example, read_example
 from src.passages import Passages
 from src.reader import Answer
 
+ANSWERS, SCORES = "final_output.txt", "dataset_wscores.json"
+
+
+def check_results(folder: Path) -> None:
+    """Errors: `InputError`, before hours of work, where a result's place is taken by a folder."""
+    for path in (folder / ANSWERS, folder / SCORES):
+        if path.is_dir():
+            raise InputError(f"{path}: a folder is in this place; remove it, or use another --name")
+
 
 def _part(folder: Path, rank: int) -> Path:
     return folder / f".answers.part-{rank}.jsonl"
@@ -101,7 +110,7 @@ def write_answers(folder: Path, data: Examples, world_size: int) -> Path:
             identity = answer.index if identity is None else identity
             yield f"{identity}\t{' '.join(answer.text.split())}\n"
 
-    return write_whole(folder / "final_output.txt", lines())
+    return write_whole(folder / ANSWERS, lines())
 
 
 def write_scores(folder: Path, data: Examples, world_size: int, n_context: int) -> Path:
@@ -119,7 +128,7 @@ def write_scores(folder: Path, data: Examples, world_size: int, n_context: int) 
             opening = ",\n"
         yield "\n]\n"
 
-    return write_whole(folder / "dataset_wscores.json", pieces())
+    return write_whole(folder / SCORES, pieces())
 
 
 def scored_example(raw: dict[str, Any], answer: Answer, n_context: int) -> dict[str, Any]:
