@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,9 @@ def read_meta(path: Path) -> dict[str, Any] | None:
 def load_state(path: Path) -> dict[str, Any]:
     """The training state in a checkpoint."""
     try:
-        return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what is wrong is said by the one line
+            return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a broken or hostile file
         raise InputError(
             f"{path / STATE_FILE}: cannot be read ({first_line(error)}); remove {path}, and the "
