@@ -311,7 +311,7 @@ def test_a_full_disk(disk, reference, tmp_path):
     assert list(kept.glob("step-*"))
     assert not list(kept.glob(".*"))
     newest = (kept / "latest").resolve()
-    assert newest.name in lines[0] or load_file(newest / "model.safetensors")
+    assert len(load_file(newest / "model.safetensors")) > 10
     shutil.move(tmp_path / "kept", tmp_path / "c")
     command[command.index(str(disk / "c"))] = str(tmp_path / "c")
     assert f"resuming from {tmp_path}/c/run/checkpoint/step-" in run_well(*command)
