@@ -8,10 +8,12 @@ answers. No torch here, so that data can be evaluated anywhere in a moment.
 """
 
 import functools
+import itertools
 import string
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import regex
 
@@ -23,6 +25,7 @@ _ARTICLES = regex.compile(r"\b(a|an|the)\b", regex.UNICODE)
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # DPR's tokenizer: a run of letters, digits and combining marks, or one other visible character.
 _TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
+_TOKEN_BEFORE = regex.compile(_TOKEN.pattern, regex.REVERSE)  # finds the last one first
 _WORD = regex.compile(r"[\p{L}\p{N}\p{M}]")
 
 
@@ -66,27 +69,29 @@ def tokenize(text: str) -> list[str]:
     return [token.lower() for token in _TOKEN.findall(unicodedata.normalize("NFD", text))]
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _answer_tokens(answer: str) -> tuple[str, ...]:
-    return tuple(tokenize(answer))  # the same answers are looked for in many passages
+class _Answer(NamedTuple):
+    """An answer as it is looked for: its tokens; the same with the longest first, which are in the
+    fewest texts; those of them that are ASCII words; and where the longest stands in `tokens`."""
+
+    tokens: list[str]
+    longest_first: list[str]
+    plain: list[str]
+    place: int
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _answer_pattern(tokens: tuple[str, ...]) -> regex.Pattern:
-    """Finds the tokens one after the other in a lowered text, exactly where `tokenize` cuts it:
-    no letter, digit or mark touches a word from outside, and only what belongs to no token, but
-    between two words something, stands between them."""
-    pattern = r"(?<![\p{L}\p{N}\p{M}])" if _is_word(tokens[0]) else ""
-    for number, token in enumerate(tokens):
-        if number:
-            both = _is_word(tokens[number - 1]) and _is_word(token)
-            pattern += r"[\p{Z}\p{C}]" + ("+" if both else "*")
-        pattern += regex.escape(token)
-    return regex.compile(pattern + (r"(?![\p{L}\p{N}\p{M}])" if _is_word(tokens[-1]) else ""))
+@functools.lru_cache(maxsize=1 << 12)  # the same answers are looked for in many passages
+def _prepared(answers: tuple[str, ...]) -> list[_Answer]:
+    prepared = []
+    for tokens in map(tokenize, answers):
+        longest_first = sorted(tokens, key=len, reverse=True)
+        plain = [token for token in longest_first if token.isascii() and _is_word(token)]
+        place = tokens.index(longest_first[0]) if tokens else 0
+        prepared.append(_Answer(tokens, longest_first, plain, place))
+    return prepared
 
 
-def _is_word(token: str) -> bool:
-    return _WORD.match(token) is not None
+def _is_word(text: str) -> bool:
+    return text.isalnum() or _WORD.match(text) is not None  # the first is faster
 
 
 def has_answer(answers: Sequence[str], text: str) -> bool:
@@ -96,29 +101,54 @@ def has_answer(answers: Sequence[str], text: str) -> bool:
     Source: answer recall in DPR (Karpukhin et al., 2020, section 4).
 
     Most answers are not in most texts, and a search for their words as plain strings tells; the
-    text is never cut into tokens. But what a capital sigma is in lower case depends on where in a
-    word it stands, and so on how the text is cut.
+    text is never cut into tokens as a whole. It need not even be normalised (NFD) for ASCII words:
+    what is a whole word of ASCII letters and digits afterwards was so before. But what a capital
+    sigma is in lower case depends on where in a word it stands, and so on how the text is cut.
     """
-    if not text.isascii():
-        text = unicodedata.normalize("NFD", text)
-        if "\N{GREEK CAPITAL LETTER SIGMA}" in text:
-            return _has_answer_by_tokens(answers, text)
-    text = text.lower()
-    for tokens in map(_answer_tokens, answers):
-        if all(token in text for token in tokens) and (
-            not tokens or _answer_pattern(tokens).search(text)
-        ):
-            return True
+    lowered, is_normal = text.lower(), text.isascii()
+    for answer in _prepared(tuple(answers)):
+        _, longest_first, plain, _ = answer
+        for token in longest_first if is_normal else plain:
+            if token not in lowered:
+                break
+        else:
+            if not is_normal:
+                normal, is_normal = unicodedata.normalize("NFD", text), True
+                if "\N{GREEK CAPITAL LETTER SIGMA}" in normal:
+                    return _has_answer_by_tokens(answers, normal)
+                lowered = normal.lower()
+            if not answer.tokens or _stands_in(answer, lowered):
+                return True
+    return False
+
+
+def _stands_in(answer: _Answer, lowered: str) -> bool:
+    """Whether the answer's tokens are a run of those of a text in lower case. Only where its
+    longest one stands, with no letter, digit or mark beside a word, is the text cut into tokens:
+    into as many before and after it as the answer has."""
+    tokens, place = answer.tokens, answer.place
+    longest = tokens[place]
+    start = lowered.find(longest)
+    while start >= 0:
+        end = start + len(longest)
+        inside = (start > 0 and _is_word(lowered[start - 1])) or _is_word(lowered[end : end + 1])
+        if not (inside and _is_word(longest)):
+            before = itertools.islice(_TOKEN_BEFORE.finditer(lowered, 0, start), place)
+            after = itertools.islice(_TOKEN.finditer(lowered, end), len(tokens) - place - 1)
+            run = [*[match[0] for match in before][::-1], longest, *[match[0] for match in after]]
+            if run == tokens:
+                return True
+        start = lowered.find(longest, start + 1)
     return False
 
 
 def _has_answer_by_tokens(answers: Sequence[str], text: str) -> bool:
     """`has_answer` as the rule says it."""
     tokens = tokenize(text)
-    for answer in map(_answer_tokens, answers):
+    for answer in map(tokenize, answers):
         width = len(answer)
         for start in range(len(tokens) - width + 1):
-            if tuple(tokens[start : start + width]) == answer:
+            if tokens[start : start + width] == answer:
                 return True
     return False
 
