@@ -1,28 +1,43 @@
 """Opening collections and matching answers against the straightforward ways.
 
-    python bench/bench_data.py [--rows 1000000] [--pairs 2000000]
+    python bench/bench_data.py [--rows 1000000] [--pairs 2000000] [--examples 20000]
+        [--passages passages.tsv --data questions.json]
 
 Collections: the first and later openings of a DPR-style TSV by byte offsets, against reading it
 with `csv` into a list; and the anonymous memory (RssAnon) that either leaves a process with.
 Matching: `has_answer` against the rule written naively (cut text and answers into tokens, compare
 runs), over invented texts of 100 words, one in four of them not ASCII; five answers a question, as
-often in the text as in a retriever's first 100 passages (about one in ten). Verdicts must be equal.
+often in the text as in a retriever's first 100 passages (about one in ten); or over real passages,
+cut to 100 words, and real questions' answers. Verdicts must be equal.
+
+Examples: the memory of a process that trains on a file of questions with 100 passages each, and its
+time to the first batch, against reading the file with `json`.
 """
 
 import argparse
 import csv
 import gc
+import json
+import multiprocessing
 import random
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import table
+from src.data import ReaderCollator, ReaderDataset, make_loader, training_places
 from src.evaluation import has_answer, tokenize
+from src.examples import load_data, read_example
 from src.passages import Passages
 
 
@@ -48,7 +63,8 @@ def invent_text(rng: random.Random, words: list[str], accents: bool) -> str:
     return text.replace("e", "é").replace("an", "ään") if accents else text
 
 
-def bench_matching(n_pairs: int) -> None:
+def invent_questions(n_pairs: int) -> list[tuple[list[str], list[str]]]:
+    """Five answers and 100 texts of each question."""
     rng = random.Random(0)
     words = invent_words(rng, 20_000)
     questions = []
@@ -59,23 +75,44 @@ def bench_matching(n_pairs: int) -> None:
         answers = [" ".join(pieces[start : start + rng.randint(1, 3)])]
         answers += [f"{rng.choice(words)} {rng.choice(words)}".title() for _ in range(4)]
         questions.append((answers, texts))
+    return questions
+
+
+def real_questions(
+    n_pairs: int, passages: str, data: str, n_answers: int
+) -> list[tuple[list[str], list[str]]]:
+    """So many answers, the first its own, and 100 texts of each question."""
+    rng = random.Random(0)
+    collection, examples = Passages(passages), load_data(data)
+    texts = [" ".join(passage.text.split()[:100]) for passage in collection]
+    answers = [read_example(examples, index).answers for index in range(len(examples))]
+    questions = []
+    for number in range(n_pairs // (100 * n_answers)):
+        own = answers[number % len(answers)]
+        others = [rng.choice(answers)[0] for _ in range(n_answers)]
+        questions.append(((own + others)[:n_answers], rng.choices(texts, k=100)))
+    return questions
+
+
+def bench_matching(name: str, questions: list[tuple[list[str], list[str]]]) -> None:
+    n_pairs = sum(len(answers) * len(texts) for answers, texts in questions)
     seconds, verdicts = {"naive": 0.0, "ours": 0.0}, {"naive": [], "ours": []}
     for answers, texts in questions:
-        for name, match in (("naive", naive_has_answer), ("ours", has_answer)):
+        for way, match in (("naive", naive_has_answer), ("ours", has_answer)):
             began = time.perf_counter()
-            verdicts[name] += [match(answers, text) for text in texts]
-            seconds[name] += time.perf_counter() - began
+            verdicts[way] += [match(answers, text) for text in texts]
+            seconds[way] += time.perf_counter() - began
     if verdicts["naive"] != verdicts["ours"]:
         sys.exit("the two ways give different verdicts")
     rows = [
         {
-            "matching": name,
-            "pairs": 500 * len(questions),
-            "found": sum(verdicts[name]) / len(verdicts[name]),
-            "us a pair": 1e6 * value / (500 * len(questions)),
+            f"matching, {name}": way,
+            "pairs": n_pairs,
+            "texts with one": sum(verdicts[way]) / len(verdicts[way]),
+            "us a pair": 1e6 * value / n_pairs,
             "speed": seconds["naive"] / value,
         }
-        for name, value in seconds.items()
+        for way, value in seconds.items()
     ]
     table(rows)
 
@@ -124,14 +161,78 @@ def bench_opening(n_rows: int, folder: Path) -> None:
     table(rows)
 
 
+def _first_batch(path: str, pipe: Connection) -> None:
+    """What train_reader.py does with its data until it has a batch, with a tokenizer of words."""
+    words = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    before, began = anonymous_memory(), time.perf_counter()
+    data = load_data(path, needs_target=True)
+    dataset, collate = ReaderDataset(data, 100, True), ReaderCollator(tokenizer, 200)
+    places = training_places(len(data), 1, 0, 1, 0, 0)
+    batches = iter(make_loader(dataset, places, collate, 2, False))
+    next(batches)
+    seconds = time.perf_counter() - began
+    for _ in range(20):
+        next(batches)
+    pipe.send((seconds, anonymous_memory() - before))
+
+
+def bench_examples(n_examples: int, folder: Path) -> None:
+    rng = random.Random(0)
+    words = invent_words(rng, 5000)
+    texts = [invent_text(rng, words, False) for _ in range(1000)]
+    path = folder / "train.json"
+    with open(path, "w") as file:
+        for number in range(n_examples):
+            contexts = [
+                {"id": str(place), "title": f"Title {place}", "text": text, "score": -place}
+                for place, text in enumerate(rng.choices(texts, k=100))
+            ]
+            example = {"question": f"who is {number}?", "target": "a b", "answers": ["a b"]}
+            file.write(("[" if number == 0 else ",\n") + json.dumps({**example, "ctxs": contexts}))
+        file.write("]\n")
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_first_batch, args=(str(path), theirs))
+    process.start()
+    first, kept = ours.recv()
+    process.join()
+    before, began = anonymous_memory(), time.perf_counter()
+    with open(path) as file:
+        plain = json.load(file)
+    seconds = time.perf_counter() - began
+    row = {"GB": path.stat().st_size / 1e9, "examples": len(plain)}
+    rows = [
+        {"training data": "ours, 20 batches", **row, "first batch s": first, "MB kept": kept},
+        {
+            **{"training data": "json, into a list", **row, "first batch s": seconds},
+            "MB kept": anonymous_memory() - before,
+        },
+    ]
+    for row in rows:
+        row["speed"] = seconds / row["first batch s"]
+    table(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--pairs", type=int, default=2_000_000)
+    parser.add_argument("--examples", type=int, default=20_000)
+    parser.add_argument("--passages", help="real passages to match answers in ...")
+    parser.add_argument("--data", help="... and the questions with the answers")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bench_opening(options.rows, Path(folder))
-    bench_matching(options.pairs)
+        bench_examples(options.examples, Path(folder))
+    bench_matching("invented text, 5 answers", invent_questions(options.pairs))
+    if options.passages:
+        for n_answers in (1, 5):
+            questions = real_questions(options.pairs, options.passages, options.data, n_answers)
+            bench_matching(f"{options.passages}, {n_answers} answer(s)", questions)
 
 
 if __name__ == "__main__":
