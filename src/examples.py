@@ -99,12 +99,11 @@ class Examples(Sequence[dict]):
 
 _CHUNK = 1 << 24  # bytes looked at in one go: large enough for numpy, small enough for memory
 _QUOTE, _BACKSLASH, _NEWLINE = ord('"'), ord("\\"), ord("\n")
-# What each byte does to the depth of nesting, and whether it has to be looked at at all.
+_WINDOW = 1 << 18  # bytes
+# What each byte does to the depth of nesting.
 _DEPTH = np.zeros(256, dtype=np.int8)
 _DEPTH[[ord("["), ord("{")]] = 1
 _DEPTH[[ord("]"), ord("}")]] = -1
-_STRUCTURAL = _DEPTH != 0
-_STRUCTURAL[_QUOTE] = True
 
 
 def _find_examples(data: mmap.mmap, path: str) -> np.ndarray:
@@ -147,7 +146,7 @@ def _find_list_items(data: mmap.mmap, path: str) -> np.ndarray:
     depth, in_string, list_end = 0, 0, None
     for chunk in range(0, len(buffer), _CHUNK):
         view = buffer[chunk : chunk + _CHUNK]
-        places = np.flatnonzero(_STRUCTURAL[view])
+        places = _find_structure(view)
         is_quote = view[places] == _QUOTE
         quotes = _without_escaped(buffer, places[is_quote] + chunk)
         brackets = places[~is_quote] + chunk
@@ -181,6 +180,20 @@ def _find_list_items(data: mmap.mmap, path: str) -> np.ndarray:
     spans = np.stack([np.concatenate(starts), np.concatenate(ends)], axis=1)
     _check_gaps(data, spans, list_end, path)
     return spans
+
+
+def _find_structure(view: np.ndarray) -> np.ndarray:
+    """The places of quotes and brackets: window by window, so that it stays in the processor's
+    cache, and by comparisons, which are faster than a table of all bytes."""
+    found = []
+    for start in range(0, len(view), _WINDOW):
+        window = view[start : start + _WINDOW]
+        lowered = window | 32  # makes [ and ] what { and } are
+        marks = window == _QUOTE
+        marks |= lowered == ord("{")
+        marks |= lowered == ord("}")
+        found.append(np.flatnonzero(marks) + start)
+    return np.concatenate(found)
 
 
 def _without_escaped(buffer: np.ndarray, quotes: np.ndarray) -> np.ndarray:
