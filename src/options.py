@@ -376,7 +376,9 @@ def passage_retrieval_parser() -> argparse.ArgumentParser:
     """Options of passage_retrieval.py."""
     parser = _Parser("Find passages for questions, with a retriever or with BM25.")
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default="data.json", help=".json or .jsonl file of questions")
+    group.add_argument(
+        "--data", default="data.json", help=".json or .jsonl file of questions, or DPR's .csv"
+    )
     _older_names(group, "--data", "--data_path")
     group.add_argument(
         "--passages", required=True, help="the collection: .tsv (id, text, title) or .jsonl"
@@ -385,7 +387,13 @@ def passage_retrieval_parser() -> argparse.ArgumentParser:
         "--passages_embeddings", default="none", help='its embeddings, such as "folder/wiki_*"'
     )
     group.add_argument(
-        "--output_path", required=True, help=".json or .jsonl file to write the passages into"
+        "--output_path", required=True, help=".json or .jsonl file to write what is found into"
+    )
+    group.add_argument(
+        "--output_format",
+        choices=["json", "trec"],
+        default="json",
+        help="json: what the reader reads; trec: a run for trec_eval, without the passages' texts",
     )
     group.add_argument("--n-docs", "--n_docs", type=_COUNT, default=100, help="passages a question")
     group.add_argument(
