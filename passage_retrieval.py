@@ -11,6 +11,7 @@ Writes the questions with their passages as `ctxs`, which the reader reads, or a
 and keeps beside them, how many questions have an answer in their first 1, 5, 20 and 100 passages.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -103,13 +104,15 @@ def main(arguments: list[str] | None = None) -> None:
             require_same(
                 "the collection", options.passages, made_from, first, embeddings.get("passages")
             )
+            plain = json.loads(embeddings.get("options", "{}")).get("plain_text", False)
+            require_same("--plain_text", "this command", options.plain_text, first, plain)
         half = device.type == "cuda" and not options.no_fp16
         retriever = (retriever.half() if half else retriever).to(device).eval()
         max_length = options.question_maxlength or retriever.config.question_maxlength
         embed = TextEmbedder(
             retriever, tokenizer, "questions", max_length, options.per_gpu_batch_size, device
         )
-        queries = embed([question_text(question) for question in questions])
+        queries = embed([question_text(question, options.plain_text) for question in questions])
         log.info("%d questions embedded", len(queries))
         bar = progress_bar(len(exact), unit="passage")
         if factory:
