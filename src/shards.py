@@ -212,8 +212,9 @@ def check_count(shards: Sequence[Shard], collection: str, n_passages: int) -> No
     """
     rows = sum(map(len, shards))
     if rows != n_passages and not all(shard.metadata for shard in shards):
+        others = f" to {shards[-1].path}" if len(shards) > 1 else ""
         raise InputError(
-            f"{shards[0].path} to {shards[-1].path}: {rows} embeddings, but {collection} has "
+            f"{shards[0].path}{others}: {rows} embeddings, but {collection} has "
             f"{n_passages} passages; give all shards of this collection, or say --allow_mismatch"
         )
 

@@ -193,7 +193,7 @@ def test_a_shard_of_pickles_that_is_left_out(reference, passages, tmp_path, caps
     with pytest.raises(SystemExit):
         retrieve(*arguments)
     error = capsys.readouterr().err
-    assert "shard_0: 60 embeddings, but" in error.replace(" to " + str(tmp_path / "shard_0"), "")
+    assert "shard_0: 60 embeddings, but" in error
     assert "passages.tsv has 120 passages; give all shards" in error
     assert retrieve(*arguments, "--allow_mismatch")
 
