@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     check_vocabulary(retriever.config, tokenizer)
     max_length = options.passage_maxlength or retriever.config.passage_maxlength
     settings = {"title": not options.no_title, "max_length": max_length, "precision": precision}
+    settings["plain_text"] = options.plain_text
     metadata = {
         "model": fingerprint(retriever),
         "passages": passages.fingerprint(),
@@ -103,7 +104,9 @@ def main(arguments: list[str] | None = None) -> None:
     while position < last - first:
         start = (first + position) // BLOCK_ROWS * BLOCK_ROWS
         block = [passages[row] for row in range(start, min(start + BLOCK_ROWS, len(passages)))]
-        texts = [passage_text(p.title, p.text, not options.no_title) for p in block]
+        texts = [
+            passage_text(p.title, p.text, not options.no_title, options.plain_text) for p in block
+        ]
         parts = distributed.gather(embed(texts, part=(rank, world_size)))
         ours = slice(first + position - start, min(last - start, len(block)))
 

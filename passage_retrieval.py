@@ -7,10 +7,11 @@
     python passage_retrieval.py --bm25 --passages psgs_w100.tsv --data data.json \\
         --output_path retrieved_data.json --n-docs 100
 
-Writes the questions with their passages as `ctxs`, which the reader reads; prints, and keeps beside
-them, how many questions have an answer in their first 1, 5, 20 and 100 passages.
+Writes the questions with their passages as `ctxs`, which the reader reads, or a TREC run; prints,
+and keeps beside them, how many questions have an answer in their first 1, 5, 20 and 100 passages.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -26,9 +27,9 @@ from src.metrics import progress_bar, start_log
 from src.options import passage_retrieval_parser
 from src.passages import Passages
 from src.pretrained import check_vocabulary, load_tokenizer, quiet_transformers
-from src.results import write_recall, write_retrieved
+from src.results import check_trec_ids, write_recall, write_retrieved
 from src.retriever import TextEmbedder, fingerprint, load_retriever
-from src.shards import open_shards, require_same
+from src.shards import check_count, open_shards, require_same
 from src.slurm import detect_launch
 
 
@@ -64,7 +65,11 @@ def main(arguments: list[str] | None = None) -> None:
     distributed.barrier()
     passages = Passages(options.passages)
     log.info("%d passages of %s", len(passages), options.passages)
+    if options.output_format == "trec":
+        distributed.together(lambda: check_trec_ids(data, passages))
     questions = [data[index]["question"] for index in range(len(data))]
+    made_from = passages.fingerprint()
+    made_by = {"model": "bm25", "passages": made_from, "options": vars(options)}
 
     # Search
     if options.bm25:
@@ -74,6 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
         places = found.positions.tolist()
     else:
         shards = open_shards(options.passages_embeddings, options.allow_mismatch)
+        if not options.allow_mismatch:
+            check_count(shards, passages.path, len(passages))
         exact = Indexer(shards, options.indexing_batch_size)
         memory = expected_memory(len(exact), exact.dimension, options.indexing_batch_size, factory)
         log.info(
@@ -88,20 +95,24 @@ def main(arguments: list[str] | None = None) -> None:
         base = options.tokenizer if options.tokenizer != "none" else "bert-base-uncased"
         tokenizer = load_tokenizer(options.model_path, base)
         check_vocabulary(retriever.config, tokenizer)
-        if shards[0].metadata and not options.allow_mismatch:
-            made_by, made_from = shards[0].metadata["model"], shards[0].metadata["passages"]
-            first = shards[0].path
-            require_same("the model", options.model_path, fingerprint(retriever), first, made_by)
+        embeddings, first = shards[0].metadata, shards[0].path
+        made_by |= {"model": fingerprint(retriever), "embeddings": embeddings}
+        if embeddings and not options.allow_mismatch:
             require_same(
-                "the collection", options.passages, passages.fingerprint(), first, made_from
+                "the model", options.model_path, made_by["model"], first, embeddings.get("model")
             )
+            require_same(
+                "the collection", options.passages, made_from, first, embeddings.get("passages")
+            )
+            plain = json.loads(embeddings.get("options", "{}")).get("plain_text", False)
+            require_same("--plain_text", "this command", options.plain_text, first, plain)
         half = device.type == "cuda" and not options.no_fp16
         retriever = (retriever.half() if half else retriever).to(device).eval()
         max_length = options.question_maxlength or retriever.config.question_maxlength
         embed = TextEmbedder(
             retriever, tokenizer, "questions", max_length, options.per_gpu_batch_size, device
         )
-        queries = embed([question_text(question) for question in questions])
+        queries = embed([question_text(question, options.plain_text) for question in questions])
         log.info("%d questions embedded", len(queries))
         bar = progress_bar(len(exact), unit="passage")
         if factory:
@@ -135,6 +146,8 @@ def main(arguments: list[str] | None = None) -> None:
             places,
             found.scores,
             options.validation_workers,
+            made_by,
+            as_trec=options.output_format == "trec",
         )
         recalls = write_recall(Path(options.output_path), flags, options.n_docs)
         for name, value in recalls.items():

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     places = evaluation_places(len(data), options.per_gpu_batch_size, rank, world_size)
     file = os.stat(options.eval_data)
     made_by = {"model": digest(reader), "data": [file.st_size, file.st_mtime_ns]}
-    made_by |= {"processes": world_size, "precision": precision, **vars(options)}
+    made_by |= {"processes": world_size, "precision": precision, "options": vars(options)}
     answer_file = AnswerFile(run, rank, made_by)
     n_finished = len(answer_file.finished)
     if n_finished:
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.write_results:
             log.info("answers: %s", write_answers(run, data, world_size))
         if options.write_crossattention_scores:
-            path = write_scores(run, data, world_size, options.n_context)
+            path = write_scores(run, data, world_size, options.n_context, made_by)
             log.info("passage scores: %s", path)
     distributed.barrier()
     stop_request.finish()

@@ -137,13 +137,15 @@ class ReaderCollator:
 # Text and tokens of the retriever
 
 
-def question_text(question: str) -> str:
-    """The text of a question as the retriever embeds it."""
-    return f"question: {question}"
+def question_text(question: str, plain: bool = False) -> str:
+    """The text of a question as the retriever embeds it; `plain`: as DPR and Contriever do."""
+    return question if plain else f"question: {question}"
 
 
-def passage_text(title: str, text: str, use_title: bool = True) -> str:
-    """The text of a passage as the retriever embeds it."""
+def passage_text(title: str, text: str, use_title: bool = True, plain: bool = False) -> str:
+    """The text of a passage as the retriever embeds it; `plain`: as Contriever does."""
+    if plain:
+        return f"{title} {text}" if use_title else text
     return f"title: {title} context: {text}" if use_title else f"context: {text}"
 
 

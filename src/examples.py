@@ -1,15 +1,20 @@
 """Data files: questions with their answers and passages, opened without reading them into memory.
 
-A data file is a JSON list (`.json`) or one JSON object a line (`.jsonl`); see `docs/formats.md`.
-`Examples` opens either by byte offsets and decodes an example when it is asked for, so that no
-process ever holds the objects of a whole file, and the processes of a machine share its pages.
+A data file is a JSON list (`.json`), one JSON object a line (`.jsonl`), or DPR's rows of a question
+and its answers (`.csv`); see `docs/formats.md`. `Examples` opens each by byte offsets and decodes
+an example when it is asked for, so that no process ever holds the objects of a whole file, and the
+processes of a machine share its pages.
 """
 
+import ast
+import csv
 import dataclasses
 import json
 import math
 import mmap
+import re
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +28,8 @@ from src.errors import InputError, first_line, shorten
 
 
 class Examples(Sequence[dict]):
-    """The examples of a `.json` list or `.jsonl` file; `examples[i]` decodes the i-th.
+    """The examples of a `.json` list, or of lines of JSON or of DPR's rows; `examples[i]` decodes
+    the i-th. NQ-open's `answer` and BEIR's `_id` and `text` get the names that ours have.
 
     Errors: `InputError` when the file is missing, empty, not text, or not built as a list or as
     lines. What is wrong inside an example is found when that example is read.
@@ -33,6 +39,8 @@ class Examples(Sequence[dict]):
         self.path = str(path)
         self._open()
         self._spans = _find_examples(self._bytes, self.path)
+        first = self._bytes[self._spans[0, 0] : self._spans[0, 0] + 1]
+        self._has_rows = Path(self.path).suffix in _ROWS and first not in (b"{", b"[")
 
     def _open(self) -> None:
         try:
@@ -52,8 +60,9 @@ class Examples(Sequence[dict]):
         start, end = self._spans[index]
         try:
             text = self._bytes[start:end].decode()
-            example = json.loads(text)
-            if "\\ud" in text or "\\uD" in text:  # JSON can hold halves of characters
+            example = _parse_row(text) if self._has_rows else json.loads(text)
+            # JSON can hold halves of characters, and Python's literals have more ways to say them.
+            if self._has_rows or "\\ud" in text or "\\uD" in text:
                 json.dumps(example, ensure_ascii=False).encode()
         except UnicodeDecodeError as error:
             where = self._line(start + error.start)
@@ -69,6 +78,8 @@ class Examples(Sequence[dict]):
                 f"{self.path}, line {where}: bad JSON ({error.msg}); mend it there, or make the "
                 "file again"
             ) from None
+        except _BadRow as error:
+            raise InputError(f"{self.path}, line {self._line(start)}: {error}") from None
         except (ValueError, RecursionError) as error:  # a number, or a depth, that nobody means
             raise InputError(
                 f"{self.path}, line {self._line(start)}: JSON that cannot be read "
@@ -79,7 +90,7 @@ class Examples(Sequence[dict]):
                 f"{self.path}, line {self._line(start)}: an example must be an object like "
                 f'{{"question": ...}}, not {shorten(example)}'
             )
-        return example
+        return _with_our_names(example)
 
     def _line(self, position: int) -> int:
         return _line_number(self._bytes, position)
@@ -90,12 +101,70 @@ class Examples(Sequence[dict]):
 
     # A memory map cannot be sent to a data-loading worker; the worker opens the file again.
     def __getstate__(self) -> dict:
-        return {"path": self.path, "_spans": self._spans}
+        return {"path": self.path, "_spans": self._spans, "_has_rows": self._has_rows}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._open()
 
+
+# ----------------------------------------------------------------------------------------------
+# Other people's questions
+
+_ROWS = (".csv", ".tsv", ".txt")  # names of files with DPR's rows
+_STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_STRINGS = re.compile(rf"\[\s*(?:{_STRING}\s*(?:,\s*{_STRING}\s*)*,?)?\s*\]")
+
+
+class _BadRow(Exception):
+    """What is wrong with a row, and the cure."""
+
+
+def _parse_row(line: str) -> dict:
+    """An example from a row of DPR's: question, tab, the answers as a Python list of texts.
+
+    Fields are quoted as `csv` writes them. Errors: `_BadRow`.
+    """
+    line = line.rstrip("\r\n") + "\n"
+    try:
+        fields = next(csv.reader([line], delimiter="\t"))
+    except csv.Error as error:
+        raise _BadRow(f"not a row of TSV ({error}); mend it, or give JSON") from None
+    if len(fields) != 2 or fields[1].endswith("\n"):  # an open quote mark takes the line's end in
+        raise _BadRow(
+            "a row must be a question, a tab and a list of answers like ['Paris', 'Lyon'], not "
+            f"{shorten(line, 60)}; mend it, or give JSON"
+        )
+    question, answers = fields[0], fields[1].strip()
+    try:
+        # Nothing but strings gets as far as Python's own reader of literals.
+        if not _STRINGS.fullmatch(answers):
+            raise ValueError
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about backslashes that mean nothing
+            return {"question": question, "answers": ast.literal_eval(answers)}
+    except (ValueError, SyntaxError):
+        raise _BadRow(
+            "the answers of a row must be a list of texts like ['Paris', 'Lyon'], not "
+            f"{shorten(answers, 60)}; mend it, or give JSON"
+        ) from None
+
+
+def _with_our_names(example: dict) -> dict:
+    """The example under the names of our format, if it has those of NQ-open or BEIR."""
+    theirs = {"answer": "answers"}
+    if "question" not in example and "_id" in example:
+        theirs |= {"_id": "id", "text": "question"}
+    if not any(name in example and theirs[name] not in example for name in theirs):
+        return example
+    return {
+        theirs[name] if name in theirs and theirs[name] not in example else name: value
+        for name, value in example.items()
+    }
+
+
+# ----------------------------------------------------------------------------------------------
+# Where the examples stand
 
 _CHUNK = 1 << 24  # bytes looked at in one go: large enough for numpy, small enough for memory
 _QUOTE, _BACKSLASH, _NEWLINE = ord('"'), ord("\\"), ord("\n")
@@ -281,7 +350,7 @@ def parse_example(raw: dict, index: int, where: str) -> Example:
     target = raw.get("target")
     if target is not None and not isinstance(target, str):
         raise InputError(f'{where}: "target" must be text, not {shorten(target)}')
-    answers = raw.get("answers", raw.get("answer"))  # NQ-open's own files say "answer"
+    answers = raw.get("answers")
     answers = [] if answers is None else answers
     if not isinstance(answers, list):
         raise InputError(f'{where}: "answers" must be a list of texts, not {shorten(answers)}')

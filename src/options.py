@@ -119,6 +119,14 @@ def _add_retriever_options(
         )
 
 
+def _add_plain_text(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plain_text",
+        action="store_true",
+        help="embed texts without the words question:, title: and context:, as DPR and Contriever",
+    )
+
+
 def _add_reader_options(parser: argparse.ArgumentParser, model_help: str) -> None:
     group = parser.add_argument_group("reader")
     group.add_argument("--model_path", default="none", help=model_help)
@@ -363,6 +371,7 @@ def passage_embeddings_parser() -> argparse.ArgumentParser:
     group.add_argument("--shard_id", type=_COUNT_OR_ZERO, default=0, help="which shard, from 0")
     group.add_argument("--num_shards", type=_COUNT, default=1, help="how many shards in all")
     _add_retriever_options(parser, "the retriever: a checkpoint folder, or a BERT to use as it is")
+    _add_plain_text(parser)
     group = parser.add_argument_group("embedding")
     group.add_argument(
         "--passage_maxlength", type=_COUNT, default=None, help="tokens of a passage; none: its own"
@@ -376,7 +385,9 @@ def passage_retrieval_parser() -> argparse.ArgumentParser:
     """Options of passage_retrieval.py."""
     parser = _Parser("Find passages for questions, with a retriever or with BM25.")
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default="data.json", help=".json or .jsonl file of questions")
+    group.add_argument(
+        "--data", default="data.json", help=".json or .jsonl file of questions, or DPR's .csv"
+    )
     _older_names(group, "--data", "--data_path")
     group.add_argument(
         "--passages", required=True, help="the collection: .tsv (id, text, title) or .jsonl"
@@ -385,7 +396,13 @@ def passage_retrieval_parser() -> argparse.ArgumentParser:
         "--passages_embeddings", default="none", help='its embeddings, such as "folder/wiki_*"'
     )
     group.add_argument(
-        "--output_path", required=True, help=".json or .jsonl file to write the passages into"
+        "--output_path", required=True, help=".json or .jsonl file to write what is found into"
+    )
+    group.add_argument(
+        "--output_format",
+        choices=["json", "trec"],
+        default="json",
+        help="json: what the reader reads; trec: a run for trec_eval, without the passages' texts",
     )
     group.add_argument("--n-docs", "--n_docs", type=_COUNT, default=100, help="passages a question")
     group.add_argument(
@@ -400,6 +417,7 @@ def passage_retrieval_parser() -> argparse.ArgumentParser:
         help="use embeddings of another model, collection or run all the same",
     )
     _add_retriever_options(parser, "the retriever that made the embeddings", with_title=False)
+    _add_plain_text(parser)
     group = parser.add_argument_group("search")
     group.add_argument("--bm25", action="store_true", help="search by words; needs no model")
     group.add_argument(

@@ -1,8 +1,8 @@
 """A passage collection, opened without reading it into memory.
 
-`Passages(path)` is a sequence over DPR's TSV (`id`, `text`, `title`; also gzipped), or JSONL with
-`id` or `_id`, `title`, and `text` or `contents` (BEIR, pyserini). One pass finds where each passage
-begins; the places are kept in a side file, `.NAME.offsets`, which later openings and other
+`Passages(path)` is a sequence over DPR's TSV (`id`, `text`, `title`) or JSONL with `id` or `_id`,
+`title`, and `text` or `contents` (BEIR, pyserini), either gzipped too. One pass finds where each
+passage begins; the places are kept in a side file, `.NAME.offsets`, which later openings and other
 processes map. So memory does not grow with the collection: 21 million passages open like a hundred.
 """
 
@@ -114,6 +114,8 @@ class Passages(Sequence[Passage]):
         that count up by one from any number, as Wikipedia's do, need no table; for others it is one
         of sorted hashes, which takes 24 bytes of memory a passage while it is made, and later none.
 
+        An id with DPR's `wiki:` before it, which no passage has, is that of the one without.
+
         Errors: `InputError` for an id that is not there, and for ids that are not unique.
         """
         if self._id_table is None:
@@ -121,6 +123,17 @@ class Passages(Sequence[Passage]):
         return [self._find_one(identity) for identity in ids]
 
     def _find_one(self, identity: str) -> int:
+        place = self._look_up(identity)
+        if place is None and identity.startswith(_DPR_PREFIX):
+            place = self._look_up(identity.removeprefix(_DPR_PREFIX))
+        if place is None:
+            raise InputError(
+                f"{self.path}: no passage has the id {shorten(identity)}; "
+                "give the collection that the id was taken from"
+            )
+        return place
+
+    def _look_up(self, identity: str) -> int | None:
         if len(self._id_table) == 1:
             place = int(identity) - int(self._id_table[0]) if _NUMBER.fullmatch(identity) else -1
             if 0 <= place < len(self):
@@ -134,10 +147,7 @@ class Passages(Sequence[Passage]):
                     break
                 if self._id(int(places[at])) == identity:
                     return int(places[at])
-        raise InputError(
-            f"{self.path}: no passage has the id {shorten(identity)}; "
-            "give the collection that the id was taken from"
-        )
+        return None
 
     def _make_id_table(self) -> Iterator[np.ndarray]:
         """The first id if the others count up from it, else all hashes, sorted, and their places.
@@ -179,6 +189,7 @@ class Passages(Sequence[Passage]):
         return Passages, (self.path,)
 
 
+_DPR_PREFIX = "wiki:"  # DPR's embeddings name Wikipedia's passages so; its TSV does not
 _NUMBER = re.compile("0|[1-9][0-9]{0,17}")  # as `str` writes them, and an int64 holds them
 
 
@@ -200,6 +211,8 @@ def _parse_json(line: str) -> Passage:
         raise ValueError(f'a passage must be an object like {{"id": ...}}, not {shorten(raw)}')
     identity, title = raw.get("id", raw.get("_id")), raw.get("title")
     text = raw.get("text", raw.get("contents"))
+    if "text" not in raw and title is None and isinstance(text, str):
+        title, text = _split_contents(text)
     if isinstance(identity, bool) or not isinstance(identity, str | int):
         raise ValueError(f'"id" or "_id" must be text or a whole number, not {shorten(identity)}')
     if not isinstance(text, str):
@@ -207,6 +220,19 @@ def _parse_json(line: str) -> Passage:
     if not isinstance(title, str | None):
         raise ValueError(f'"title" must be text, not {shorten(title)}')
     return Passage(str(identity), title or "", text)
+
+
+def _split_contents(contents: str) -> tuple[str, str]:
+    """Title and text of pyserini's `contents`, whose first line is the title where there are two.
+
+    Its Wikipedia has the titles as DPR's TSV does, in quote marks that are doubled inside.
+    """
+    title, line_end, text = contents.partition("\n")
+    if not line_end:
+        return "", contents
+    if len(title) > 1 and title[0] == title[-1] == '"':
+        title = title[1:-1].replace('""', '"')
+    return title, text
 
 
 def _hash(identity: str) -> int:

@@ -49,12 +49,13 @@ def quiet_transformers() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
-def load_config(path: str, model_type: str) -> PreTrainedConfig:
-    """The config of the wanted kind at a hub name, in a folder, or in a JSON file."""
+def load_config(path: str, model_type: str, *others: str) -> PreTrainedConfig:
+    """The config of the wanted kind, or one of some others, at a hub name, in a folder, or in a
+    JSON file."""
     _check_path(path)
     with _reporting(path, "no model config can be read there", "give a model's folder or hub name"):
         config = AutoConfig.from_pretrained(path)
-    if config.model_type != model_type:
+    if config.model_type not in (model_type, *others):
         wanted = {"t5": "a T5 or a reader", "bert": "a BERT or a retriever"}[model_type]
         raise InputError(
             f"{path}: a {config.model_type} model, but a {model_type} is needed here; give {wanted}"

@@ -402,7 +402,13 @@ def load_reader(path: str, dropout: float | None = None, use_position_table: boo
 def new_reader(config_file: str, dropout: float | None = None) -> FiDT5:
     """A reader with fresh random weights, shaped by a T5 config file (JSON)."""
     config = _reader_config(config_file, dropout)
-    return FiDT5(build(T5ForConditionalGeneration, config_file, config))
+    t5 = build(T5ForConditionalGeneration, config_file, config)
+    if not config.scale_decoder_outputs:
+        # So Transformers remembers tie_word_embeddings: false (T5 v1.1, Flan-T5, ByT5), of which
+        # it makes nothing else. Weights that it loads may differ; fresh ones it ties all the same.
+        head = torch.empty_like(t5.shared.weight).normal_(std=config.initializer_factor)
+        t5.lm_head.weight = nn.Parameter(head)
+    return FiDT5(t5)
 
 
 def _reader_config(path: str, dropout: float | None) -> T5Config:

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from src.errors import InputError
+from src.errors import InputError, shorten
 from src.evaluation import has_answer, recall_at_k
 from src.examples import Examples, parse_example, read_example
 from src.passages import Passages
 from src.reader import Answer
 
 ANSWERS, SCORES = "final_output.txt", "dataset_wscores.json"
+MADE_BY, RECALL = ".made_by.json", ".recall.json"  # behind the name of the file that they are about
 
 
 def check_results(folder: Path) -> None:
@@ -113,8 +114,11 @@ def write_answers(folder: Path, data: Examples, world_size: int) -> Path:
     return write_whole(folder / ANSWERS, lines())
 
 
-def write_scores(folder: Path, data: Examples, world_size: int, n_context: int) -> Path:
-    """Write `dataset_wscores.json`: the data with the reader's score on each passage it read.
+def write_scores(
+    folder: Path, data: Examples, world_size: int, n_context: int, made_by: dict[str, Any]
+) -> Path:
+    """Write `dataset_wscores.json`: the data with the reader's score on each passage it read; and
+    beside it what made it.
 
     The passages stand in reading order; those beyond `n_context` follow without a score, because
     the score that they came with is of another kind. Returns the file's path.
@@ -128,7 +132,10 @@ def write_scores(folder: Path, data: Examples, world_size: int, n_context: int) 
             opening = ",\n"
         yield "\n]\n"
 
-    return write_whole(folder / SCORES, pieces())
+    _beside(folder / SCORES, MADE_BY).unlink(missing_ok=True)
+    path = write_whole(folder / SCORES, pieces())
+    write_made_by(path, made_by)
+    return path
 
 
 def scored_example(raw: dict[str, Any], answer: Answer, n_context: int) -> dict[str, Any]:
@@ -144,6 +151,23 @@ def scored_example(raw: dict[str, Any], answer: Answer, n_context: int) -> dict[
     return {**raw, "ctxs": contexts} if contexts else raw
 
 
+def check_trec_ids(data: Examples, passages: Passages) -> None:
+    """Errors: `InputError`, before hours of work, for ids that a TREC run cannot hold: its columns
+    are told apart by white space, and its questions by their ids."""
+    cure = "change it, or say --output_format json"
+    seen = set()
+    for index in range(len(data)):
+        identity = read_example(data, index).id
+        if len(identity.split()) != 1 or identity in seen:
+            problem = "is another's too" if identity in seen else "is empty or has white space"
+            raise InputError(f"{data.where(index)}: its id {shorten(identity)} {problem}; {cure}")
+        seen.add(identity)
+    for identity in passages.ids():
+        if len(identity.split()) != 1:
+            problem = f"the id {shorten(identity)} is empty or has white space"
+            raise InputError(f"{passages.path}: {problem}; {cure}")
+
+
 def write_retrieved(
     path: Path,
     data: Examples,
@@ -151,13 +175,18 @@ def write_retrieved(
     places: list[list[int]],
     scores: np.ndarray,
     workers: int,
+    made_by: dict[str, Any],
+    as_trec: bool = False,
 ) -> list[list[bool]]:
-    """Write questions with the passages found for them, in the reader's input format.
+    """Write questions with the passages found for them, in the reader's input format or as a TREC
+    run, and beside them, in `.made_by.json`, what made them.
 
     Args:
         path: `.jsonl` gives a line an example, any other name a JSON list.
         places, scores: of each question's passages in the collection, best first.
         workers: how many processes may look for the answers.
+        made_by: what made them, as JSON values; `model` is the last column of a TREC run.
+        as_trec: write a TREC run.
 
     Returns: for each question with answers, whether each of its passages holds one.
     """
@@ -174,6 +203,9 @@ def write_retrieved(
         for index, (has_answers, holds) in enumerate(found):
             if has_answers:
                 flags.append(holds)
+            if as_trec:
+                yield from trec_lines(index)
+                continue
             contexts = []
             for place, score, hold in zip(places[index], scores[index], holds, strict=False):
                 identity, title, text = passages[place]
@@ -181,11 +213,31 @@ def write_retrieved(
                 contexts.append(context | ({"hasanswer": hold} if has_answers else {}))
             yield opening + json.dumps({**data[index], "ctxs": contexts})
             opening = "\n" if as_lines else ",\n"
-        yield "\n" if as_lines else "\n]\n"
+        if not as_trec:
+            yield "\n" if as_lines else "\n]\n"
+
+    def trec_lines(index: int) -> Iterator[str]:
+        question = read_example(data, index).id
+        for rank, (place, score) in enumerate(
+            zip(places[index], scores[index], strict=False), start=1
+        ):
+            yield f"{question} Q0 {passages[place].id} {rank} {float(score)!r} {made_by['model']}\n"
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    for kind in (MADE_BY, RECALL):  # those of what stood here before
+        _beside(path, kind).unlink(missing_ok=True)
     write_whole(path, pieces())
+    write_made_by(path, made_by)
     return flags
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(path.name + kind)
+
+
+def write_made_by(path: Path, made_by: dict[str, Any]) -> None:
+    """Write what made a file beside it: readers of the file itself need not know."""
+    write_whole(_beside(path, MADE_BY), [json.dumps(made_by, indent=1) + "\n"])
 
 
 def _match(task: tuple[list[str], list[str]]) -> tuple[bool, list[bool]]:
@@ -216,7 +268,7 @@ def write_recall(path: Path, flags: list[list[bool]], n_docs: int) -> dict[str, 
     }
     if recalls:
         record = json.dumps({**recalls, "questions": len(flags)}, indent=1) + "\n"
-        write_whole(path.with_name(f"{path.name}.recall.json"), [record])
+        write_whole(_beside(path, RECALL), [record])
     return recalls
 
 

@@ -14,10 +14,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import BertConfig, BertModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from src.data import TextCollator
-from src.errors import InputError
+from src.errors import InputError, shorten
 from src.pretrained import build, digest, from_pretrained, load_config
 
 
@@ -279,13 +285,40 @@ class TextEmbedder:
 
 def load_retriever(path: str, dropout: float | None = None) -> Retriever:
     """A retriever from a checkpoint of ours or of the reference, or from any BERT by folder or hub
-    name that has no settings of a retriever: then without projection, mean over real tokens."""
-    config = load_config(path, "bert")
+    name that has no settings of a retriever (Contriever's, for one): then without projection, mean
+    over real tokens. DPR's question encoder is read too, by its first token."""
+    config = load_config(path, "bert", "dpr")
+    if config.model_type == "dpr":
+        return _load_dpr(path, config, dropout)
     if not hasattr(config, "indexing_dimension"):
         return start_retriever(path, dropout, projection=False)
     config = RetrieverConfig(**config.to_dict())
     _set_dropout(config, dropout)
     return from_pretrained(Retriever, path, config)
+
+
+def _load_dpr(path: str, dpr: PreTrainedConfig, dropout: float | None) -> Retriever:
+    """DPR's question encoder (Karpukhin et al., 2020, section 3), to search its own embeddings."""
+    if dpr.architectures != ["DPRQuestionEncoder"] or dpr.projection_dim:
+        raise InputError(
+            f"{path}: of DPR's models, question encoders without a projection can be used, not "
+            f"{shorten(dpr.architectures)}; give one, and the passages' embeddings as DPR's pickles"
+        )
+    shape = {key: value for key, value in dpr.to_dict().items() if key != "model_type"}
+    settings = {"projection": False, "indexing_dimension": dpr.hidden_size, "extract_cls": True}
+    settings |= {"apply_question_mask": True, "apply_passage_mask": True}
+    config = RetrieverConfig(**{**shape, **settings})
+    _set_dropout(config, dropout)
+    retriever = build(Retriever, path, config)
+    bert = from_pretrained(
+        BertModel,
+        path,
+        BertConfig(**shape),
+        add_pooling_layer=False,
+        key_mapping={r"^question_encoder\.bert_model\.": ""},
+    )
+    retriever.model.load_state_dict(bert.state_dict())
+    return retriever
 
 
 def check_settings(config: RetrieverConfig, settings: dict[str, Any], path: str) -> None:

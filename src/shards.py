@@ -205,6 +205,20 @@ def _check_together(shards: list[Shard]) -> None:
             )
 
 
+def check_count(shards: Sequence[Shard], collection: str, n_passages: int) -> None:
+    """Pickles do not say whether one is missing: but each passage must have its embedding.
+
+    Errors: `InputError` that names shards and collection when they have not as many.
+    """
+    rows = sum(map(len, shards))
+    if rows != n_passages and not all(shard.metadata for shard in shards):
+        others = f" to {shards[-1].path}" if len(shards) > 1 else ""
+        raise InputError(
+            f"{shards[0].path}{others}: {rows} embeddings, but {collection} has "
+            f"{n_passages} passages; give all shards of this collection, or say --allow_mismatch"
+        )
+
+
 def require_same(what: str, path: str, value: object, other_path: str, other: object) -> None:
     """Errors: `InputError` that names both files when two fingerprints differ."""
     if value != other:

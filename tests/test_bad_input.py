@@ -123,6 +123,12 @@ FILES: dict[str, str | bytes] = {
     "bert.json": '{"model_type": "bert", "vocab_size": 700, "hidden_size": 48, '
     '"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}',
     "short_bert.json": '{"model_type": "bert", "vocab_size": 700, "max_position_embeddings": 32}',
+    "header.csv": "who is it\t['I']\nquestion\tanswers\n",
+    "columns.csv": "who is it\t['I']\nwho\n",
+    "call.csv": "who is it\t[__import__('os').system('echo a stranger was here')]\n",
+    "spaced_id.json": json.dumps([{"id": name, "question": "Who?"} for name in ("a", "a b")]),
+    "twice_id.json": json.dumps([{"id": name, "question": "Who?"} for name in ("a", "a")]),
+    "spaced_id.jsonl": '{"id": "a", "text": "The Nile."}\n{"id": "b c", "text": "The Po."}\n',
     "pickle": pickle.dumps(Hostile()),
     "one.json": json.dumps([{"question": "Who?"}]),
     "answers.txt": "q0\tI\n",
@@ -210,6 +216,19 @@ def make_embeddings(at: Path) -> None:
     (one / "wiki_01").unlink()
     shutil.copy(twice / "wiki_01", twice / "wiki_again")
     (text / "wiki_01").write_text("id\ttext\ttitle\n")
+    other = at / "shards_other"
+    shutil.copytree(shards, other)
+    (other / "wiki_02").unlink()
+    options = f"--shard_id 2 --num_shards 3 --output_path {other}/wiki --model_path"
+    options += " {other_retriever}"
+    generate_passage_embeddings.main(arguments(f"{GOOD['embed']} {options}", at, at / "out"))
+    replaced = at / "shards_replaced"  # an index of what stood there before
+    shutil.copytree(shards, replaced)
+    find = f"{GOOD['retrieve']} --passages_embeddings {replaced}/wiki_* --index_factory Flat"
+    passage_retrieval.main(arguments(f"{find} --save_or_load_index", at, at / "out"))
+    for number in range(3):
+        options = f"--shard_id {number} --num_shards 3 --output_path {replaced}/wiki --no_title"
+        generate_passage_embeddings.main(arguments(f"{GOOD['embed']} {options}", at, at / "out"))
     legacy = pickle.loads((REFERENCE / "legacy_embeddings" / "wiki_00").read_bytes())
     ids, vectors = list(map(str, legacy[0])), np.asarray(legacy[1])
     for name, content in {
@@ -331,6 +350,14 @@ READER: dict[str, Case] = {
         r'no_text\.json, example 2 \(line 14\), passage 1: "text" must be text, not None'),
     "train data without answers": ("train_reader", "--train_data {unanswered.json}",
         r'unanswered\.json, example 1 \(line 1\): "target" or "answers" is needed'),
+    "DPR's questions with a header": ("train_reader", "--train_data {header.csv}",
+        r"header\.csv, line 2: the answers of a row must be a list of texts like .*, not "
+        "'answers'; mend it, or give JSON"),
+    "DPR's questions without answers": ("test_reader", "--eval_data {columns.csv}",
+        r"columns\.csv, line 2: a row must be a question, a tab and .*, not 'who\\n'; mend it, or"),
+    "answers that run a command": ("test_reader", "--eval_data {call.csv}",
+        r"call\.csv, line 1: the answers of a row must be a list of texts .*; mend it, or give "
+        "JSON"),
     "dev data that is not there": ("train_reader", "--eval_data no.json",
         rf"no\.json: {_CHECK_PATH}"),
     "dev data without answers": ("train_reader", "--eval_data {unanswered.json}",
@@ -646,8 +673,11 @@ RETRIEVE: dict[str, Case] = {
         "shard 1 of 3 is missing; make it with --shard_id 1, or say --allow_mismatch"),
     "a shard that is there twice": ("retrieve", "--passages_embeddings {shards_twice}/wiki_*",
         "wiki_01 and .*wiki_again are both shard 1; leave one out, or say --allow_mismatch"),
-    "embeddings of another dimension": ("retrieve", "--passages_embeddings {pickles_half}/*",
-        "have 32 dimensions, but those in .*wiki_00 have 16; use the --model_path that"),
+    "embeddings of another dimension": (
+        "retrieve",
+        "--passages_embeddings {pickles_half}/* --allow_mismatch",
+        "have 32 dimensions, but those in .*wiki_00 have 16; use the --model_path that",
+    ),
     "embeddings of two dimensions": ("retrieve", "--passages_embeddings {pickles_mixed}/*",
         "wiki_00 and .*wiki_01: .* have 16 and 32 dimensions; search those of one model"),
     "more embeddings than ids": ("retrieve", "--passages_embeddings {pickles_uneven}/*",
@@ -662,13 +692,35 @@ RETRIEVE: dict[str, Case] = {
         rf"pickle: refused, because this pickle asks for 'posix\.system'.*{_AGAIN}"),
     "embeddings that run a command": ("retrieve", "--passages_embeddings {pickles_hostile}/*",
         rf"wiki_00: refused, because this pickle asks for 'posix\.system'.*{_AGAIN}"),
-    "embeddings that are not finite": ("retrieve", "--passages_embeddings {pickles_nan}/*",
-        "wiki_00: the embedding of passage '1000' is not finite; make the shard again"),
-    "embeddings of unknown passages": ("retrieve", "--passages_embeddings {pickles_unknown}/*",
-        r"passages\.tsv: no passage has the id 'x\d+'; give the collection that"),
+    "embeddings that are fewer than the passages": (
+        "retrieve",
+        "--passages_embeddings {pickles_nan}/*",
+        r"wiki_00: 60 embeddings, but .*passages\.tsv has 120 passages; give all shards of this "
+        "collection, or say --allow_mismatch",
+    ),
+    "embeddings that are not finite": (
+        "retrieve",
+        "--passages_embeddings {pickles_nan}/* --allow_mismatch",
+        "wiki_00: the embedding of passage '1000' is not finite; make the shard again",
+    ),
+    "embeddings of unknown passages": (
+        "retrieve",
+        "--passages_embeddings {pickles_unknown}/* --allow_mismatch",
+        r"passages\.tsv: no passage has the id 'x\d+'; give the collection that",
+    ),
     # models and collections that do not belong together
     "another model": ("retrieve", "--model_path {other_retriever}",
         "other_retriever and .*wiki_00 do not belong together: the model .*--allow_mismatch"),
+    "shards of two models": ("retrieve", "--passages_embeddings {shards_other}/wiki_*",
+        "wiki_00 and .*wiki_02 do not belong together: model is .*--allow_mismatch"),
+    "an index of the shards before": (
+        "retrieve",
+        "--passages_embeddings {shards_replaced}/wiki_* --index_factory Flat --save_or_load_index",
+        "index_Flat and .*wiki_00 do not belong together: options is .*--allow_mismatch",
+    ),
+    "texts of another kind": ("retrieve", "--plain_text",
+        "this command and .*wiki_00 do not belong together: --plain_text is True in the first and "
+        "False in the second; .*--allow_mismatch"),
     "another collection": ("retrieve", "--passages {fewer.tsv}",
         r"fewer\.tsv and .*wiki_00 do not belong together: the collection .*--allow_mismatch"),
     "passages that the collection lacks": ("retrieve", "--passages {fewer.tsv} --allow_mismatch",
@@ -693,6 +745,21 @@ RETRIEVE: dict[str, Case] = {
         "index_Flat: not a complete index .*; remove it to build it again",
     ),
     "no results": ("retrieve", "--n-docs 0", "--n-docs.*: 0 must be at least 1" + _HELP),
+    "an unknown format": ("retrieve", "--output_format xml",
+        "--output_format: .*'xml'.*'trec'.*" + _HELP),
+    "a question's id with a space": (
+        "bm25",
+        "--output_format trec --data {spaced_id.json}",
+        r"spaced_id\.json, example 2 \(line 1\): its id 'a b' is empty or has white space; change "
+        "it, or say --output_format json",
+    ),
+    "two questions with one id": ("retrieve", "--output_format trec --data {twice_id.json}",
+        r"twice_id\.json, example 2 .*: its id 'a' is another's too; change it, or say"),
+    "a passage's id with a space": (
+        "bm25",
+        "--output_format trec --passages {spaced_id.jsonl}",
+        r"spaced_id\.jsonl: the id 'b c' is empty or has white space; change it, or say",
+    ),
     "many results": ("retrieve", "--n-docs many", "--n-docs.*: 'many' is not a whole number"),
     "more tokens of a question than the model reads": ("retrieve", "--question_maxlength 600",
         "reads at most 512 tokens, not 600: lower --question_maxlength"),

@@ -1,5 +1,6 @@
 """Data files: the same examples as `json` reads, whatever their layout; what is broken is named."""
 
+import csv
 import json
 import pickle
 import random
@@ -73,12 +74,119 @@ def test_xquad(xquad: Path):
 def test_what_may_be_missing():
     example = parse_example({"question": "Who?"}, 7, "")
     assert (example.id, example.target, example.answers, example.passages) == ("7", None, [], [])
-    example = parse_example({"question": "Who?", "answer": ["I", "we"]}, 0, "")  # NQ-open's lines
-    assert example.answers == ["I", "we"]
     context = {"text": "t"}
     assert parse_example({"question": "Who?", "ctxs": [context]}, 0, "").passages[0].title == ""
     example = parse_example({"id": 12, "question": "Who?", "target": "x"}, 0, "")
     assert (example.id, example.target) == ("12", "x")
+
+
+# ----------------------------------------------------------------------------------------------
+# Other people's questions
+
+
+def write_dpr(rows: list[tuple[str, list[str]]], file: Path, newline: str = "\n") -> Path:
+    """Questions as DPR writes its `nq-test.csv`: by `csv`, the answers by `str`."""
+    with open(file, "w", newline="", encoding="utf-8") as opened:
+        writer = csv.writer(opened, delimiter="\t", lineterminator=newline)
+        writer.writerows((question, str(answers)) for question, answers in rows)
+    return file
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_dprs_questions_are_what_was_written(seed, tmp_path, chunk):
+    rng = random.Random(seed)
+
+    def text() -> str:  # a line of its own: no line breaks, but whatever quotes there are
+        return "".join(rng.choice("a\"'\\[],é日\t ") for _ in range(rng.randrange(8)))
+
+    rows = [
+        (
+            f"who {text()}",
+            [f"{text()}\n" * rng.randrange(2) + text() for _ in range(rng.randrange(4))],
+        )
+        for _ in range(rng.randrange(1, 9))
+    ]
+    wanted = [{"question": question, "answers": answers} for question, answers in rows]
+    for name, newline in (("a.csv", "\r\n"), ("b.tsv", "\n"), ("c.txt", "\n")):
+        opened = Examples(write_dpr(rows, tmp_path / name, newline))
+        assert [opened[i] for i in range(len(opened))] == wanted
+        again = pickle.loads(pickle.dumps(opened))
+        assert [again[i] for i in range(len(again))] == wanted
+
+
+def test_rows_as_they_stand_in_dprs_files(tmp_path):
+    file = tmp_path / "nq-test.csv"
+    file.write_text(
+        "who sings does he love me with reba\t['Linda Davis']\n"
+        "what is \"ps\" in a letter\t['post\\'scriptum', \"it's\"]\r\n"
+        '"""what\'s up"" by who"\t"[\'4 Non Blondes\', \'the ""band""\']"\n'
+        "\n"
+        "how deep is it\t[]"
+    )
+    examples = [read_example(load_data(file), index) for index in range(4)]
+    assert [(example.id, example.question, example.answers) for example in examples] == [
+        ("0", "who sings does he love me with reba", ["Linda Davis"]),
+        ("1", 'what is "ps" in a letter', ["post'scriptum", "it's"]),
+        ("2", '"what\'s up" by who', ["4 Non Blondes", 'the "band"']),
+        ("3", "how deep is it", []),
+    ]
+
+
+def test_lines_of_json_may_have_any_name(tmp_path):
+    for name in ("a.txt", "a.tsv", "a"):
+        for text in (line(), f"[{line()}]"):
+            (tmp_path / name).write_text(text)
+            assert load_data(tmp_path / name)[0] == json.loads(line())
+
+
+def test_nq_opens_and_beirs_names_become_ours(tmp_path):
+    file = tmp_path / "queries.jsonl"
+    theirs = {"_id": "PLAIN-2", "text": "Do statins help?", "metadata": {"url": "http"}}
+    file.write_text(json.dumps(theirs) + '\n{"question": "who?", "answer": ["I", "we"]}')
+    data = load_data(file)
+    assert data[0] == {"id": "PLAIN-2", "question": theirs["text"], "metadata": theirs["metadata"]}
+    assert read_example(data, 0).id == "PLAIN-2"
+    assert data[1] == {"question": "who?", "answers": ["I", "we"]}
+    ours = {"_id": "x", "id": "y", "text": "t", "question": "Who?", "answer": "A", "answers": []}
+    file.write_text(json.dumps(ours))
+    assert load_data(file)[0] == ours  # what has our names keeps all it has
+
+
+BROKEN_ROWS = {
+    "one column": ("who", "a row must be a question, a tab and a list"),
+    "three columns": ("who\t['I']\tthree", "a row must be a question, a tab and a list"),
+    "an open quote mark": ('"who\t[\'I\']', "a row must be a question, a tab and a list"),
+    "a quote mark open at the end": ('who\t"[\'I\']', "a row must be a question, a tab and a list"),
+    "a header": ("question\tanswers", "list of texts like .*, not 'answers'"),
+    "answers as text": ("who\tI", "list of texts"),
+    "a number among the answers": ("who\t['I', 7]", "list of texts"),
+    "lists in lists": ("who\t" + "[" * 99_999, "list of texts"),
+    "a call": ("who\t[__import__('os').system('echo a stranger was here')]", "list of texts"),
+    "a sum": ("who\t['I' + 'II']", "list of texts"),
+    "bytes": ("who\t[b'I']", "list of texts"),
+    "a cut list": ("who\t['I', 'II", "list of texts"),
+    "a false escape": ("who\t['\\x1']", "list of texts"),
+    "half a character": ("who\t['\\ud83d']", r"'.ud83d' is half a character"),
+    "half a character said otherwise": ("who\t['\\U0000d83d']", r"'.ud83d' is half a character"),
+    "a field without end": ("who" * 50_000 + "\t['I']", "not a row of TSV .*limit"),
+    "not UTF-8": (b"caf\xe9\t['I']", "not UTF-8"),
+    "no question": ("\t['I']", '"question" must be text'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN_ROWS)
+def test_broken_rows_are_named_with_line_and_value(case, tmp_path, chunk):
+    content, message = BROKEN_ROWS[case]
+    file = tmp_path / "nq-test.csv"
+    content = content if isinstance(content, bytes) else content.encode()
+    file.write_bytes(b"who is it\t['I']\n" + content + b"\n")
+    with pytest.raises(InputError, match=f"^{file}, .*line 2.*: .*{message}") as caught:
+        load_data(file)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+# ----------------------------------------------------------------------------------------------
 
 
 def test_passages_are_read_by_score_and_those_without_last():

@@ -171,7 +171,9 @@ def test_random_lines_equal_json(seed, tmp_path, window):
         identity = rng.choice([rng.randrange(99), "doc-" + random_field(rng)])
         line = {rng.choice(["id", "_id"]): identity, rng.choice(["text", "contents"]): text}
         if rng.random() < 0.7:
-            line["title"] = rng.choice([title, None])
+            line["title"] = title
+        elif "contents" in line:  # without a title, it may hold one: see below
+            line["contents"] = text = text.replace("\n", " ")
         lines.append(json.dumps(line, ensure_ascii=bool(rng.randrange(2))))
         wanted.append(Passage(str(identity), line.get("title") or "", text))
     for end in ("\n", "\r\n", "\n\n"):
@@ -179,6 +181,38 @@ def test_random_lines_equal_json(seed, tmp_path, window):
         opened = Passages(write(tmp_path, content))
         assert list(opened) == wanted
         assert list(opened.ids()) == [passage.id for passage in wanted]
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_beir(compress, tmp_path):
+    """A line of a `corpus.jsonl`, as BEIR's data sets have them."""
+    line = {"_id": "MED-10", "title": "Statins", "text": "A\nstudy.", "metadata": {"url": "http"}}
+    more = {"_id": "2", "title": "", "text": "Another.", "metadata": {}}
+    content = compress(f"{json.dumps(line)}\n{json.dumps(more)}\n".encode())
+    opened = Passages(write(tmp_path, content, "corpus.jsonl"))
+    assert list(opened) == [Passage("MED-10", "Statins", "A\nstudy."), Passage("2", "", "Another.")]
+    assert opened.find(["2", "MED-10"]) == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "title", "text"),
+    [
+        ({"contents": "Nile\nA river.\nLong."}, "Nile", "A river.\nLong."),
+        ({"contents": '"Nile"\nA river.'}, "Nile", "A river."),  # pyserini's Wikipedia
+        ({"contents": '"""Heroes"" (album)"\nBy Bowie.'}, '"Heroes" (album)', "By Bowie."),
+        ({"contents": '"\nA quote mark.'}, '"', "A quote mark."),
+        ({"contents": "A river."}, "", "A river."),
+        ({"contents": '"A river."'}, "", '"A river."'),
+        ({"contents": "\nA river."}, "", "A river."),
+        ({"contents": "Nile\nA river.", "title": "The Nile"}, "The Nile", "Nile\nA river."),
+        ({"contents": "Nile\nA river.", "title": ""}, "", "Nile\nA river."),
+        ({"text": "Nile\nA river."}, "", "Nile\nA river."),
+        ({"text": "A river.", "contents": "Nile\nA river."}, "", "A river."),
+    ],
+)
+def test_the_title_in_pyserinis_contents(changes, title, text, tmp_path):
+    opened = Passages(write(tmp_path, json.dumps({"id": "doc1", **changes})))
+    assert list(opened) == [Passage("doc1", title, text)]
 
 
 def copied(source: Path, folder: Path) -> tuple[Passages, list[Passage]]:
@@ -241,6 +275,18 @@ def test_ids_that_count_up_need_no_table(first, columns, tmp_path):
     ):
         with pytest.raises(InputError, match=r"no passage has the id .*give the collection"):
             opened.find([missing])
+
+
+@pytest.mark.parametrize("ids", [["1", "2", "3"], ["1", "7", "3"]])
+def test_dprs_ids_are_those_of_its_tsv(ids, tmp_path):
+    """Its embeddings say `wiki:1` of the passage that its TSV calls 1."""
+    opened = Passages(write(tmp_path, "".join(f"{name}\tx\ty\n" for name in ids)))
+    assert opened.find([f"wiki:{ids[1]}", ids[1], f"wiki:{ids[2]}"]) == [1, 1, 2]
+    for missing in ("wiki:9", "wiki:", "wiki:wiki:1", "nq:1"):
+        with pytest.raises(InputError, match=f"no passage has the id '{missing}'; give"):
+            opened.find([missing])
+    both = Passages(write(tmp_path, f"{ids[0]}\tx\ty\nwiki:{ids[0]}\tx\ty\n"))
+    assert both.find([ids[0], f"wiki:{ids[0]}"]) == [0, 1]  # a collection's own ids come first
 
 
 IDS = {

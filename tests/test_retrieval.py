@@ -40,6 +40,11 @@ def embed(reference, passages, output, shards=1, name="mask_mean", **kwargs) -> 
 
 
 def retrieve(reference, passages, embeddings, output, *more, **kwargs) -> list[dict]:
+    search(reference, passages, embeddings, output, *more, **kwargs)
+    return json.loads(output.read_text())
+
+
+def search(reference, passages, embeddings, output, *more, **kwargs) -> None:
     command = [
         *model(reference), "--passages", passages, "--passages_embeddings", embeddings,
         "--data", reference / "questions.json", "--output_path", output, "--n-docs", N_DOCS, *more,
@@ -48,7 +53,6 @@ def retrieve(reference, passages, embeddings, output, *more, **kwargs) -> list[d
         run_well("passage_retrieval.py", *command, **kwargs)
     else:
         passage_retrieval.main(list(map(str, command)))
-    return json.loads(output.read_text())
 
 
 def check_against_the_reference(found: list[dict], reference: Path, output: Path) -> None:
@@ -173,6 +177,113 @@ def test_bm25(reference, passages, tmp_path, capsys):
         assert words <= set(
             f"{row['ctxs'][0]['title']} {row['ctxs'][0]['text']}".lower().replace(",", "").split()
         )
+
+
+def made_by(output: Path) -> dict:
+    return json.loads(output.with_name(output.name + ".made_by.json").read_text())
+
+
+def test_what_was_found_says_what_made_it(reference, passages, tmp_path):
+    embed(reference, passages, tmp_path / "x", 2)
+    output = tmp_path / "found.json"
+    retrieve(reference, passages, tmp_path / "x_*", output)
+    shard = open_shards(tmp_path / "x_*")[0]
+    record = made_by(output)
+    assert record["model"] == record["embeddings"]["model"] == shard.metadata["model"]
+    assert record["passages"] == shard.metadata["passages"] == Passages(passages).fingerprint()
+    assert record["embeddings"] == shard.metadata
+    assert record["options"]["n_docs"] == N_DOCS
+    assert record["options"]["passages"] == str(passages)
+
+    other = tmp_path / "other.tsv"
+    other.write_text(passages.read_text().replace("river", "brook"))
+    passage_retrieval.main(
+        ["--bm25", "--passages", str(other), "--data", str(reference / "questions.json"),
+         "--output_path", str(output)]
+    )  # fmt: skip
+    assert made_by(output)["model"] == "bm25"
+    assert made_by(output)["passages"] == Passages(other).fingerprint() != record["passages"]
+
+
+def test_what_stood_beside_earlier_results_goes_with_them(reference, passages, tmp_path):
+    """The recall of questions with answers is not that of questions without."""
+    data = tmp_path / "data.json"
+    output = tmp_path / "found.json"
+    for answers in (["Po"], []):
+        data.write_text(json.dumps([{"question": "Which river?", "answers": answers}]))
+        passage_retrieval.main(
+            ["--bm25", "--passages", str(passages), "--data", str(data), "--output_path",
+             str(output)]
+        )  # fmt: skip
+        assert output.with_name("found.json.recall.json").exists() == bool(answers)
+
+
+def test_mismatches_for_those_who_mean_them(reference, passages, tmp_path, capsys):
+    """Each error that names --allow_mismatch goes away by it: another model, another collection,
+    a shard left out, shards of two runs, an index of other shards."""
+    embed(reference, passages, tmp_path / "a" / "x", 2)
+    embed(reference, passages, tmp_path / "b" / "x", 2, "cls")
+    other = tmp_path / "other.tsv"
+    other.write_text(passages.read_text() + "9999\tA brook.\tBrook\n")
+    mixed, codes = tmp_path / "mixed", ["--index_factory", "Flat", "--save_or_load_index"]
+    shutil.copytree(tmp_path / "a", mixed)
+    retrieve(reference, passages, mixed / "x_*", tmp_path / "out.json", *codes)
+    shutil.copy(tmp_path / "b" / "x_01", mixed)
+    cases = {
+        "the model": (passages, tmp_path / "b" / "x_*", []),
+        "the collection": (other, tmp_path / "a" / "x_*", []),
+        "shard 1 of 2 is missing": (passages, tmp_path / "a" / "x_00", []),
+        "model is": (passages, mixed / "x_*", []),
+        # With the right model: nothing but the index is wrong.
+        "index_Flat and": (passages, tmp_path / "b" / "x_*", [*codes, *model(reference, "cls")]),
+    }
+    shutil.copytree(mixed / "index_Flat", tmp_path / "b" / "index_Flat")
+    for said, (collection, embeddings, more) in cases.items():
+        output = tmp_path / "found.json"
+        with pytest.raises(SystemExit) as exited:
+            retrieve(reference, collection, embeddings, output, *more)
+        assert exited.value.code == 2
+        assert said in capsys.readouterr().err
+        assert not output.exists()
+        assert len(retrieve(reference, collection, embeddings, output, "--allow_mismatch", *more))
+        output.unlink()
+
+
+def test_a_trec_run(reference, passages, tmp_path):
+    """It holds what the JSON holds: read back, the same questions, passages, ranks and scores."""
+    questions = json.loads((reference / "questions.json").read_text())
+    data = tmp_path / "data.jsonl"
+    named = [{**row, "id": f"q-{number * 7}"} for number, row in enumerate(questions)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in named))
+    embed(reference, passages, tmp_path / "x")
+    outputs = tmp_path / "found.json", tmp_path / "found.trec"
+    more = ["--data", data, "--output_format"]
+    found = retrieve(reference, passages, tmp_path / "x_*", outputs[0], *more, "json")
+    search(reference, passages, tmp_path / "x_*", outputs[1], *more, "trec")
+    lines = [line.split(" ") for line in outputs[1].read_text().splitlines()]
+    expected = [
+        [row["id"], "Q0", context["id"], str(rank), str(context["score"])]
+        for row in found
+        for rank, context in enumerate(row["ctxs"], start=1)
+    ]
+    assert [line[:5] for line in lines] == expected
+    assert {line[5] for line in lines} == {made_by(outputs[1])["model"]}
+    recalls = [output.with_name(output.name + ".recall.json").read_text() for output in outputs]
+    assert recalls[0] == recalls[1]
+
+
+def test_a_trec_run_of_questions_without_ids(reference, passages, tmp_path):
+    """They are called by their places, as everywhere."""
+    passage_retrieval.main(
+        ["--bm25", "--passages", str(passages), "--data", str(reference / "questions.json"),
+         "--output_path", str(tmp_path / "run"), "--n-docs", "2", "--output_format", "trec"]
+    )  # fmt: skip
+    rows = json.loads((reference / "questions.json").read_text())
+    names = [str(row.get("id", number)) for number, row in enumerate(rows)]
+    lines = [line.split() for line in (tmp_path / "run").read_text().splitlines()]
+    assert [line[0] for line in lines] == [name for name in names for _ in range(2)]
+    assert {line[5] for line in lines} == {"bm25"}
+    assert {len(line) for line in lines} == {6}
 
 
 def bm25_by_hand(question: str, texts: list[str]) -> np.ndarray:
