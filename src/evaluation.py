@@ -223,7 +223,7 @@ def measure_answers(path: str, data: Examples) -> dict[str, float]:
     for index, line in enumerate(lines):
         identity, tab, answer = line.partition("\t")
         example = read_example(data, index)
-        if not tab or identity != example.id:
+        if not tab or identity != " ".join(example.id.split()):
             raise InputError(
                 f"{path}, line {index + 1}: must be the answer to question {example.id} of "
                 f"{data.path}, as id, tab, answer, not {shorten(line, 40)}; give the --data that "

@@ -103,13 +103,14 @@ def read_parts(folder: Path, world_size: int) -> Iterator[Answer]:
 
 
 def write_answers(folder: Path, data: Examples, world_size: int) -> Path:
-    """Write `final_output.txt`: a line `id<TAB>answer` an example. Returns its path."""
+    """Write `final_output.txt`: a line `id<TAB>answer` an example, with single spaces for any other
+    white space in either. Returns its path."""
 
     def lines() -> Iterator[str]:
         for answer in read_parts(folder, world_size):
             identity = data[answer.index].get("id")
             identity = answer.index if identity is None else identity
-            yield f"{identity}\t{' '.join(answer.text.split())}\n"
+            yield f"{' '.join(str(identity).split())}\t{' '.join(answer.text.split())}\n"
 
     return write_whole(folder / ANSWERS, lines())
 
