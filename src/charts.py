@@ -1,8 +1,8 @@
 """Pictures for a web page: line and bar charts as inline SVG, coloured by the page's style.
 
-A chart is drawn 400 units wide and shown about as wide, so that its words are as large as the page's
-on a phone and on a desk. Classes `s0` to `s3` are the colours of its series; each point and bar has
-a `<title>`, which a browser shows when it is pointed at.
+A chart is drawn 400 units wide and shown about as wide, so that its words are as large as the
+page's on a phone and on a desk. Classes `s0` to `s3` are the colours of its series; each point and
+bar has a `<title>`, which a browser shows when it is pointed at.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 400, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 16, 26, 44  # margins around the plotted area
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 22, 26, 44  # margins around the plotted area
 N_COLOURS = 4  # of the page; a fifth series has the first one's, dashed
 
 
@@ -38,8 +38,13 @@ class Group:
 def number(value: float) -> str:
     """A number as people write it: thousands with a comma, at most four digits that matter."""
     if value == int(value) or abs(value) >= 1000:
-        return f"{value:,.0f}".replace("-", "\N{MINUS SIGN}")
-    return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+        text = f"{value:,.0f}"
+    elif abs(value) < 0.001:
+        digits, _, exponent = f"{value:.3e}".partition("e")
+        text = f"{float(digits):g}e{int(exponent)}"
+    else:
+        text = f"{value:.4g}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -107,11 +112,11 @@ def line_chart(
 
 def bar_chart(groups: Sequence[Group], names: Sequence[str], x_name: str, y_name: str) -> str:
     """Values in percent, one bar for each name in each group, with the group's count below it."""
-    place_y = _scale(0, 100, HEIGHT - _BOTTOM - 14, _TOP)
+    base = HEIGHT - _BOTTOM - 14  # there is a line of counts more below than in a line chart
+    place_y = _scale(0, 100, base, _TOP)
     parts = _y_axis([0, 25, 50, 75, 100], place_y, y_name)
     room = (WIDTH - _RIGHT - _LEFT) / len(groups)
-    wide = min(24.0, 0.8 * room / len(names))
-    base = HEIGHT - _BOTTOM - 14
+    wide = min(24.0, 0.88 * room / len(names))
     for place, group in enumerate(groups):
         middle = _LEFT + (place + 0.5) * room
         bars = []
@@ -127,10 +132,10 @@ def bar_chart(groups: Sequence[Group], names: Sequence[str], x_name: str, y_name
             bars.append(_text(left + wide / 2 - 0.5, top - 3, f"{value:.0f}", "middle", "value"))
         drawn = "".join(bars)
         parts.append(f'<a href="{escape(group.link)}">{drawn}</a>' if group.link else drawn)
-        parts.append(_text(middle, base + 15, group.label, "middle", "label"))
-        parts.append(_text(middle, base + 29, f"{group.count:,}", "middle"))
-    parts.append(_text(_LEFT - 6, base + 29, "n", "end"))
-    parts.append(_text(_middle(), HEIGHT - 2, x_name, "middle", "name"))
+        parts.append(_text(middle, base + 16, group.label, "middle", "label"))
+        parts.append(_text(middle, base + 31, f"{group.count:,}", "middle"))
+    parts.append(_text(_LEFT - 6, base + 31, "n", "end"))
+    parts.append(_text(_middle(), HEIGHT - 6, x_name, "middle", "name"))
     return _svg(parts, f"{' and '.join(names)} by {x_name}")
 
 

@@ -1,11 +1,12 @@
 """A headless Chromium that opens a page and answers questions about it.
 
-It is driven over a pair of pipes (`--remote-debugging-pipe`: JSON messages that end in a zero byte),
-so nothing but the browser is needed. Whatever a page writes to the console or fails to load is kept
-in `complaints`.
+It is driven over a pair of pipes (`--remote-debugging-pipe`: JSON messages that end in a zero
+byte), so nothing but the browser is needed. Whatever a page writes to the console, asks the network
+for or fails to load is kept in `complaints`.
 """
 
 import base64
+import contextlib
 import json
 import os
 import select
@@ -42,7 +43,8 @@ class Chromium:
         theirs_in, self._to = os.pipe()
         self._from, theirs_out = os.pipe()
         command = [
-            str(program()), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+            str(program()), "--headless", "--no-sandbox", "--disable-gpu",
+            "--disable-dev-shm-usage",
             "--disable-background-networking", "--no-first-run", "--hide-scrollbars",
             f"--user-data-dir={folder}", "--remote-debugging-pipe", "about:blank",
         ]  # fmt: skip
@@ -66,6 +68,10 @@ class Chromium:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(TimeoutError, BrokenPipeError):  # it may be gone already
+            self._session = ""
+            self.call("Browser.close")
+            self._process.wait(SECONDS)
         self._process.kill()
         self._process.wait()
         os.close(self._to)
@@ -90,8 +96,9 @@ class Chromium:
         elif event in ("Runtime.consoleAPICalled", "Log.entryAdded", "Network.loadingFailed"):
             self.complaints.append(json.dumps(about)[:500])
         elif event == "Network.requestWillBeSent":
-            if not about["request"]["url"].startswith(("file:", "about:")):
-                self.complaints.append(f"asks for {about['request']['url']}")
+            url = about["request"]["url"]
+            if not url.startswith(("file:", "about:")):
+                self.complaints.append(f"asks for {url}")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """One command of the DevTools protocol, and its answer."""
