@@ -27,6 +27,8 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 _TOKEN_BEFORE = regex.compile(_TOKEN.pattern, regex.REVERSE)  # finds the last one first
 _WORD = regex.compile(r"[\p{L}\p{N}\p{M}]")
+# What test_reader.py writes into a run's folder.
+ANSWERS, SCORES = "final_output.txt", "dataset_wscores.json"
 
 
 def normalize_answer(text: str) -> str:
@@ -153,6 +155,50 @@ def _has_answer_by_tokens(answers: Sequence[str], text: str) -> bool:
     return False
 
 
+def answer_spans(answers: Sequence[str], text: str) -> list[tuple[int, int]]:
+    """Where in the text `has_answer` finds answers: [start, end) in characters of the text as it
+    stands, in order, those that touch or overlap as one.
+
+    There are some exactly when `has_answer` says yes, but for answers without any token: these are
+    in every text, and nowhere. A character that is only partly in a match (the "=" that NFD finds
+    in "≠") is taken in whole.
+    """
+    normal, places = _normalize_with_places(text)
+    found = list(_TOKEN.finditer(normal))
+    tokens = [token.group().lower() for token in found]
+    spans = []
+    for answer in filter(None, map(_answer_tokens, answers)):
+        for first in range(len(tokens) - len(answer) + 1):
+            last = first + len(answer) - 1
+            if tuple(tokens[first : last + 1]) == answer:
+                spans.append((places[found[first].start()][0], places[found[last].end() - 1][1]))
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _normalize_with_places(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text in NFD, and for each of its characters the piece of the text that it came from.
+
+    A piece is a character with the combining marks after it: NFD reorders these, and nothing else.
+    """
+    starts = [
+        place
+        for place, character in enumerate(text)
+        if place == 0 or not unicodedata.combining(unicodedata.normalize("NFD", character)[0])
+    ]
+    normal, places = [], []
+    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+        piece = unicodedata.normalize("NFD", text[start:end])
+        normal.append(piece)
+        places += [(start, end)] * len(piece)
+    return "".join(normal), places
+
+
 def count_inversions(gold_ranks: Sequence[int]) -> int:
     """Pairs of passages that the retriever orders otherwise than the reader.
 
@@ -203,9 +249,9 @@ def measure_retrieval(path: str) -> dict[str, float]:
     return {"questions": len(flags), **recalls}
 
 
-def measure_answers(path: str, data: Examples) -> dict[str, float]:
-    """Exact match and F1, in percent, of a file with a line `id<TAB>answer` for each example of the
-    data, in its order. Errors: `InputError` when the two do not belong together."""
+def read_answers(path: str, data: Examples) -> list[str]:
+    """The answers in a file with a line `id<TAB>answer` for each example of the data, in its order.
+    Errors: `InputError` when the two do not belong together."""
     try:
         with open(path, encoding="utf-8") as file:
             lines = file.read().split("\n")[:-1]
@@ -219,16 +265,26 @@ def measure_answers(path: str, data: Examples) -> dict[str, float]:
             f"{path}: {len(lines)} lines of answers to the {len(data)} questions of {data.path}; "
             "give the --data that was answered, and the whole file"
         )
-    matches, overlaps = [], []
+    answers = []
     for index, line in enumerate(lines):
         identity, tab, answer = line.partition("\t")
-        example = read_example(data, index)
-        if not tab or identity != " ".join(example.id.split()):
+        expected = " ".join(read_example(data, index).id.split())
+        if not tab or identity != expected:
             raise InputError(
-                f"{path}, line {index + 1}: must be the answer to question {example.id} of "
+                f"{path}, line {index + 1}: must be the answer to question {expected} of "
                 f"{data.path}, as id, tab, answer, not {shorten(line, 40)}; give the --data that "
                 "was answered"
             )
+        answers.append(answer)
+    return answers
+
+
+def measure_answers(path: str, data: Examples) -> dict[str, float]:
+    """Exact match and F1, in percent, of a file of answers (see `read_answers`) over the questions
+    with right answers. Errors: `InputError` also when there are none."""
+    matches, overlaps = [], []
+    for index, answer in enumerate(read_answers(path, data)):
+        example = read_example(data, index)
         if example.answers:
             matches.append(exact_match(answer, example.answers))
             overlaps.append(f1(answer, example.answers))

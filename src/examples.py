@@ -12,10 +12,11 @@ import dataclasses
 import json
 import math
 import mmap
+import os
 import re
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -302,19 +303,36 @@ def _line_number(data: mmap.mmap, position: int) -> int:
     return 1 + sum(int((buffer[c : c + _CHUNK] == _NEWLINE).sum()) for c in chunks)
 
 
-def check_place(path: str) -> None:
-    """Whether a data file can be written at an `--output_path`: asked at the start, not after
-    hours of work. Errors: `InputError` when it cannot."""
+def check_place(path: str, option: str = "--output_path") -> None:
+    """Whether a file can be written where an option says: asked at the start, not after hours of
+    work. Errors: `InputError` when it cannot."""
     place = Path(path)
     try:
         if place.is_dir():
-            raise InputError(f"--output_path {shorten(path)}: a folder; name a file in it")
+            raise InputError(f"{option} {shorten(path)}: a folder; name a file in it")
         place.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=place.parent).close()
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be written ({error.strerror}); give another --output_path"
+            f"{path}: cannot be written ({error.strerror}); give another {option}"
         ) from None
+
+
+def write_whole(path: Path, pieces: Iterable[str]) -> Path:
+    """Write a file beside its place and rename it: complete or absent."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); give another place, or make room"
+        ) from error
+    return path
 
 
 # ----------------------------------------------------------------------------------------------

@@ -466,3 +466,37 @@ def evaluation_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", help="the questions that were answered, with the right answers")
     return parser
+
+
+def report_parser() -> argparse.ArgumentParser:
+    """Options of `python -m src.report`."""
+    parser = _Parser("Show a run as a page for a browser: curves, recall, questions and passages.")
+    parser.prog = "-m src.report"
+    parser.add_argument("run", help="the run's folder, of training, of testing, or both")
+    parser.add_argument(
+        "--data",
+        help="the questions that were answered; none: dataset_wscores.json in the run's folder, or "
+        "else the --eval_data that the run was given",
+    )
+    parser.add_argument(
+        "--retrieved",
+        nargs="+",
+        default=[],
+        help="files with passages found for the questions, to compare",
+    )
+    parser.add_argument(
+        "-o", "--output", help="the page to write; none: report.html in the run's folder"
+    )
+    parser.add_argument(
+        "--max_questions",
+        type=_COUNT,
+        default=500,
+        help="questions that the page holds; the numbers are always of all",
+    )
+    parser.add_argument(
+        "--passages_shown",
+        type=_COUNT,
+        default=10,
+        help="passages of a question that the page holds; the first with an answer comes on top",
+    )
+    return parser

@@ -7,19 +7,18 @@ out in turn, so reading the parts in turn gives the input's order with nothing h
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from src.errors import InputError, shorten
-from src.evaluation import has_answer, recall_at_k
-from src.examples import Examples, parse_example, read_example
+from src.evaluation import ANSWERS, SCORES, has_answer, recall_at_k
+from src.examples import Examples, parse_example, read_example, write_whole
 from src.passages import Passages
 from src.reader import Answer
 
-ANSWERS, SCORES = "final_output.txt", "dataset_wscores.json"
 MADE_BY, RECALL = ".made_by.json", ".recall.json"  # behind the name of the file that they are about
 
 
@@ -271,20 +270,3 @@ def write_recall(path: Path, flags: list[list[bool]], n_docs: int) -> dict[str, 
         record = json.dumps({**recalls, "questions": len(flags)}, indent=1) + "\n"
         write_whole(_beside(path, RECALL), [record])
     return recalls
-
-
-def write_whole(path: Path, pieces: Iterable[str]) -> Path:
-    """Write a file beside its place and rename it: complete or absent."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "w") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); give another place, or make room"
-        ) from error
-    return path
