@@ -7,7 +7,7 @@ out in turn, so reading the parts in turn gives the input's order with nothing h
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from src.errors import InputError
 from src.evaluation import has_answer, recall_at_k
-from src.examples import Examples, parse_example, read_example
+from src.examples import Examples, json_list, parse_example, read_example, write_whole
 from src.passages import Passages
 from src.reader import Answer
 
@@ -54,7 +54,6 @@ class AnswerFile:
             self.finished = [_read_batch(line) for line in kept[1:]]
         else:
             kept = [header]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, kept)
 
     def __enter__(self) -> "AnswerFile":
@@ -120,15 +119,9 @@ def write_scores(folder: Path, data: Examples, world_size: int, n_context: int) 
     the score that they came with is of another kind. Returns the file's path.
     """
 
-    def pieces() -> Iterator[str]:
-        opening = "[\n"
-        for answer in read_parts(folder, world_size):
-            example = scored_example(data[answer.index], answer, n_context)
-            yield opening + json.dumps(example)
-            opening = ",\n"
-        yield "\n]\n"
-
-    return write_whole(folder / SCORES, pieces())
+    answers = read_parts(folder, world_size)
+    examples = (scored_example(data[answer.index], answer, n_context) for answer in answers)
+    return write_whole(folder / SCORES, json_list(examples))
 
 
 def scored_example(raw: dict[str, Any], answer: Answer, n_context: int) -> dict[str, Any]:
@@ -183,7 +176,6 @@ def write_retrieved(
             opening = "\n" if as_lines else ",\n"
         yield "\n" if as_lines else "\n]\n"
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, pieces())
     return flags
 
@@ -218,20 +210,3 @@ def write_recall(path: Path, flags: list[list[bool]], n_docs: int) -> dict[str, 
         record = json.dumps({**recalls, "questions": len(flags)}, indent=1) + "\n"
         write_whole(path.with_name(f"{path.name}.recall.json"), [record])
     return recalls
-
-
-def write_whole(path: Path, pieces: Iterable[str]) -> Path:
-    """Write a file beside its place and rename it: complete or absent."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "w") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); give another place, or make room"
-        ) from error
-    return path
