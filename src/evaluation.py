@@ -167,10 +167,10 @@ def answer_spans(answers: Sequence[str], text: str) -> list[tuple[int, int]]:
     found = list(_TOKEN.finditer(normal))
     tokens = [token.group().lower() for token in found]
     spans = []
-    for answer in filter(None, map(_answer_tokens, answers)):
+    for answer in filter(None, map(tokenize, answers)):
         for first in range(len(tokens) - len(answer) + 1):
             last = first + len(answer) - 1
-            if tuple(tokens[first : last + 1]) == answer:
+            if tokens[first : last + 1] == answer:
                 spans.append((places[found[first].start()][0], places[found[last].end() - 1][1]))
     joined: list[tuple[int, int]] = []
     for start, end in sorted(spans):

@@ -500,3 +500,14 @@ def report_parser() -> argparse.ArgumentParser:
         help="passages of a question that the page holds; the first with an answer comes on top",
     )
     return parser
+
+
+def preprocess_parser() -> argparse.ArgumentParser:
+    """Options of `python -m src.preprocess`."""
+    parser = _Parser("Make data files of what get-data.sh has fetched.")
+    parser.prog = "-m src.preprocess"
+    parser.add_argument(
+        "folder", help="get-data.sh's folder: has download/ and psgs_w100.tsv, gets NQ/ and TQA/"
+    )
+    parser.add_argument("--only", choices=["nq", "tqa"], help="one dataset; none: both")
+    return parser

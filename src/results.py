@@ -15,7 +15,7 @@ import numpy as np
 
 from src.errors import InputError, shorten
 from src.evaluation import ANSWERS, SCORES, has_answer, recall_at_k
-from src.examples import Examples, parse_example, read_example, write_whole
+from src.examples import Examples, json_list, parse_example, read_example, write_whole
 from src.passages import Passages
 from src.reader import Answer
 
@@ -54,7 +54,6 @@ class AnswerFile:
             self.finished = [_read_batch(line) for line in kept[1:]]
         else:
             kept = [header]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, kept)
 
     def __enter__(self) -> "AnswerFile":
@@ -124,16 +123,10 @@ def write_scores(
     the score that they came with is of another kind. Returns the file's path.
     """
 
-    def pieces() -> Iterator[str]:
-        opening = "[\n"
-        for answer in read_parts(folder, world_size):
-            example = scored_example(data[answer.index], answer, n_context)
-            yield opening + json.dumps(example)
-            opening = ",\n"
-        yield "\n]\n"
-
+    answers = read_parts(folder, world_size)
+    examples = (scored_example(data[answer.index], answer, n_context) for answer in answers)
     _beside(folder / SCORES, MADE_BY).unlink(missing_ok=True)
-    path = write_whole(folder / SCORES, pieces())
+    path = write_whole(folder / SCORES, json_list(examples))
     write_made_by(path, made_by)
     return path
 
