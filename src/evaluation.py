@@ -8,6 +8,7 @@ answers. No torch here, so that data can be evaluated anywhere in a moment.
 """
 
 import functools
+import itertools
 import string
 import unicodedata
 from collections import Counter
@@ -162,7 +163,7 @@ def _normalize_with_places(text: str) -> tuple[str, list[tuple[int, int]]]:
         if place == 0 or not unicodedata.combining(unicodedata.normalize("NFD", character)[0])
     ]
     normal, places = [], []
-    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+    for start, end in itertools.pairwise([*starts, len(text)]):
         piece = unicodedata.normalize("NFD", text[start:end])
         normal.append(piece)
         places += [(start, end)] * len(piece)
