@@ -67,7 +67,7 @@ def line_chart(
     """Curves over a common x.
 
     Args:
-        log_x: x is counted in powers (and is at least 1).
+        log_x: x is counted in powers (and is at least 1); otherwise its axis begins at 0.
         percent: y is in percent: its axis ends at 100 at most.
     """
     xs = [x for line in lines for x, _ in line.points]
@@ -84,7 +84,7 @@ def line_chart(
         x_place = _scale(0.0, math.log(max(2, *xs)), _LEFT, WIDTH - _RIGHT)
         place_x = lambda x: x_place(math.log(x))  # noqa: E731
     else:
-        x_ticks = ticks(min(xs), max(xs))
+        x_ticks = ticks(min(0, *xs), max(xs))
         place_x = _scale(x_ticks[0], x_ticks[-1], _LEFT, WIDTH - _RIGHT)
     place_y = _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
     parts = _y_axis(y_ticks, place_y, y_name)

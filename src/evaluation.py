@@ -192,7 +192,7 @@ def _normalize_with_places(text: str) -> tuple[str, list[tuple[int, int]]]:
         if place == 0 or not unicodedata.combining(unicodedata.normalize("NFD", character)[0])
     ]
     normal, places = [], []
-    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+    for start, end in itertools.pairwise([*starts, len(text)]):
         piece = unicodedata.normalize("NFD", text[start:end])
         normal.append(piece)
         places += [(start, end)] * len(piece)

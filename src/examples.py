@@ -52,9 +52,6 @@ class JsonFile:
                 f"{self.path}: cannot be read ({error.strerror}); check the path"
             ) from None
 
-    def json(self) -> Any:
-        return self._decode(0, len(self._bytes))
-
     def _decode(self, start: int, end: int, parse: Callable[[str], Any] = json.loads) -> Any:
         try:
             return parse(self._bytes[start:end].decode())
@@ -74,6 +71,9 @@ class JsonFile:
                 f"{self.path}, line {self._line(start)}: JSON that cannot be read "
                 f"({first_line(error, 80)}); mend it there, or make the file again"
             ) from None
+
+    def json(self) -> Any:
+        return self._decode(0, len(self._bytes))
 
     def _line(self, position: int) -> int:
         return _line_number(self._bytes, position)

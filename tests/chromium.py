@@ -16,19 +16,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-PROGRAMS = (
-    "chromium-headless-shell",
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "google-chrome-stable",
-)
+PROGRAMS = ("chromium-headless-shell", "chromium", "google-chrome", "google-chrome-stable")
+PACKAGE = "chromium-headless-shell"
 SECONDS = 60.0  # until an answer that does not come ends a test
 
 
 def program() -> str | None:
-    """A browser of this machine."""
-    return next(filter(None, map(shutil.which, PROGRAMS)), None)
+    """A browser of this machine that may read temporary files (as one in a snap may not)."""
+    found = filter(None, map(shutil.which, PROGRAMS))
+    return next((path for path in found if "/snap" not in os.path.realpath(path)), None)
 
 
 class Chromium:

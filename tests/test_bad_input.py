@@ -25,7 +25,7 @@ import passage_retrieval
 import test_reader
 import train_reader
 import train_retriever
-from src import evaluation
+from src import evaluation, report
 from src.pretrained import load_tokenizer
 from src.reader import load_reader
 from src.retriever import load_retriever
@@ -40,6 +40,7 @@ MAINS: dict[str, Callable] = {
     "bm25": passage_retrieval.main,
     "bare retrieve": passage_retrieval.main,
     "evaluation": evaluation.main,
+    "report": report.main,
 }
 _RUN = "--checkpoint_dir {out} --name run --num_workers 0"
 _RETRIEVER = "--model_path {retriever} --tokenizer {bert}"
@@ -56,6 +57,7 @@ GOOD = {
     "bm25": f"{_SEARCH} --bm25",
     "bare retrieve": _SEARCH,
     "evaluation": "",
+    "report": "-o {out}/page.html",
 }
 
 
@@ -269,6 +271,7 @@ def places(tmp_path_factory) -> Path:
     make_models(at)
     make_embeddings(at)
     make_runs(at)
+    make_reported(at)
     for name in ("indexed.tsv", "changed.tsv"):
         shutil.copy(REFERENCE / "passages.tsv", at / name)
     (at / "indexed.tsv.bm25").mkdir()
@@ -286,6 +289,25 @@ def make_runs(at: Path) -> None:
     (at / "runs_damaged" / "run" / "checkpoint" / "best_dev").rename(at / "unused")
     state = at / "runs_damaged" / "run" / "checkpoint" / "step-1" / "training_state.pt"
     state.write_bytes(bytes(state.stat().st_size))
+
+
+def make_reported(at: Path) -> None:
+    """Folders of runs for the report: each is good but for one file."""
+    for name, file, content in [
+        ("answered", "final_output.txt", "0\tI\n"),
+        ("answered_elsewhere", "final_output.txt", "0\tI\n"),
+        ("counted", "metrics.jsonl", '{"step": 1, "train/loss": 2.5}\n{"step": 2}\n'),
+        ("miscounted", "metrics.jsonl", '{"step": 1}\n{"loss": 2.5}\n{"step": 3}\n'),
+        ("misworded", "metrics.jsonl", '{"step": 1, "train/loss": "low"}\n'),
+        ("latin_metrics", "metrics.jsonl", '{"step": 1, "æ": 1}\n'.encode("latin-1")),
+        ("without_options", "metrics.jsonl", '{"step": 1}\n'),
+        ("scored", "dataset_wscores.json", "[]"),
+    ]:
+        (at / name).mkdir()
+        (at / name / file).write_bytes(content.encode() if isinstance(content, str) else content)
+    options = json.dumps({"options": {"eval_data": "gone.json"}})
+    (at / "answered_elsewhere" / "options.json").write_text(options)
+    (at / "without_options" / "options.json").write_text('{"lr": 1}')
 
 
 def arguments(line: str, places: Path, out: Path) -> list[str]:
@@ -801,8 +823,44 @@ EVALUATION: dict[str, Case] = {
         r"unanswered\.json: no question in this file has answers; give --data that has some"),
 }  # fmt: skip
 
-BAD = {**READER, **RETRIEVER, **EMBED, **RETRIEVE, **EVALUATION}
-assert len(BAD) == sum(map(len, (READER, RETRIEVER, EMBED, RETRIEVE, EVALUATION)))
+REPORT: dict[str, Case] = {
+    "a report of nothing": ("report", "", "the following arguments are required: run" + _HELP),
+    "a report of no folder": ("report", "no_run",
+        r"no_run: no such folder; give a run's \(--checkpoint_dir/--name\)"),
+    "a report of a folder without a run": ("report", "{folder}",
+        r"folder: neither metrics\.jsonl nor final_output\.txt nor dataset_wscores\.json is in this"
+        r" folder; give a run's"),
+    "no question on the page": ("report", "{counted} --max_questions 0",
+        "--max_questions: 0 must be at least 1" + _HELP),
+    "a page in a folder's place": ("report", "{counted} -o {folder}",
+        "--output .*folder': a folder; name a file in it"),
+    "a page in a file's folder": ("report", "{counted} -o {empty}/page.html",
+        r"page\.html: cannot be written \((File exists|Not a directory)\); give another --output"),
+    "numbers without a step": ("report", "{miscounted}",
+        r"metrics\.jsonl, line 2: must be a step with its numbers, such as .*, not '{.loss.: 2\.5}'"
+        "; remove the line"),
+    "words for numbers": ("report", "{misworded}",
+        r"metrics\.jsonl, line 1: must be a step with its numbers.*; remove the line"),
+    "numbers in Latin-1": ("report", "{latin_metrics}",
+        r"metrics\.jsonl: not UTF-8 text; remove the lines that are not"),
+    "options that no run wrote": ("report", "{without_options}",
+        r"options\.json: not the options that a run writes; remove the file"),
+    "a report of answers alone": ("report", "{answered}",
+        r"final_output\.txt: nothing says which questions it answers; give --data"),
+    "a report of answers to questions that are gone": ("report", "{answered_elsewhere}",
+        r"final_output\.txt: the file of its questions, 'gone\.json', is not here; give --data"),
+    "a report of answers to other questions": ("report", "{answered} --data {data.json}",
+        r"final_output\.txt: 1 lines of answers to the 24 questions of .*; give the --data"),
+    "a report of no questions": ("report", "{scored}",
+        r"dataset_wscores\.json: there are no examples in this file"),
+    "passages to compare that are not there": ("report", "{counted} --retrieved no.json",
+        rf"no\.json: {_CHECK_PATH}"),
+    "questions without passages to compare": ("report", "{counted} --retrieved {unanswered.json}",
+        r"unanswered\.json: no question in this file has both answers and passages .*; give what"),
+}  # fmt: skip
+
+BAD = {**READER, **RETRIEVER, **EMBED, **RETRIEVE, **EVALUATION, **REPORT}
+assert len(BAD) == sum(map(len, (READER, RETRIEVER, EMBED, RETRIEVE, EVALUATION, REPORT)))
 # Runs that have begun when what is wrong comes to light: they have written numbers, too.
 BEGUN = {"a rate that nothing survives", "a retriever of nan"}
 

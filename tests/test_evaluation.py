@@ -5,12 +5,21 @@ import json
 import random
 import sys
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import regex
 
-from src.evaluation import exact_match, f1, has_answer, main, normalize_answer, tokenize
+from src.evaluation import (
+    answer_spans,
+    exact_match,
+    f1,
+    has_answer,
+    main,
+    normalize_answer,
+    tokenize,
+)
 
 
 @pytest.fixture
@@ -41,23 +50,67 @@ def slow_has_answer(answers: list[str], text: str) -> bool:
     )
 
 
-def test_has_answer_equals_the_rule_on_random_texts():
-    """Over letters, digits, marks, signs, spaces and controls that are hard on it."""
+# Letters, digits, marks, signs, spaces and controls that are hard on the rule.
+HARD = (
+    "aab bB1 ½Ⅷⅷ.-'’()é\u0301\u0323Çç İıIi ΣσςΑα ßẞ Ⓐⓐ ʼ \u00ad\u200b\u200d\x00\t\n\u2028"
+    "日本ق\u064b\u0e01\u0e31 ǅǆ ﬁ 𝐀 𐐀𐐨 \ue000 \U000e0001 =≠\u212a;\u037e"
+)
+
+
+def hard_cases(n: int, alphabet: str = HARD) -> Iterator[tuple[str, str]]:
+    """Random texts, each with an answer that is often a piece of it."""
     rng = random.Random(0)
-    alphabet = (
-        "aab bB1 ½Ⅷⅷ.-'’()é\u0301\u0323Çç İıIi ΣσςΑα ßẞ Ⓐⓐ ʼ \u00ad\u200b\u200d\x00\t\n\u2028"
-        "日本ق\u064b\u0e01\u0e31 ǅǆ ﬁ 𝐀 𐐀𐐨 \ue000 \U000e0001 =≠\u212a;\u037e"
-    )
-    found = 0
-    for _ in range(60_000):
+    for _ in range(n):
         text = "".join(rng.choices(alphabet, k=rng.randint(0, 14)))
         start = rng.randint(0, len(text))
         cut = text[start : start + rng.randint(0, 5)]
-        answer = rng.choice([cut, cut.swapcase(), "".join(rng.choices(alphabet, k=2)), f" {cut}."])
+        other = "".join(rng.choices(alphabet, k=2))
+        yield text, rng.choice([cut, cut.swapcase(), other, f" {cut}."])
+
+
+def test_has_answer_equals_the_rule_on_random_texts():
+    found = 0
+    for text, answer in hard_cases(60_000):
         verdict = has_answer([answer], text)
         assert verdict is slow_has_answer([answer], text), (answer, text)
         found += verdict
     assert 10_000 < found < 50_000
+
+
+def test_answers_are_marked_where_has_answer_finds_them():
+    """There is a span exactly when there is an answer; each holds one, and outside is none."""
+    marked = 0
+    for text, answer in hard_cases(30_000, HARD + "≠\u0338\u0344\u0f73각\u11a8"):
+        spans = answer_spans([answer], text)
+        if not tokenize(answer):
+            assert spans == []
+            continue
+        assert bool(spans) is has_answer([answer], text), (answer, text)
+        rest, end = "", 0
+        for start, stop in spans:
+            assert end <= start < stop <= len(text)
+            assert has_answer([answer], text[start:stop]), (answer, text)
+            rest, end = rest + text[end:start] + " ☃ ", stop
+        assert not has_answer([answer], rest + text[end:]), (answer, text)
+        marked += len(spans)
+    assert marked > 4_000
+
+
+@pytest.mark.parametrize(
+    ("text", "answers", "marked"),
+    [
+        ("In 1903, Marie CURIE came.", ["marie curie", "1903"], ["1903", "Marie CURIE"]),
+        ("café cafe\u0301 cafe", ["CAFÉ"], ["café", "cafe\u0301"]),
+        ("a a a, b", ["a a"], ["a a a"]),  # overlapping: one mark
+        ("New York City", ["New York", "York City"], ["New York City"]),
+        ("a ≠ b", ["="], ["≠"]),
+        ("scattered", ["cat"], []),
+        ("anything", [""], []),
+        ("", ["x"], []),
+    ],
+)
+def test_marked_answers(text, answers, marked):
+    assert [text[start:end] for start, end in answer_spans(answers, text)] == marked
 
 
 def test_lower_case_does_not_move_the_borders_of_tokens():

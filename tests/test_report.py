@@ -1,0 +1,501 @@
+"""The report of a run: its numbers equal those of the evaluation, and a browser shows them."""
+
+import itertools
+import json
+import random
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from src.charts import Line, line_chart, ticks
+from src.evaluation import exact_match, f1, has_answer, measure_answers, measure_retrieval
+from src.examples import Examples, load_data, read_example
+from src.report import main
+from src.survey import curve_places, excerpt, read_metrics, thin, wilson
+from tests.chromium import PACKAGE, Chromium, program
+
+N_QUESTIONS, N_PASSAGES, N_READ = 60, 12, 8
+WORDS = ["river", "Émile", "of", "Zürich", "the", "old", "1903", "is", "Σίσυφος", "and", "café"]
+
+
+def make_data(rng: random.Random) -> list[dict]:
+    """Questions with scored passages, answers of one to four words, some of them in passages."""
+    data = []
+    for number in range(N_QUESTIONS):
+        answer = " ".join(f"{word}{number}" for word in rng.choices(WORDS, k=rng.randint(1, 4)))
+        contexts = []
+        for place in range(N_PASSAGES):
+            words = rng.choices(WORDS, k=12)
+            if rng.random() < 0.2:
+                words.insert(rng.randint(0, 12), answer.upper())
+            context = {"id": str(place), "title": f"Title {place}", "text": " ".join(words)}
+            contexts.append(context | ({"score": rng.gauss(-3, 2)} if place < N_READ else {}))
+        contexts[0]["title"] = "<i>no mark-up</i>"
+        data.append(
+            {
+                "id": f"q{number}",
+                "question": f"What of number {number}? <script>complain()</script>",
+                "answers": [f"{WORDS[0]} or not", answer],
+                "ctxs": contexts,
+            }
+        )
+    data[7]["answers"] = []
+    return data
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder with all that training and testing write, and two files to compare with."""
+    rng = random.Random(0)
+    data = make_data(rng)
+    folder = tmp_path / "my <run>"
+    folder.mkdir()
+    (folder / "dataset_wscores.json").write_text(json.dumps(data))
+    answers = [rng.choice([*row["answers"], "the bridge", ""]) for row in data]
+    lines = [f"{row['id']}\t{answer}\n" for row, answer in zip(data, answers, strict=True)]
+    (folder / "final_output.txt").write_text("".join(lines), encoding="utf-8")
+    rows = [{"step": s, "train/loss": 3 / s, "train/lr": 1e-4 * s / 450} for s in range(1, 451)]
+    rows += [{"step": s, "dev/exact_match": s / 9, "dev/f1": s / 6} for s in (150, 300, 450)]
+    rows += [{"step": 450, "dev/loss": 0.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "options.json").write_text(json.dumps({"options": {"n_context": N_READ}}))
+    for name in ("bm25", "round_1"):
+        for row in data:
+            rng.shuffle(row["ctxs"])
+            for place, context in enumerate(row["ctxs"]):
+                context["score"] = 100 - place
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+    return folder
+
+
+def report(folder: Path, *options: str | Path) -> str:
+    """The page about a run."""
+    page = folder.parent / "page.html"
+    main([str(folder), "-o", str(page), *map(str, options)])
+    return page.read_text(encoding="utf-8")
+
+
+def held(page: str) -> dict:
+    """What the page's script is given."""
+    return json.loads(re.search(r'<script type="application/json".*?>(.*?)</script>', page)[1])
+
+
+def tiles(page: str) -> dict[str, str]:
+    return dict(re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd>", page))
+
+
+def examples(folder: Path) -> tuple[Examples, list]:
+    data = load_data(folder / "dataset_wscores.json")
+    return data, [read_example(data, index) for index in range(len(data))]
+
+
+# --- numbers
+
+
+def test_the_headline_equals_the_evaluation(run):
+    page = report(run)
+    data, rows = examples(run)
+    judged = measure_answers(str(run / "final_output.txt"), data)
+    recall = measure_retrieval(str(run / "dataset_wscores.json"))
+    read = [
+        any(has_answer(row.answers, passage.text) for passage in row.passages[:N_READ])
+        for row in rows
+        if row.answers
+    ]
+    assert judged["questions"] == N_QUESTIONS - 1
+    assert tiles(page) == {
+        "questions": str(N_QUESTIONS),
+        "exact match, %": f"{judged['exact match']:.1f}",
+        "F1, %": f"{judged['F1']:.1f}",
+        "answer in a passage read, %": f"{100 * sum(read) / len(read):.1f}",
+        "answer in the top passage, %": f"{recall['recall@1']:.1f}",
+        "updates": "450",
+        "best dev exact match": "50",
+        "lowest dev loss": "0.5",
+    }
+
+
+def test_recall_equals_the_evaluation(run):
+    files = [run.parent / "bm25.json", run.parent / "round_1.json"]
+    page = report(run, "--retrieved", *files)
+    expected = [measure_retrieval(str(file)) for file in [*files, run / "dataset_wscores.json"]]
+    names = ["bm25", "round_1", "by the reader&#x27;s attention"]
+    for name, values in zip(names, expected, strict=True):
+        cells = re.search(rf'<th scope="row">{name}</th>(.*?)</tr>', page)[1]
+        cells = [float(cell) for cell in re.findall("<td>(.*?)</td>", cells)]
+        assert cells == pytest.approx(list(values.values()), abs=0.051)
+    other = json.loads(files[0].read_text())[:-1]
+    files[0].write_text(json.dumps(other))
+    assert "do not ask the same questions" not in page
+    page = report(run, "--retrieved", *files)
+    assert "do not ask the same questions" in page
+    assert held(page)["rankings"] == ["round_1"]
+
+
+def test_records_equal_the_data(run):
+    record_list = held(report(run, "--retrieved", run.parent / "bm25.json"))["questions"]
+    _, rows = examples(run)
+    given = (run / "final_output.txt").read_text(encoding="utf-8").splitlines()
+    compared = Examples(run.parent / "bm25.json")
+    assert len(record_list) == N_QUESTIONS
+    for row, line, record in zip(rows, given, record_list, strict=True):
+        answer = line.split("\t")[1]
+        flags = [bool(row.answers) and has_answer(row.answers, p.text) for p in row.passages]
+        assert (record["id"], record["question"]) == (row.id, row.question)
+        assert record["given"] == answer
+        assert record["read"] == N_READ
+        assert record["flags"] == "".join("01"[flag] for flag in flags)
+        assert record["scores"][N_READ:] == [None] * (N_PASSAGES - N_READ)
+        scores = [passage.score for passage in row.passages[:N_READ]]
+        assert record["scores"][:N_READ] == pytest.approx(scores, rel=1e-3)
+        if not row.answers:
+            assert (record["match"], record["f1"], record["first"]) == (None, None, [None])
+            continue
+        assert record["match"] is exact_match(answer, row.answers)
+        assert record["f1"] == pytest.approx(f1(answer, row.answers), abs=1e-4)
+        assert record["holding"] == sum(flags[:N_READ])
+        other = read_example(compared, row.index)
+        found = [has_answer(row.answers, passage.text) for passage in other.passages]
+        assert record["first"] == [found.index(True) + 1 if any(found) else 0]
+
+
+def test_exactly_the_passages_with_an_answer_have_a_mark(run):
+    records = held(report(run, "--passages_shown", "12"))["questions"]
+    _, rows = examples(run)
+    marked = 0
+    for row, record in zip(rows, records, strict=True):
+        assert len(record["passages"]) == N_PASSAGES
+        for passage, shown in zip(row.passages, record["passages"], strict=True):
+            assert "".join(shown["parts"]) == passage.text
+            has = bool(row.answers) and has_answer(row.answers, passage.text)
+            assert (len(shown["parts"]) > 1) is has
+            assert all(has_answer(row.answers, mark) for mark in shown["parts"][1::2])
+            marked += has
+    assert 50 < marked < 300
+
+
+def test_the_bars_take_every_question_once(run):
+    page = report(run)
+    questions = [q for q in held(page)["questions"] if q["match"] is not None]
+    for key in ("holding", "length"):
+        links = re.findall(rf'<a href="#{key}=(\d+)-(\d*)">(.*?)</a>', page)
+        total = 0
+        for low, high, bars in links:
+            group = [q for q in questions if int(low) <= q[key] <= int(high or 1000)]
+            numbers = [float(n) for n in re.findall(r"([\d.]+) % of", bars)]
+            means = [100 * sum(q[name] for q in group) / len(group) for name in ("match", "f1")]
+            assert numbers == pytest.approx(means, abs=0.06)
+            total += len(group)
+        assert total == len(questions) == N_QUESTIONS - 1
+
+
+def test_wilson_interval():
+    # Newcombe, 1998, table I: 81 of 263, and 0 of 20, by the score method.
+    assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+
+
+# --- what is held, and what is not
+
+
+def test_the_page_says_how_much_it_holds(run, capsys):
+    page = report(run, "--max_questions", "7", "--passages_shown", "2")
+    about = held(page)
+    assert about["total"] == N_QUESTIONS
+    assert [q["id"] for q in about["questions"]] == ["q0", "q8", "q17", "q25", "q34", "q42", "q51"]
+    assert "it holds 7 of 60 questions" in capsys.readouterr().out
+    beyond = 0
+    for question in about["questions"]:
+        first = question["flags"].find("1")
+        beyond += first >= 2
+        expected = [0, 1] + ([first] if first >= 2 else [])
+        assert [passage["k"] for passage in question["passages"]] == expected
+    assert beyond
+    assert tiles(page) == tiles(report(run))  # the numbers are of all questions
+
+
+def test_a_long_passage_keeps_its_first_answer():
+    text = "x " * 1500 + "Nile" + " y" * 1500
+    parts, hidden = excerpt(text, [(3000, 3004)])
+    assert parts[1] == "Nile"
+    shown = "".join(parts).replace(" [\N{HORIZONTAL ELLIPSIS}] ", "")
+    assert len(shown) + hidden == len(text)
+    assert parts[0].startswith("x x ")
+    assert len(shown) < 2600
+    assert excerpt("a Nile b", [(2, 6)]) == (["a ", "Nile", " b"], 0)
+    around = "x" * 1998 + " Nile " + "y" * 3000
+    parts, hidden = excerpt(around, [(1999, 2003)])  # the cut would go through it
+    assert parts == ["x" * 1998 + " ", "Nile", ""]
+    assert hidden == len(around) - 2003
+
+
+def test_what_a_training_run_has(run):
+    for name in ("final_output.txt", "dataset_wscores.json"):
+        (run / name).unlink()
+    page = report(run)
+    assert "There is neither final_output.txt nor dataset_wscores.json" in page
+    assert "No file with passages and answers was given" in page
+    assert set(tiles(page)) == {"updates", "best dev exact match", "lowest dev loss"}
+    assert held(page)["questions"] == []
+
+
+def test_what_a_test_run_has(run):
+    for name in ("metrics.jsonl", "dataset_wscores.json", "options.json"):
+        (run / name).unlink()
+    page = report(run, "--data", run.parent / "bm25.json")
+    assert "There is no metrics.jsonl in this folder" in page
+    assert "There is no options.json in this folder" in page
+    assert "attended to most" not in page  # BM25's scores are not the reader's
+    about = held(page)
+    assert about["scored"] is False
+    assert {question["read"] for question in about["questions"]} == {N_PASSAGES}
+
+
+def test_the_questions_are_found_by_the_runs_options(run):
+    (run / "dataset_wscores.json").unlink()
+    options = {"n_context": 5, "eval_data": str(run.parent / "bm25.json")}
+    (run / "options.json").write_text(json.dumps({"options": options}))
+    page = report(run)
+    assert "named by options.json" in page
+    assert {question["read"] for question in held(page)["questions"]} == {5}
+
+
+def test_scores_without_answers(run):
+    (run / "final_output.txt").unlink()
+    page = report(run)
+    assert "There is no final_output.txt in this folder" in page
+    assert "exact match, %" not in tiles(page)
+    assert "answer in the top passage, %" in tiles(page)
+    assert {question["match"] for question in held(page)["questions"]} == {None}
+
+
+def test_questions_without_passages_or_answers(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "final_output.txt").write_text("0\tParis\n1\t\n")
+    data = tmp_path / "q.json"
+    data.write_text(
+        json.dumps([{"question": "Where?", "answers": ["Paris"]}, {"question": "Who?"}])
+    )
+    page = report(folder, "--data", data)
+    assert tiles(page)["exact match, %"] == "100.0"
+    assert "answer in a passage read, %" not in tiles(page)
+    data.write_text(json.dumps([{"question": "Where?"}, {"question": "Who?"}]))
+    assert "No question has right answers" in report(folder, "--data", data)
+
+
+class Tags(HTMLParser):
+    """The tags and the texts of a page, as a browser's parser finds them."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append(tag)
+
+
+def test_what_the_data_says_is_text(run):
+    page = report(run)
+    tags = Tags(page).tags
+    assert tags.count("script") == 2
+    assert "run" not in tags
+    assert "i" not in tags
+    assert "<script>complain" not in page
+    assert "src=" not in page
+    assert "default-src 'none'" in page
+
+
+# --- curves
+
+
+def test_metrics_are_read_as_they_were_written(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = ['{"step": 1, "train/loss": 2.5}', '{"step": 2, "train/loss": NaN}', '{"step": 3, "tr']
+    path.write_text("\n".join(lines))
+    assert read_metrics(path) == ({"train/loss": [(1, 2.5)]}, 1)
+
+
+def test_many_points_become_means():
+    rng = random.Random(1)
+    points = [(step, rng.random()) for step in range(1, 1051)]
+    curve = thin(points)
+    assert (curve.size, len(curve.points)) == (6, 175)
+    for number, ((step, mean), (low, high)) in enumerate(
+        zip(curve.points, curve.band, strict=True)
+    ):
+        values = [value for _, value in points[6 * number : 6 * number + 6]]
+        assert step == 6 * number + 6
+        assert mean == pytest.approx(sum(values) / 6)
+        assert (low, high) == (min(values), max(values))
+    assert thin(points[:200]) == (points[:200], [], 1)
+
+
+def test_ticks_are_round_and_hold_the_values():
+    rng = random.Random(2)
+    for _ in range(2000):
+        low = rng.uniform(-1, 1) * 10 ** rng.randint(-6, 6)
+        high = low + max(rng.random() * 10 ** rng.randint(-3, 5), 1e-4 * abs(low))
+        found = ticks(low, high)
+        step = found[1] - found[0]
+        slack = 1e-6 * step
+        assert found[0] <= low + slack
+        assert found[-1] >= high - slack
+        assert 2 <= len(found) <= 6
+        assert [b - a for a, b in itertools.pairwise(found)] == pytest.approx(
+            [step] * (len(found) - 1), rel=1e-6
+        )
+        assert float(f"{step:.0e}") == pytest.approx(step, rel=1e-6)
+    assert ticks(5, 5)[0] < 5 < ticks(5, 5)[-1]
+    assert ticks(0, 0) == [0, 0.2, 0.4, 0.6, 0.8, 1]
+
+
+def test_a_point_for_each_value():
+    drawn = line_chart([Line("a<b", [(1, 2.0), (3, 4.0), (9, 1.0)]), Line("c", [(2, 5)])], "x", "y")
+    assert drawn.count("<circle") == 4
+    assert "a&lt;b: 4 at 3" in drawn
+    assert curve_places(100)[:6] == [1, 2, 3, 4, 5, 6]
+    assert {1, 5, 100} <= set(curve_places(100))
+    assert curve_places(1) == [1]
+
+
+# --- in a browser
+
+in_browser = pytest.mark.skipif(
+    program() is None,
+    reason=f"needs Chromium: as root, apt-get install --no-install-recommends {PACKAGE}",
+)
+# Pairs of a chart's texts that overlap, and texts that leave their frame.
+CROWDED = """[...document.querySelectorAll('.chart')].flatMap((chart) => {
+  const frame = chart.closest('figure').getBoundingClientRect();
+  const texts = [...chart.querySelectorAll('text')].map((t) => [t.textContent, t.getBBox(), t.getBoundingClientRect()]);
+  const out = texts.filter(([, , r]) => r.left < frame.left || r.right > frame.right).map(([t]) => t);
+  for (const [i, [a, b]] of texts.entries()) for (const [c, d] of texts.slice(i + 1))
+    if (b.x < d.x + d.width - 1 && d.x < b.x + b.width - 1 && b.y < d.y + d.height - 3 && d.y < b.y + b.height - 3) out.push(a + ' on ' + c);
+  return out;
+})"""  # noqa: E501
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Chromium]:
+    with Chromium(tmp_path / "browser") as browser:
+        yield browser
+        assert browser.complaints == []
+
+
+@in_browser
+def test_every_picture_has_its_points(run, browser):
+    page = report(run, "--retrieved", run.parent / "bm25.json", run.parent / "round_1.json")
+    browser.open(run.parent / "page.html")
+    counts = browser.ask(
+        "[...document.querySelectorAll('.chart')].map((chart) => "
+        "[chart.closest('figure').querySelector('h3').textContent, "
+        "chart.querySelectorAll('.point').length, chart.querySelectorAll('.bar').length])"
+    )
+    questions = [q for q in held(page)["questions"] if q["match"] is not None]
+    n_lengths = len({q["length"] for q in questions})
+    n_holding = len(re.findall('href="#holding=', page))
+    assert counts == [
+        ["By passages with an answer", 0, 2 * n_holding],
+        ["By answer length", 0, 2 * n_lengths],
+        ["Recall", 3 * N_PASSAGES, 0],
+        ["Loss", 150 + 1, 0],  # 450 updates, three to a point, and one of the dev set
+        ["Exact match on the dev set", 3, 0],
+        ["F1 on the dev set", 3, 0],
+        ["Learning rate", 150, 0],
+    ]
+
+
+@in_browser
+def test_it_fits_phones_and_desks(run, browser):
+    report(run, "--retrieved", run.parent / "bm25.json", run.parent / "round_1.json")
+    for width in (400, 1400):
+        for dark in (False, True):
+            browser.show(width, dark=dark)
+            browser.open(run.parent / "page.html")
+            assert browser.ask("document.documentElement.scrollWidth") == width
+            assert browser.ask(CROWDED) == []
+            colour = browser.ask("getComputedStyle(document.body).backgroundColor")
+            assert (max(map(int, re.findall(r"\d+", colour))) < 64) is dark
+
+
+@in_browser
+def test_search_and_filters(run, browser):
+    questions = held(report(run))["questions"]
+    browser.open(run.parent / "page.html")
+    status = "document.getElementById('status').textContent"
+    assert browser.ask(status).startswith("60 of 60 questions.")
+    assert "complain()" in browser.ask("document.querySelector('.card h3').textContent")
+
+    # An answer's text is found, and marked in the passages.
+    wanted = next(q for q in questions if q["flags"][0] == "1")
+    answer = wanted["right"][1].upper()
+    browser.type("#q", answer)
+    browser.wait_for(f"{status}.startsWith('1 of 60')")
+    marks = browser.ask("[...document.querySelectorAll('.card mark')].map((m) => m.textContent)")
+    assert set(marks) == {answer}
+    assert browser.ask("CSS.highlights.get('found').size") >= len(marks)
+    browser.type("#q", "nobody says this")
+    browser.wait_for(f"{status}.startsWith('0 of 60')")
+    assert browser.ask("document.querySelectorAll('.card').length") == 0
+
+    # Filters, by their lists and by the links of tables and bars.
+    judged = [q for q in questions if q["match"] is not None]
+    past = [q for q in judged if q["holding"] and q["flags"][0] == "0"]
+    with_two = [q for q in judged if q["holding"] == 2]
+    wrong = [q for q in judged if not q["match"]]
+    assert past
+    assert with_two
+    for place, expected in [
+        ("attention=past", past),
+        ("attention=past&verdict=wrong", [q for q in past if not q["match"]]),
+        ("passages=without", [q for q in judged if not q["holding"]]),
+        ("holding=2-2", with_two),
+        ("verdict=wrong", wrong),
+    ]:
+        browser.open(run.parent / "page.html", place)
+        assert browser.ask(status).startswith(f"{len(expected)} of 60 questions.")
+        shown = browser.ask(
+            "[...document.querySelectorAll('.card h3')].map((title) => title.textContent)"
+        )
+        assert shown == [question["question"] for question in expected[:10]]
+    browser.open(run.parent / "page.html")
+    browser.ask("document.querySelector('a[href=\"#holding=2-2\"]').dispatchEvent("
+                "new MouseEvent('click', {bubbles: true, cancelable: true}))")  # fmt: skip
+    browser.wait_for(f"{status}.startsWith('{len(with_two)} of 60')")
+
+
+@in_browser
+def test_pages_and_more_passages(run, browser):
+    report(run)
+    browser.open(run.parent / "page.html")
+    where = "document.getElementById('where').textContent"
+    assert browser.ask(where) == "page 1 of 6"
+    browser.ask("document.getElementById('next').click()")
+    browser.wait_for(f"{where} === 'page 2 of 6'")
+    first = "document.querySelector('.card')"
+    assert "number 10?" in browser.ask(f"{first}.querySelector('h3').textContent")
+    assert browser.ask(f"{first}.querySelectorAll('li').length") in (3, 4)  # or the first answer
+    browser.ask(f"{first}.querySelector('button').click()")
+    assert browser.ask(f"{first}.querySelectorAll('li').length") >= 10
+    assert "of 12 passages are on this page" in browser.ask(f"{first}.textContent")
+    assert browser.ask(f"{first}.querySelectorAll('.strip rect:not(.all)').length") == N_PASSAGES
+
+
+@in_browser
+@pytest.mark.parametrize("kind", ["training", "testing"])
+def test_pages_with_less_on_them(kind, run, browser):
+    gone = {"training": ["final_output.txt", "dataset_wscores.json"], "testing": ["metrics.jsonl"]}
+    for name in gone[kind]:
+        (run / name).unlink()
+    report(run)
+    browser.show(400)
+    browser.open(run.parent / "page.html")
+    assert browser.ask("document.documentElement.scrollWidth") == 400
+    assert browser.ask("document.getElementById('questions').hidden") is (kind == "training")
+    assert browser.ask("document.querySelectorAll('.missing').length") >= 1
