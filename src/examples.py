@@ -3,19 +3,22 @@
 A data file is a JSON list (`.json`), one JSON object a line (`.jsonl`), or DPR's rows of a question
 and its answers (`.csv`); see `docs/formats.md`. `Examples` opens each by byte offsets and decodes
 an example when it is asked for, so that no process ever holds the objects of a whole file, and the
-processes of a machine share its pages.
+processes of a machine share its pages. `JsonItems` and `JsonLists` do the same for JSON of other
+kinds, such as datasets are published in.
 """
 
 import ast
+import contextlib
 import csv
 import dataclasses
 import json
 import math
 import mmap
+import os
 import re
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,20 +30,16 @@ from src.errors import InputError, first_line, shorten
 # Files
 
 
-class Examples(Sequence[dict]):
-    """The examples of a `.json` list, or of lines of JSON or of DPR's rows; `examples[i]` decodes
-    the i-th. NQ-open's `answer` and BEIR's `_id` and `text` get the names that ours have.
+class JsonFile:
+    """A file of JSON, mapped into memory; `json()` decodes all of it.
 
-    Errors: `InputError` when the file is missing, empty, not text, or not built as a list or as
-    lines. What is wrong inside an example is found when that example is read.
+    Errors: `InputError` when the file is missing or empty, and, with a line number, for what is not
+    UTF-8 or not JSON in the part that is decoded.
     """
 
     def __init__(self, path: str | Path):
         self.path = str(path)
         self._open()
-        self._spans = _find_examples(self._bytes, self.path)
-        first = self._bytes[self._spans[0, 0] : self._spans[0, 0] + 1]
-        self._has_rows = Path(self.path).suffix in _ROWS and first not in (b"{", b"[")
 
     def _open(self) -> None:
         try:
@@ -53,59 +52,126 @@ class Examples(Sequence[dict]):
                 f"{self.path}: cannot be read ({error.strerror}); check the path"
             ) from None
 
-    def __len__(self) -> int:
-        return len(self._spans)
+    def json(self) -> Any:
+        return self._decode(0, len(self._bytes))
 
-    def __getitem__(self, index: int) -> dict:
-        start, end = self._spans[index]
+    def _decode(self, start: int, end: int) -> Any:
         try:
-            text = self._bytes[start:end].decode()
-            example = _parse_row(text) if self._has_rows else json.loads(text)
-            # JSON can hold halves of characters, and Python's literals have more ways to say them.
-            if self._has_rows or "\\ud" in text or "\\uD" in text:
-                json.dumps(example, ensure_ascii=False).encode()
+            return self._parse(self._bytes[start:end].decode())
         except UnicodeDecodeError as error:
             where = self._line(start + error.start)
             raise InputError(f"{self.path}, line {where}: not UTF-8 text; re-encode it") from None
-        except UnicodeEncodeError as error:
-            half = ascii(error.object[error.start])
-            raise InputError(
-                f"{self.path}, line {self._line(start)}: {half} is half a character; remove it"
-            ) from None
         except json.JSONDecodeError as error:
             where = self._line(start) + error.lineno - 1
             raise InputError(
                 f"{self.path}, line {where}: bad JSON ({error.msg}); mend it there, or make the "
                 "file again"
             ) from None
-        except _BadRow as error:
-            raise InputError(f"{self.path}, line {self._line(start)}: {error}") from None
         except (ValueError, RecursionError) as error:  # a number, or a depth, that nobody means
             raise InputError(
                 f"{self.path}, line {self._line(start)}: JSON that cannot be read "
                 f"({first_line(error, 80)}); mend it there, or make the file again"
             ) from None
-        if not isinstance(example, dict):
-            raise InputError(
-                f"{self.path}, line {self._line(start)}: an example must be an object like "
-                f'{{"question": ...}}, not {shorten(example)}'
-            )
-        return _with_our_names(example)
+
+    def _parse(self, text: str) -> Any:
+        return json.loads(text)
 
     def _line(self, position: int) -> int:
         return _line_number(self._bytes, position)
+
+    # A memory map cannot be sent to a data-loading worker; the worker opens the file again.
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "_bytes"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+class JsonItems(JsonFile, Sequence[dict]):
+    """The objects of a `.json` list or `.jsonl` file; `items[i]` decodes the i-th.
+
+    Args:
+        key: the file holds one object, and the list is what stands under this key of it.
+    Errors: `InputError` when the file is missing, empty, not text, or not built as a list or as
+    lines. What is wrong inside an item is found when that item is read.
+    """
+
+    def __init__(self, path: str | Path, key: str | None = None):
+        super().__init__(path)
+        self._spans = _find_objects(self._bytes, self.path, key)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> dict:
+        start, end = self._spans[index]
+        item = self._decode(start, end)
+        if not isinstance(item, dict):
+            raise InputError(
+                f"{self.path}, line {self._line(start)}: an example must be an object like "
+                f'{{"question": ...}}, not {shorten(item)}'
+            )
+        return item
 
     def where(self, index: int) -> str:
         """The file and example for an error message, numbered from 1 as editors and people do."""
         return f"{self.path}, example {index + 1} (line {self._line(self._spans[index][0])})"
 
-    # A memory map cannot be sent to a data-loading worker; the worker opens the file again.
-    def __getstate__(self) -> dict:
-        return {"path": self.path, "_spans": self._spans, "_has_rows": self._has_rows}
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._open()
+class Examples(JsonItems):
+    """The examples of a data file, of JSON or of DPR's rows; `examples[i]` decodes the i-th.
+    NQ-open's `answer` and BEIR's `_id` and `text` get the names that ours have."""
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        first = self._bytes[self._spans[0, 0] : self._spans[0, 0] + 1]
+        self._has_rows = Path(self.path).suffix in _ROWS and first not in (b"{", b"[")
+
+    def __getitem__(self, index: int) -> dict:
+        start, end = self._spans[index]
+        try:
+            example = super().__getitem__(index)
+        except _BadRow as error:
+            raise InputError(f"{self.path}, line {self._line(start)}: {error}") from None
+        text = self._bytes[start:end]
+        # How JSON has halves of characters; Python's texts have more ways.
+        if self._has_rows or b"\\ud" in text or b"\\uD" in text:
+            check_characters(example, lambda: f"{self.path}, line {self._line(start)}")
+        return _with_our_names(example)
+
+    def _parse(self, text: str) -> Any:
+        return _parse_row(text) if self._has_rows else super()._parse(text)
+
+
+class JsonLists(JsonFile, Mapping[str, list]):
+    """A file that holds one JSON object of lists, `{"0": ["17", "4"], ...}`; `lists[name]` decodes
+    one of them. In memory are the names alone.
+
+    Errors: `InputError` when the file is missing, empty, or does not hold such an object.
+    """
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self._places = _find_lists(self._bytes, self.path)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __getitem__(self, name: str) -> list:
+        return self._decode(*self._places[name])
+
+
+def check_characters(value: object, where: Callable[[], str]) -> None:
+    """JSON can hold halves of characters, which no file of text can. Errors: `InputError`."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise InputError(f"{where()}: {half} is half a character; remove it") from None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -176,13 +242,21 @@ _STRUCTURAL = _DEPTH != 0
 _STRUCTURAL[_QUOTE] = True
 
 
-def _find_examples(data: mmap.mmap, path: str) -> np.ndarray:
-    """The byte spans [n, 2] of the examples in a file; `[` at its start tells a list from lines."""
+def _find_objects(data: mmap.mmap, path: str, key: str | None) -> np.ndarray:
+    """The byte spans [n, 2] of the objects in a file; `[` at its start tells a list from lines."""
     start = 3 if data[:3] == b"\xef\xbb\xbf" else 0  # a byte-order mark
     head = data[start : start + 4096].lstrip()
     if not head:
         raise InputError(f"{path}: the file is empty; give one with examples")
-    spans = _find_list_items(data, path) if head[:1] == b"[" else _find_lines(data, start)
+    if key is not None:
+        spans = _find_list_under(data, key, path)
+    elif head[:1] == b"[":
+        first = data.find(b"[")
+        spans, end = _find_nested(data, first, path)
+        _check_gaps(data, spans, first + 1, end, path)
+        _check_end(data, end, path)
+    else:
+        spans = _find_lines(data, start)
     if len(spans) == 0:
         raise InputError(f"{path}: there are no examples in this file; give one with some")
     return spans
@@ -205,16 +279,69 @@ def _find_lines(data: mmap.mmap, start: int) -> np.ndarray:
     return np.delete(spans, blank, axis=0)
 
 
-def _find_list_items(data: mmap.mmap, path: str) -> np.ndarray:
-    """Spans of the objects in a top-level JSON list, found by counting brackets outside strings.
+def _find_list_under(data: mmap.mmap, key: str, path: str) -> np.ndarray:
+    """Spans of the objects in the list under a key of the one object that a file holds."""
+    # (In a JSON text, a quote mark inside a string has a backslash before it.)
+    found = re.search(rb'(?<!\\)"' + key.encode() + rb'"\s*:\s*\[', data)
+    missing = f'{path}: no list under "{key}" in this file; was it cut off, or is it another one?'
+    if found is None:
+        raise InputError(missing)
+    opening = found.end() - 1
+    spans, end = _find_nested(data, opening, path)
+    _check_gaps(data, spans, opening + 1, end, path)
+    # What is around the list is small. With an empty list in its place, it must be such an object.
+    try:
+        around = json.loads(data[:opening] + b"[]" + data[end + 1 :])
+    except (ValueError, RecursionError) as error:
+        problem = f"bad JSON before or after the list ({first_line(error, 80)})"
+        raise InputError(f"{path}: {problem}; make or copy it again") from None
+    if not isinstance(around, dict) or around.get(key) != []:
+        raise InputError(missing)
+    return spans
 
-    Errors: `InputError` with a line number when brackets do not match, when the file ends too
-    early, or when something other than a comma stands between two objects.
+
+def _find_lists(data: mmap.mmap, path: str) -> dict[str, tuple[int, int]]:
+    """The span of each list in the object of lists that a file holds, by its name."""
+    opening = re.compile(rb"(?:\xef\xbb\xbf)?\s*\{").match(data)
+    if opening is None:
+        raise InputError(f"{path}: {_OBJECT_OF_LISTS}; make or copy it again")
+    begin = opening.end()
+    spans, end = _find_nested(data, begin - 1, path)
+    places = {}
+    for start, stop in spans.tolist():
+        between = data[begin:start].strip()  # the name, with a comma before it after another list
+        try:
+            if data[start] != ord("[") or between.startswith(b",") != bool(places):
+                raise ValueError
+            (name,) = json.loads(b"{" + between.removeprefix(b",") + b"0}")
+        except (ValueError, RecursionError):
+            raise _not_a_list(data, begin, start, path) from None
+        places[name] = (start, stop)
+        begin = stop
+    if data[begin:end].strip():
+        raise _not_a_list(data, begin, end, path)
+    _check_end(data, end, path)
+    return places
+
+
+_OBJECT_OF_LISTS = 'must hold an object of lists, {"0": ["17", "4"], ...}'
+
+
+def _not_a_list(data: mmap.mmap, begin: int, end: int, path: str) -> InputError:
+    where, found = _line_number(data, begin), data[begin:end].strip().decode(errors="replace")
+    return InputError(f"{path}, line {where}: {_OBJECT_OF_LISTS}, not {shorten(found, 40)}")
+
+
+def _find_nested(data: mmap.mmap, start: int, path: str) -> tuple[np.ndarray, int]:
+    """The list or object that opens at a place of a file: the spans [n, 2] of the lists and objects
+    directly in it, found by counting brackets outside strings, and the place where it closes.
+
+    Errors: `InputError` when the file ends before it closes.
     """
     buffer = np.frombuffer(data, dtype=np.uint8)
     starts, ends = [], []
-    depth, in_string, list_end = 0, 0, None
-    for chunk in range(0, len(buffer), _CHUNK):
+    depth, in_string = 0, 0
+    for chunk in range(start, len(buffer), _CHUNK):
         view = buffer[chunk : chunk + _CHUNK]
         places = np.flatnonzero(_STRUCTURAL[view])
         is_quote = view[places] == _QUOTE
@@ -226,30 +353,20 @@ def _find_list_items(data: mmap.mmap, path: str) -> np.ndarray:
         in_string = (in_string + len(quotes)) % 2
         steps = _DEPTH[buffer[brackets]]
         depths = depth + np.cumsum(steps, dtype=np.int64)
-        if len(depths) == 0:
-            continue
-        if depths.min() < 0 or list_end is not None:
-            wrong = brackets[np.argmax(depths < 0)] if list_end is None else brackets[0]
-            raise InputError(
-                f"{path}, line {_line_number(data, wrong)}: bad JSON (unmatched bracket)"
-            )
-        depth = int(depths[-1])
+        closing = np.flatnonzero(depths == 0)
+        if len(closing):  # what follows is not in it any more
+            brackets, steps, depths = (a[: closing[0] + 1] for a in (brackets, steps, depths))
         starts.append(brackets[(depths == 2) & (steps == 1)])
         ends.append(brackets[(depths == 1) & (steps == -1)] + 1)
-        closing = np.flatnonzero(depths == 0)
         if len(closing):
-            list_end = int(brackets[closing[0]])
-            if closing[0] != len(brackets) - 1:
-                where = _line_number(data, brackets[closing[0] + 1])
-                raise InputError(f"{path}, line {where}: bad JSON (text after the list's end)")
-    if list_end is None:
-        raise InputError(
-            f"{path}: bad JSON (the file ends inside the list: was it cut off?); make or copy it "
-            "again"
-        )
-    spans = np.stack([np.concatenate(starts), np.concatenate(ends)], axis=1)
-    _check_gaps(data, spans, list_end, path)
-    return spans
+            spans = np.stack([np.concatenate(starts), np.concatenate(ends)], axis=1)
+            return spans, int(brackets[-1])
+        depth = int(depths[-1]) if len(depths) else depth
+    kind = "list" if data[start : start + 1] == b"[" else "object"
+    raise InputError(
+        f"{path}: bad JSON (the file ends inside the {kind}: was it cut off?); make or copy it "
+        "again"
+    )
 
 
 def _without_escaped(buffer: np.ndarray, quotes: np.ndarray) -> np.ndarray:
@@ -264,9 +381,8 @@ def _without_escaped(buffer: np.ndarray, quotes: np.ndarray) -> np.ndarray:
     return quotes[~escaped]
 
 
-def _check_gaps(data: mmap.mmap, spans: np.ndarray, list_end: int, path: str) -> None:
+def _check_gaps(data: mmap.mmap, spans: np.ndarray, begin: int, list_end: int, path: str) -> None:
     """One comma stands between two objects of a list, and nothing before the first or after."""
-    begin = data.find(b"[") + 1
     for number in range(len(spans) + 1):
         end = spans[number, 0] if number < len(spans) else list_end
         inner = 0 < number < len(spans)
@@ -277,9 +393,15 @@ def _check_gaps(data: mmap.mmap, spans: np.ndarray, list_end: int, path: str) ->
                 f"with one comma between two, not {shorten(between.decode(errors='replace'), 40)})"
             )
         begin = spans[number, 1] if number < len(spans) else end
-    if data[list_end + 1 :].strip():
-        where = _line_number(data, list_end + 1)
-        raise InputError(f"{path}, line {where}: bad JSON (text after the list's end)")
+
+
+def _check_end(data: mmap.mmap, end: int, path: str) -> None:
+    """Nothing follows the list or object that closes at a place of a file."""
+    rest = re.compile(rb"\S").search(data, end + 1)
+    if rest:
+        where = _line_number(data, rest.start())
+        kind = "list" if data[end] == ord("]") else "object"
+        raise InputError(f"{path}, line {where}: bad JSON (text after the {kind}'s end)")
 
 
 def _line_number(data: mmap.mmap, position: int) -> int:
@@ -302,6 +424,36 @@ def check_place(path: str) -> None:
         raise InputError(
             f"{path}: cannot be written ({error.strerror}); give another --output_path"
         ) from None
+
+
+def json_list(items: Iterable[dict]) -> Iterator[str]:
+    """The pieces of a JSON list, with an item a line."""
+    opening = "[\n"
+    for item in items:
+        yield opening + json.dumps(item)
+        opening = ",\n"
+    yield "\n]\n"
+
+
+def write_whole(path: Path, pieces: Iterable[str]) -> Path:
+    """Write a file beside its place and rename it: complete or absent, also when it is the pieces
+    that fail."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "w") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); give another place, or make room"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # renamed, or never begun
+            partial.unlink()
+    return path
 
 
 # ----------------------------------------------------------------------------------------------

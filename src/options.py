@@ -466,3 +466,14 @@ def evaluation_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", help="the questions that were answered, with the right answers")
     return parser
+
+
+def preprocess_parser() -> argparse.ArgumentParser:
+    """Options of `python -m src.preprocess`."""
+    parser = _Parser("Make data files of what get-data.sh has fetched.")
+    parser.prog = "-m src.preprocess"
+    parser.add_argument(
+        "folder", help="get-data.sh's folder: has download/ and psgs_w100.tsv, gets NQ/ and TQA/"
+    )
+    parser.add_argument("--only", choices=["nq", "tqa"], help="one dataset; none: both")
+    return parser

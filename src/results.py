@@ -7,7 +7,7 @@ out in turn, so reading the parts in turn gives the input's order with nothing h
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from src.errors import InputError, shorten
 from src.evaluation import has_answer, recall_at_k
-from src.examples import Examples, parse_example, read_example
+from src.examples import Examples, json_list, parse_example, read_example, write_whole
 from src.passages import Passages
 from src.reader import Answer
 
@@ -55,7 +55,6 @@ class AnswerFile:
             self.finished = [_read_batch(line) for line in kept[1:]]
         else:
             kept = [header]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, kept)
 
     def __enter__(self) -> "AnswerFile":
@@ -125,16 +124,10 @@ def write_scores(
     the score that they came with is of another kind. Returns the file's path.
     """
 
-    def pieces() -> Iterator[str]:
-        opening = "[\n"
-        for answer in read_parts(folder, world_size):
-            example = scored_example(data[answer.index], answer, n_context)
-            yield opening + json.dumps(example)
-            opening = ",\n"
-        yield "\n]\n"
-
+    answers = read_parts(folder, world_size)
+    examples = (scored_example(data[answer.index], answer, n_context) for answer in answers)
     _beside(folder / SCORES, MADE_BY).unlink(missing_ok=True)
-    path = write_whole(folder / SCORES, pieces())
+    path = write_whole(folder / SCORES, json_list(examples))
     write_made_by(path, made_by)
     return path
 
@@ -224,7 +217,6 @@ def write_retrieved(
         ):
             yield f"{question} Q0 {passages[place].id} {rank} {float(score)!r} {made_by['model']}\n"
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     for kind in (MADE_BY, RECALL):  # those of what stood here before
         _beside(path, kind).unlink(missing_ok=True)
     write_whole(path, pieces())
@@ -271,20 +263,3 @@ def write_recall(path: Path, flags: list[list[bool]], n_docs: int) -> dict[str, 
         record = json.dumps({**recalls, "questions": len(flags)}, indent=1) + "\n"
         write_whole(_beside(path, RECALL), [record])
     return recalls
-
-
-def write_whole(path: Path, pieces: Iterable[str]) -> Path:
-    """Write a file beside its place and rename it: complete or absent."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "w") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); give another place, or make room"
-        ) from error
-    return path

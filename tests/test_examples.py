@@ -211,7 +211,7 @@ BROKEN = {
     "missing comma": (f"[{line()}\n{line()}]", "line 1.*comma"),
     "two commas": (f"[{line()},\n,{line()}]", "line 1.*comma"),
     "a number in the list": (f"[{line()},\n3,\n{line()}]", "line 1.*comma"),
-    "text after the list": (f"[{line()}]\n\nx", "line 1.*after the list"),
+    "text after the list": (f"[{line()}]\n\nx", "line 3.*after the list"),
     "a second list": (f"[{line()}]\n[{line()}]", "line 2"),
     "brackets that do not match": (f"[{line()}]]", "line 1.*(after the list|unmatched)"),
     "bad line": (f"{line()}\n{line()[:-2]}\n{line()}", "line 2.*bad JSON"),

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "metrics": {"distributed", "errors"},
     "training": {"checkpoint", "device", "distributed", "errors", "metrics"},
     "results": {"errors", "evaluation", "examples", "passages", "reader"},
+    "preprocess": {"errors", "examples", "metrics", "options", "passages"},
 }
 SCRIPTS = [
     "train_reader",
