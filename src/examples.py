@@ -64,8 +64,6 @@ class JsonFile:
                 f"{self.path}, line {where}: bad JSON ({error.msg}); mend it there, or make the "
                 "file again"
             ) from None
-        except _BadRow as error:
-            raise InputError(f"{self.path}, line {self._line(start)}: {error}") from None
         except (ValueError, RecursionError) as error:  # a number, or a depth, that nobody means
             raise InputError(
                 f"{self.path}, line {self._line(start)}: JSON that cannot be read "
@@ -129,6 +127,10 @@ class Examples(JsonItems):
 
     def __getitem__(self, index: int) -> dict:
         start, end = self._spans[index]
+        try:
+            example = super().__getitem__(index)
+        except _BadRow as error:
+            raise InputError(f"{self.path}, line {self._line(start)}: {error}") from None
         text = self._bytes[start:end]
         if self._has_rows:
             example = self._decode(start, end, _parse_row)
