@@ -68,9 +68,7 @@ def training_section(folder: Path) -> tuple[str, list[tuple[str, str, str]]]:
     if not values:
         return _missing(f"{METRICS} holds no numbers yet."), []
     charts: dict[str, list[str]] = {}  # train/loss and dev/loss share one; avg_top1 and avg_top2
-    for (
-        name
-    ) in values:  # train/loss and dev/loss share a chart, as do dev/avg_top1 and dev/avg_top2
+    for name in values:
         charts.setdefault(re.sub(r"_top\d+$", "_top", name.split("/")[-1]), []).append(name)
     known = [key for key in _TITLES if key in charts]
     figures = []
@@ -120,7 +118,7 @@ def recall_section(rankings: Sequence[Ranking]) -> str:
         rows.append([escape(ranking.name), *cells])
     head = ["passages", "n", *(f"@{k}" for k in ks)]
     table = f"<figure><h3>Recall@k, in percent</h3>{_table(head, rows)}</figure>"
-    figure = _figure("Recall", legend(names) + chart, note)
+    figure = _figure("Recall by number of passages", legend(names) + chart, note)
     return f'<div class="charts">{figure}{table}</div>'
 
 

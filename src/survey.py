@@ -43,7 +43,7 @@ def read_metrics(path: Path) -> tuple[dict[str, list[tuple[int, float]]], int]:
                             values.setdefault(name, []).append((step, float(value)))
                         else:
                             left_out += 1
-                except (ValueError, TypeError, KeyError, AttributeError):
+                except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
                     if not line.endswith("\n"):
                         break  # of a run that was killed while it wrote, or writes just now
                     raise InputError(

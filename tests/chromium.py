@@ -5,7 +5,6 @@ byte), so nothing but the browser is needed. Whatever a page writes to the conso
 for or fails to load is kept in `complaints`.
 """
 
-import base64
 import contextlib
 import json
 import os
@@ -147,8 +146,3 @@ class Chromium:
         self.ask(f"document.querySelector({json.dumps(selector)}).select()")
         self.ask(f"document.querySelector({json.dumps(selector)}).focus()")
         self.call("Input.insertText", text=text)
-
-    def picture(self, path: Path, whole: bool = True) -> None:
-        """A PNG of the page, or of the window only."""
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
-        path.write_bytes(base64.b64decode(data))

@@ -403,7 +403,7 @@ def test_every_picture_has_its_points(run, browser):
     assert counts == [
         ["By passages with an answer", 0, 2 * n_holding],
         ["By answer length", 0, 2 * n_lengths],
-        ["Recall", 3 * N_PASSAGES, 0],
+        ["Recall by number of passages", 3 * N_PASSAGES, 0],
         ["Loss", 150 + 1, 0],  # 450 updates, three to a point, and one of the dev set
         ["Exact match on the dev set", 3, 0],
         ["F1 on the dev set", 3, 0],
