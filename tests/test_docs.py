@@ -18,6 +18,7 @@ import passage_retrieval
 import test_reader
 import train_reader
 import train_retriever
+from src import options
 from src.checkpoint import read_meta
 from src.compressed import read_description
 from src.evaluation import measure_answers
@@ -58,6 +59,20 @@ def table(heading: str) -> list[list[str]]:
     """The rows, cell by cell, of the table under these column names."""
     rows = FORMATS.split(f"\n{heading}\n")[1].split("\n\n")[0].splitlines()[1:]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+PARSERS = [make for name, make in vars(options).items() if name.endswith("_parser")]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_options_modules_and_pages_that_are_named_exist(page):
+    text = page.read_text()
+    known = {name for make in PARSERS for name in make()._option_string_actions}
+    assert set(re.findall(r"--[a-zA-Z][\w-]*", text)) <= known
+    for name in re.findall(r"`((?:src|tests|docs|examples)/[\w./-]+|\w+\.py)`", text):
+        assert (ROOT / name).exists() or name in ("test.py", "generate_retriever_embedding.py")
+    anchors = {title.lower().replace(" ", "-") for title in re.findall("^## (.*)", text, re.M)}
+    assert set(re.findall(r"\(#(.*?)\)", text)) <= anchors
 
 
 # ----------------------------------------------------------------------------------------------
@@ -142,7 +157,7 @@ def written(tmp_path_factory) -> Path:
     find += ["--n-docs", 5, "--save_or_load_index", "--output_path"]
     dense = [*retriever, "--passages_embeddings", at / "emb" / "wiki_*", "--index_factory", "SQ8"]
     test = ["--eval_data", data, "--write_results", "--write_crossattention_scores"]
-    for script, options in (
+    for script, arguments in (
         (train_reader, [*train, *read, *shared, "--name", "run"]),
         (test_reader, [*test, *read, *shared, "--name", "test"]),
         (train_retriever, [*train, *retriever, *shared, "--name", "retriever"]),
@@ -154,7 +169,7 @@ def written(tmp_path_factory) -> Path:
         (passage_retrieval, [*dense, *find, at / "run.trec", "--output_format", "trec"]),
         (passage_retrieval, ["--bm25", *find, at / "bm25.jsonl"]),
     ):
-        script.main(list(map(str, options)))
+        script.main(list(map(str, arguments)))
     return at
 
 
@@ -292,8 +307,8 @@ def test_the_tensors_of_a_shard(written):
     assert [row[:3] for row in rows] == real
     assert len(header) == len(rows)
     assert sorted(names(table("| metadata | |"))) == sorted(metadata)
-    options = dict(table("| metadata | |"))["`options`"]
-    assert re.findall("`(.*?)`", options) == list(json.loads(metadata["options"]))
+    described = dict(table("| metadata | |"))["`options`"]
+    assert re.findall("`(.*?)`", described) == list(json.loads(metadata["options"]))
     assert metadata["format_version"] == dict(table("| metadata | |"))["`format_version`"]
 
 
@@ -408,6 +423,6 @@ def test_answers_and_scores_come_back(rng, tmp_path):
 
 
 def test_options_come_back(rng, tmp_path):
-    options = {"name": random_text(rng), "lr": rng.random(), "scheduler_steps": None}
-    write_options(tmp_path, options)
-    assert json.loads((tmp_path / "options.json").read_text())["options"] == options
+    started_with = {"name": random_text(rng), "lr": rng.random(), "scheduler_steps": None}
+    write_options(tmp_path, started_with)
+    assert json.loads((tmp_path / "options.json").read_text())["options"] == started_with

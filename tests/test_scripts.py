@@ -141,7 +141,13 @@ def test_older_names():
 
 @pytest.mark.parametrize(
     ("script", "parser"),
-    [("train_reader.py", train_reader_parser), ("test_reader.py", all_options.test_reader_parser)],
+    [
+        ("train_reader.py", train_reader_parser),
+        ("test_reader.py", all_options.test_reader_parser),
+        ("train_retriever.py", all_options.train_retriever_parser),
+        ("generate_passage_embeddings.py", all_options.passage_embeddings_parser),
+        ("passage_retrieval.py", all_options.passage_retrieval_parser),
+    ],
 )
 def test_every_option_is_read_and_explained(script, parser):
     source = (ROOT / script).read_text()
