@@ -535,7 +535,7 @@ def test_the_retriever_finds_what_the_reference_found(server, tmp_path):
     embed = [*model, "--output_path", tmp_path / "emb"]
     generate_passage_embeddings.main(list(map(str, embed)))
     search = [
-        *model, "--passages_embeddings", tmp_path / "emb" / "wiki_*", "--n-docs", 10,
+        *model, "--passages_embeddings", tmp_path / "emb_*", "--n-docs", 10,
         "--data", REFERENCE / "questions.json", "--output_path", tmp_path / "found.json",
     ]  # fmt: skip
     passage_retrieval.main(list(map(str, search)))
