@@ -81,6 +81,7 @@ def test_two_processes_answer_as_one(data, reference, tmp_path):
         )
         assert sorted(path.name for path in folder.iterdir()) == [
             "dataset_wscores.json",
+            "dataset_wscores.json.made_by.json",
             "final_output.txt",
             "options.json",
             "run.log",
