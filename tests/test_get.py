@@ -149,7 +149,7 @@ def data() -> dict:
                 "EntityPages": [{"Title": 'odd "[{', "Data": [1, [2]]}],
                 "Question": f"tqa {part} {i}\u00df?",
                 "QuestionId": f"{part}_{i}",
-                "SearchResults": [{"Description": "cut \\ud83d".replace("\\\\", "\\")}],
+                "SearchResults": [{"Description": "cut \ud83d"}],
             }
             for i in range(size)
         ]
@@ -384,7 +384,9 @@ def test_what_is_not_whole_is_not_unpacked(name, kind, server, data, tmp_path):
     options = ["-o", tmp_path, "--keep", "--only", only]
     status, line = get_badly("get-data.sh", *options, path=os.environ["PATH"], server=server)
     assert status == 1
-    assert re.fullmatch(rf"error: {tmp_path}/download/{name}: .*cut off or damaged; .* again", line)
+    assert re.fullmatch(
+        rf"error: {tmp_path}/download/{name}: it came cut off or damaged.* again", line
+    )
     left = files(tmp_path)
     assert not any("partial" in path or Path(path).name == name for path in left)
     fetched = {path for path, _ in server.requests} - {name}
@@ -526,7 +528,7 @@ def test_the_retriever_finds_what_the_reference_found(server, tmp_path):
     embed = [*model, "--output_path", tmp_path / "emb"]
     generate_passage_embeddings.main(list(map(str, embed)))
     search = [
-        *model, "--passages_embeddings", tmp_path / "emb" / "wiki_*", "--n-docs", 10,
+        *model, "--passages_embeddings", tmp_path / "emb_*", "--n-docs", 10,
         "--data", REFERENCE / "questions.json", "--output_path", tmp_path / "found.json",
     ]  # fmt: skip
     passage_retrieval.main(list(map(str, search)))
