@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sourced by get-data.sh and get-model.sh: files of the web, fetched and unpacked whole or not at all.
+# Sourced by get-data.sh and get-model.sh: fetches files and unpacks them, whole or not at all.
 #
 # A download lies in FILE.part until all of it is there. What breaks off is gone on with, in this run
 # or the next. Before an archive is unpacked it is read to its end, and its names are looked at; it
@@ -19,7 +19,9 @@ else
 fi
 
 size() { if [ -e "$1" ]; then wc -c < "$1" | tr -d ' '; else echo 0; fi; }
-readable() { awk -v n="$1" 'BEGIN { if (n < 1e9) printf "%.3g MB", n / 1e6; else printf "%.3g GB", n / 1e9 }'; }
+readable() {
+    awk -v n="$1" 'BEGIN { if (n < 1e9) printf "%.3g MB", n / 1e6; else printf "%.3g GB", n / 1e9 }'
+}
 
 # open_folder DIR: make the folder that -o names, and put its full path into $out.
 open_folder() {
@@ -64,7 +66,8 @@ bring() {
     case $fetcher in
         curl)
             if [ -t 2 ]; then shown=--progress-bar; fi
-            curl -fL "$shown" -C - --connect-timeout 30 --speed-time 60 --speed-limit 1 \
+            # (-N: all that has come is in the file when it is stopped.)
+            curl -fNL "$shown" -C - --connect-timeout 30 --speed-time 60 --speed-limit 1 \
                 -o "$2" -- "$1" ;;
         wget)
             if [ -t 2 ]; then shown=--show-progress; else shown=--no-verbose; fi
@@ -74,14 +77,15 @@ bring() {
 
 # fetch URL FILE BASE: fetch a file, as long as each try brings more of it.
 fetch() {
-    local url=$1 file=$2 part=$2.part furthest now status tries=0
+    local url=$1 file=$2 part=$2.part furthest now status tries=0 from=""
     if [ -e "$file" ]; then return; fi
     ask "$url" "$3"
     if [ "$length" -gt 0 ] && [ "$(size "$part")" -gt "$length" ]; then
         rm -f "$part"  # the beginning of some other file
     fi
     furthest=$(size "$part")
-    echo "fetching $url ($(readable "$length")$([ "$furthest" = 0 ] || echo ", from $(readable "$furthest") on"))"
+    if [ "$furthest" -gt 0 ]; then from=", from $(readable "$furthest") on"; fi
+    echo "fetching $url ($(readable "$length")$from)"
     until [ "$length" -gt 0 ] && [ "$(size "$part")" -eq "$length" ]; do
         : 2> /dev/null >> "$part" || fail 2 "$part: cannot be written; name another folder by -o"
         status=0
@@ -89,7 +93,8 @@ fetch() {
         if [ $status = 0 ] && [ "$length" = 0 ]; then break; fi
         case $fetcher-$status in
             curl-23 | wget-3)
-                fail 2 "$part: cannot be written (a full disk?); make room, and the same command goes on" ;;
+                fail 2 "$part: cannot be written (a full disk?); make room, and the same command" \
+                    "goes on" ;;
             curl-33) rm -f "$part" ;;  # this server sends files from their beginning only
         esac
         now=$(size "$part")
@@ -109,7 +114,7 @@ fetch() {
 
 damaged() {
     rm -f "$1"
-    fail 1 "$1: the archive was cut off or damaged; it is removed, and the same command fetches it again"
+    fail 1 "$1: it came cut off or damaged, and is removed; the same command fetches it again"
 }
 
 # unzip_whole ARCHIVE FILE: from a gzipped file to the plain one.
@@ -147,7 +152,8 @@ unpack() {
     mkdir "$2.partial"
     if ! said=$(gzip -dc "$1" | tar -xf - --no-same-owner -C "$2.partial" 2>&1); then
         rm -rf "$2.partial"
-        fail 2 "$2: cannot be unpacked ($(head -n 1 <<< "$said")); make room, and the same command goes on"
+        fail 2 "$2: cannot be unpacked ($(head -n 1 <<< "$said")); make room, and the same command" \
+            "goes on"
     fi
     inner=$2.partial
     while entries=("$inner"/*) && [ "${#entries[@]}" = 1 ] && [ -d "${entries[0]}" ]; do

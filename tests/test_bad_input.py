@@ -25,11 +25,12 @@ import passage_retrieval
 import test_reader
 import train_reader
 import train_retriever
-from src import evaluation, report
+from src import evaluation, preprocess, report
 from src.pretrained import load_tokenizer
 from src.reader import load_reader
 from src.retriever import load_retriever
 from tests.conftest import REFERENCE, ROOT, run
+from tests.test_preprocess import change, make_folder
 
 MAINS: dict[str, Callable] = {
     "train_reader": train_reader.main,
@@ -41,6 +42,7 @@ MAINS: dict[str, Callable] = {
     "bare retrieve": passage_retrieval.main,
     "evaluation": evaluation.main,
     "report": report.main,
+    "preprocess": preprocess.main,
 }
 _RUN = "--checkpoint_dir {out} --name run --num_workers 0"
 _RETRIEVER = "--model_path {retriever} --tokenizer {bert}"
@@ -58,6 +60,7 @@ GOOD = {
     "bare retrieve": _SEARCH,
     "evaluation": "",
     "report": "-o {out}/page.html",
+    "preprocess": "",
 }
 
 
@@ -254,6 +257,25 @@ def make_embeddings(at: Path) -> None:
     (at / "indexed" / "index_Flat" / "index.json").write_text("{")
 
 
+def make_downloads(at: Path) -> None:
+    """Folders as get-data.sh has them before it calls preprocessing, each with one thing wrong."""
+    make_folder(at / "data", 20, 6, 2)
+    for name in ("gone", "no_tsv", "index", "object", "row", "key", "cut", "map", "id", "place"):
+        shutil.copytree(at / "data", at / f"data_{name}")
+    (at / "data_gone" / "download" / "nq_passages" / "dev.json").unlink()
+    (at / "data_no_tsv" / "psgs_w100.tsv").unlink()
+    (at / "data_index" / "download" / "dataindex" / "NQ.dev.idx.json").write_text("[0, 1")
+    (at / "data_object" / "download" / "dataindex" / "NQ.dev.idx.json").write_text("{}")
+    change(at / "data_row" / "download" / "dataindex" / "NQ.test.idx.json", 1, to=6)
+    triviaqa = at / "data_cut" / "download" / "triviaqa-unfiltered" / "unfiltered-web-dev.json"
+    os.truncate(triviaqa, 20_000)
+    triviaqa = at / "data_key" / "download" / "triviaqa-unfiltered" / "unfiltered-web-train.json"
+    triviaqa.write_text('{"Version": 1.0}')
+    (at / "data_map" / "download" / "tqa_passages" / "train.json").write_text('["1"]')
+    change(at / "data_id" / "download" / "nq_passages" / "train.json", "3", 1, to="x21")
+    (at / "data_place" / "TQA" / "dev.json").mkdir(parents=True)
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> Path:
     at = tmp_path_factory.mktemp("places")
@@ -272,6 +294,7 @@ def places(tmp_path_factory) -> Path:
     make_embeddings(at)
     make_runs(at)
     make_reported(at)
+    make_downloads(at)
     for name in ("indexed.tsv", "changed.tsv"):
         shutil.copy(REFERENCE / "passages.tsv", at / name)
     (at / "indexed.tsv.bm25").mkdir()
@@ -859,8 +882,39 @@ REPORT: dict[str, Case] = {
         r"unanswered\.json: no question in this file has both answers and passages .*; give what"),
 }  # fmt: skip
 
-BAD = {**READER, **RETRIEVER, **EMBED, **RETRIEVE, **EVALUATION, **REPORT}
-assert len(BAD) == sum(map(len, (READER, RETRIEVER, EMBED, RETRIEVE, EVALUATION, REPORT)))
+# (More of what can be wrong inside these files is in tests/test_preprocess.py.)
+PREPROCESS: dict[str, Case] = {
+    "no folder": ("preprocess", "", "the following arguments are required: folder" + _HELP),
+    "a dataset that nobody knows": ("preprocess", "{data} --only squad",
+        "--only: invalid choice: 'squad'.*" + _HELP),
+    "a folder that is not there": ("preprocess", "no_data",
+        rf"no_data/download/NQ-open\.dev\.jsonl: {_CHECK_PATH}"),
+    "a map that is not there": ("preprocess", "{data_gone}",
+        rf"nq_passages/dev\.json: {_CHECK_PATH}"),
+    "a collection that is not there": ("preprocess", "{data_no_tsv}",
+        rf"psgs_w100\.tsv: {_CHECK_PATH}"),
+    "an index that is cut off": ("preprocess", "{data_index}",
+        rf"NQ\.dev\.idx\.json, line 1: bad JSON .*{_MEND_JSON}"),
+    "an index that is no list": ("preprocess", "{data_object}",
+        r"NQ\.dev\.idx\.json: must hold a list of rows, not \{\}; remove it, and let get-data.sh"),
+    "a row that is out of range": ("preprocess", "{data_row}",
+        r"NQ\.test\.idx\.json: row 6, at place 1, is not one of the rows 0 to 5 of .*; let get-"),
+    "TriviaQA without questions": ("preprocess", "{data_key}",
+        r'unfiltered-web-train\.json: no list under "Data" in this file; was it cut off'),
+    "TriviaQA that is cut off": ("preprocess", "{data_cut}",
+        r"unfiltered-web-dev\.json: bad JSON \(the file ends inside the list.*make or copy it"),
+    "a map that is a list": ("preprocess", "{data_map}",
+        r"tqa_passages/train\.json: must hold an object of lists, .*; make or copy it again"),
+    "a passage that the collection lacks": ("preprocess", "{data_id} --only nq",
+        r"train\.json, question '3': .*psgs_w100\.tsv: no passage has the id 'x21'; give the coll"),
+    "a folder in a split's place": ("preprocess", "{data_place} --only tqa",
+        r"TQA/dev\.json: a folder is in this place; remove it"),
+}  # fmt: skip
+
+KINDS = (READER, RETRIEVER, EMBED, RETRIEVE, EVALUATION, PREPROCESS)
+_ALL = (READER, RETRIEVER, EMBED, RETRIEVE, EVALUATION, REPORT, PREPROCESS)
+BAD = {name: case for cases in _ALL for name, case in cases.items()}
+assert len(BAD) == sum(map(len, _ALL))
 # Runs that have begun when what is wrong comes to light: they have written numbers, too.
 BEGUN = {"a rate that nothing survives", "a retriever of nan"}
 

@@ -31,8 +31,8 @@ VARIABLES = ["FID_DPR_URL", "FID_NQ_URL", "FID_TRIVIAQA_URL", "FID_DATA_URL", "F
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files` by path, at `url`, with Range. `requests` keeps what was asked for by GET: the
-    path and the byte it was asked from.
+    """Serves `files` by path, at `url`, with Range. `requests` keeps what was fetched: the path,
+    and the byte it was asked from.
 
     `cut`: how often a path's answer ends halfway. `slow`: paths whose answers stop halfway until
     `released`. `without_ranges`: answers are whole files. `refused`: a status instead of a file.
@@ -129,15 +129,10 @@ def tar_gz(files: dict[str, bytes | str], links: dict[str, str] | None = None) -
 def data() -> dict:
     """Made-up data in the real layouts, as it is served, and what is to come out of it."""
     rng = random.Random(0)
-    passages = [
-        (
-            str(i),
-            f'Thing {i} is "{rng.random()}",\ta\u0301é — 日本 {"x" * rng.randrange(300)}.',
-            f"T {i}",
-        )
-        for i in range(1, 301)
-    ]
-    passages = [(name, text.replace("\t", " "), title) for name, text, title in passages]
+    passages = []
+    for i in range(1, 301):
+        text = f'Thing {i} is "{rng.random()}", a\u0301é — 日本 {"x" * rng.randrange(300)}.'
+        passages.append((str(i), text, f"T {i}"))
     rows = ["id\ttext\ttitle"] + [
         '{}\t"{}"\t"{}"'.format(name, text.replace('"', '""'), title)
         for name, text, title in passages
@@ -154,7 +149,7 @@ def data() -> dict:
                 "EntityPages": [{"Title": 'odd "[{', "Data": [1, [2]]}],
                 "Question": f"tqa {part} {i}\u00df?",
                 "QuestionId": f"{part}_{i}",
-                "SearchResults": [{"Description": "cut \\ud83d".replace("\\\\", "\\")}],
+                "SearchResults": [{"Description": "cut \ud83d"}],
             }
             for i in range(size)
         ]
@@ -317,9 +312,8 @@ def test_only_a_part(only, names, server, data, tmp_path):
     assert (only == "tqa") == any(path.startswith("triviaqa") for path, _ in server.requests)
     assert (only == "nq") == any(path.startswith("NQ-open") for path, _ in server.requests)
     server.requests.clear()
-    assert "done already" in get_well(
-        "get-data.sh", *options, path=os.environ["PATH"], server=server
-    )
+    said = get_well("get-data.sh", *options, path=os.environ["PATH"], server=server)
+    assert "done already" in said
     assert not server.requests
 
 
@@ -340,9 +334,10 @@ def test_downloads_are_kept(server, data, tmp_path):
 
 def test_a_connection_that_cannot_be_held(tools, server, data, tmp_path):
     """Each try brings half of what is missing; then nothing more comes. The next run goes on."""
-    name = "NQ-open.train.jsonl"
+    name = "psgs_w100.tsv.gz"
     server.cut[name] = float("inf")
-    status, line = get_badly("get-data.sh", "-o", tmp_path, path=tools, server=server)
+    options = ["-o", tmp_path, "--only", "wiki"]
+    status, line = get_badly("get-data.sh", *options, path=tools, server=server)
     assert status == 1
     size = len(data["served"][name])
     found = re.fullmatch(
@@ -353,39 +348,45 @@ def test_a_connection_that_cannot_be_held(tools, server, data, tmp_path):
     assert found, line
     assert 0.9 * size < int(found[1]) < size
     assert (tmp_path / "download" / f"{name}.part").stat().st_size == int(found[1])
-    assert files(tmp_path).keys() >= {"psgs_w100.tsv"}  # what was whole before has stayed
     server.requests.clear()
     server.cut.clear()
-    get_well("get-data.sh", "-o", tmp_path, path=tools, server=server)
-    check_results(tmp_path, data, {"NQ", "TQA"})
-    assert server.requests[0] == (name, int(found[1]))
-    assert "psgs_w100.tsv.gz" not in {path for path, _ in server.requests}
+    get_well("get-data.sh", *options, path=tools, server=server)
+    check_results(tmp_path, data, set())
+    assert server.requests == [(name, int(found[1]))]
 
 
 def test_a_server_without_ranges(tools, server, data, tmp_path):
     server.without_ranges = True
-    server.cut["dataindex.tar.gz"] = 1
-    get_well("get-data.sh", "-o", tmp_path, path=tools, server=server)
-    check_results(tmp_path, data, {"NQ", "TQA"})
+    server.cut["psgs_w100.tsv.gz"] = 1
+    get_well("get-data.sh", "-o", tmp_path, "--only", "wiki", path=tools, server=server)
+    check_results(tmp_path, data, set())
 
 
 def test_a_server_that_does_not_tell_lengths(tools, server, data, tmp_path):
     server.without_lengths = True
-    get_well("get-data.sh", "-o", tmp_path, path=tools, server=server)
-    check_results(tmp_path, data, {"NQ", "TQA"})
+    get_well("get-data.sh", "-o", tmp_path, "--only", "wiki", path=tools, server=server)
+    check_results(tmp_path, data, set())
 
 
-@pytest.mark.parametrize("name", ["psgs_w100.tsv.gz", "nq_passages.tar.gz", "NQ-open.dev.jsonl"])
-@pytest.mark.parametrize("kind", ["truncated", "a page of HTML"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("psgs_w100.tsv.gz", "truncated"),
+        ("psgs_w100.tsv.gz", "a page of HTML"),
+        ("nq_passages.tar.gz", "truncated"),
+        ("NQ-open.dev.jsonl", "a page of HTML"),
+    ],
+)
 def test_what_is_not_whole_is_not_unpacked(name, kind, server, data, tmp_path):
     whole = data["served"][name]
-    if kind == "truncated" and name.endswith(".jsonl"):
-        pytest.skip("lines are no archive; what a server says is the whole file is taken for it")
     server.files[name] = whole[:-20] if kind == "truncated" else b"<html>Sign in</html>"
-    options = ["-o", tmp_path, "--keep", "--only", "nq"]
+    only = "wiki" if name.startswith("psgs") else "nq"
+    options = ["-o", tmp_path, "--keep", "--only", only]
     status, line = get_badly("get-data.sh", *options, path=os.environ["PATH"], server=server)
     assert status == 1
-    assert re.fullmatch(rf"error: {tmp_path}/download/{name}: .*cut off or damaged; .* again", line)
+    assert re.fullmatch(
+        rf"error: {tmp_path}/download/{name}: it came cut off or damaged.* again", line
+    )
     left = files(tmp_path)
     assert not any("partial" in path or Path(path).name == name for path in left)
     fetched = {path for path, _ in server.requests} - {name}
@@ -393,16 +394,18 @@ def test_what_is_not_whole_is_not_unpacked(name, kind, server, data, tmp_path):
     server.requests.clear()
     server.files[name] = whole
     get_well("get-data.sh", *options, path=os.environ["PATH"], server=server)
-    check_results(tmp_path, data, {"NQ"})
+    check_results(tmp_path, data, {"NQ"} if only == "nq" else set())
     assert not fetched & {path for path, _ in server.requests}
 
 
 def test_ctrl_c(tools, server, data, tmp_path):
     name = "psgs_w100.tsv.gz"
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # (a test run in the background has none)
     server.slow.add(name)
-    process = start(
-        "get-data.sh", "-o", tmp_path, path=tools, server=server, start_new_session=True
-    )
+    options = ["-o", tmp_path, "--only", "wiki"]
+    process = start("get-data.sh", *options, path=tools, server=server, start_new_session=True)
     assert server.halfway.wait(60)
     part = tmp_path / "download" / f"{name}.part"
     half = len(data["served"][name]) // 2
@@ -411,21 +414,11 @@ def test_ctrl_c(tools, server, data, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, err = process.communicate()
     assert process.returncode == 130
-    assert err.split() == [
-        "error:",
-        "stopped;",
-        "the",
-        "same",
-        "command",
-        "goes",
-        "on",
-        "from",
-        "here",
-    ]
+    assert err.strip() == "error: stopped; the same command goes on from here"
     assert part.stat().st_size == half
     server.slow.clear()
     server.requests.clear()
-    get_well("get-data.sh", "-o", tmp_path, "--only", "wiki", path=tools, server=server)
+    get_well("get-data.sh", *options, path=tools, server=server)
     assert server.requests == [(name, half)]
     check_results(tmp_path, data, set())
 
@@ -588,7 +581,7 @@ BAD = {
     "an unknown option": ("get-data.sh", "--ony nq", 2, "--ony: no such option .*--help"),
     "a value too much": ("get-data.sh", "nq", 2, "nq: no such option"),
     "no value": ("get-data.sh", "--only", 2, "an option's value is missing .*--help"),
-    "an unknown part": ("get-data.sh", "--only squad", 2, "--only 'squad': must be nq, tqa or "),
+    "an unknown part": ("get-data.sh", "--only x", 2, "--only 'x': must be nq, tqa or wiki"),
     "a file as folder": ("get-data.sh", "-o {file}", 2, "-o '.*file': a folder .*; name another"),
     "a folder in a file": ("get-data.sh", "-o {file}/x", 2, "-o '.*file/x': a folder .*; name"),
     "no folder": ("get-data.sh", "-o ''", 2, "-o '': a folder .*; name another"),
@@ -659,5 +652,4 @@ def test_neither_curl_nor_wget(server, tmp_path):
 def test_help(script, server):
     said = get_well(script, "--help", path=os.environ["PATH"], server=server)
     assert f"bash {script}" in said
-    assert said.rstrip().endswith(".")
-    assert "set -euo" not in said
+    assert said.rstrip().endswith("_URL.")
