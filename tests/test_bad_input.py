@@ -911,10 +911,9 @@ PREPROCESS: dict[str, Case] = {
         r"TQA/dev\.json: a folder is in this place; remove it"),
 }  # fmt: skip
 
-KINDS = (READER, RETRIEVER, EMBED, RETRIEVE, EVALUATION, PREPROCESS)
-_ALL = (READER, RETRIEVER, EMBED, RETRIEVE, EVALUATION, REPORT, PREPROCESS)
-BAD = {name: case for cases in _ALL for name, case in cases.items()}
-assert len(BAD) == sum(map(len, _ALL))
+KINDS = (READER, RETRIEVER, EMBED, RETRIEVE, EVALUATION, REPORT, PREPROCESS)
+BAD = {name: case for cases in KINDS for name, case in cases.items()}
+assert len(BAD) == sum(map(len, KINDS))
 # Runs that have begun when what is wrong comes to light: they have written numbers, too.
 BEGUN = {"a rate that nothing survives", "a retriever of nan"}
 
