@@ -21,7 +21,11 @@ from transformers import (
 
 import generate_passage_embeddings
 import passage_retrieval
+import test_reader
+import train_reader
+from src import evaluation
 from src.errors import InputError
+from src.examples import load_data
 from src.passages import Passages
 from src.retriever import load_retriever
 from src.shards import open_shards
@@ -204,3 +208,23 @@ def test_dprs_other_models_are_refused(tmp_path):
     for name in ("context", "small"):
         with pytest.raises(InputError, match=rf"{name}: of DPR's models, question encoders with"):
             load_retriever(str(tmp_path / name))
+
+
+def test_dprs_questions_in_the_readers_scripts(reference, tmp_path):
+    """Without passages; what is trained on is one of the answers."""
+    questions = tmp_path / "nq-dev.csv"
+    questions.write_text(
+        "who sang it\t['Reba', \"4 Non Blondes\"]\nhow long is the river\t['7 km']\n"
+    )
+    shared = ["--checkpoint_dir", tmp_path, "--num_workers", 0, "--model_path", reference / "t5"]
+    train = ["--train_data", questions, "--eval_data", questions, "--total_steps", 1]
+    train_reader.main(list(map(str, [*train, *shared, "--name", "run"])))
+    numbers = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "dev/exact_match" in numbers
+    test_reader.main(
+        list(map(str, ["--eval_data", questions, *shared, "--name", "test", "--write_results"]))
+    )
+    answers = tmp_path / "test" / "final_output.txt"
+    assert [line.split("\t")[0] for line in answers.read_text().splitlines()] == ["0", "1"]
+    measured = evaluation.measure_answers(str(answers), load_data(questions))
+    assert measured["questions"] == 2
