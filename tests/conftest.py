@@ -1,6 +1,7 @@
 """What the tests share: the reference's numbers, real text when it is at hand, running a script."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,28 @@ def run_well(*command: str | Path, processes: int = 1, **environment: str) -> st
     done = run(*command, processes=processes, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def on_small_disk(folder: Path, megabytes: int, *command) -> subprocess.CompletedProcess:
+    """Run a command that sees a disk of a few megabytes at `folder`."""
+    script = f'mount -t tmpfs -o size={megabytes}m none {folder} && exec "$@"'
+    start = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
+    return subprocess.run(
+        [*start, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """A folder for `on_small_disk`, where this machine lets us mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    tried = on_small_disk(folder, 1, "true") if shutil.which("unshare") else None
+    if tried is None or tried.returncode != 0:
+        pytest.skip("needs the right to mount a small disk in a namespace of its own (unshare)")
+    return folder

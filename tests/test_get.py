@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from src.passages import Passages
-from tests.conftest import REFERENCE, ROOT
+from tests.conftest import REFERENCE, ROOT, on_small_disk
 
 FETCHERS = ["curl", "wget"]
 VARIABLES = ["FID_DPR_URL", "FID_NQ_URL", "FID_TRIVIAQA_URL", "FID_DATA_URL", "FID_MODELS_URL"]
@@ -565,6 +565,27 @@ def test_hostile_archives_are_refused(case, server, tmp_path):
         f"error: {out}/nq_retriever.tar.gz: refused, because it holds '.*', which", line
     )
     assert files(tmp_path).keys() == {"a/models/nq_retriever.tar.gz"}
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "message"), [(1, "part: cannot be written"), (3, "retriever: cannot be unpacked")]
+)
+def test_a_disk_that_fills_up(megabytes, message, tools, disk, server):
+    """By other things than ours, that is: `df` found it large enough."""
+    weights = random.Random(0).randbytes(2_000_000)
+    server.files["nq_retriever.tar.gz"] = tar_gz({"nq_retriever/weights": weights})
+    bin_folder = disk.parent / "bin"
+    bin_folder.mkdir()
+    path = small_disk(bin_folder, 10**9).split(os.pathsep)[0] + os.pathsep + tools
+    settings = [f"PATH={path}", f"FID_MODELS_URL={server.url}", "no_proxy=127.0.0.1", "FID_PAUSE=0"]
+    command = ["bash", ROOT / "get-model.sh", "-m", "nq_retriever", "-o", disk]
+    keep = f'"$@"; status=$?; ls {disk}; exit $status'
+    done = on_small_disk(disk, megabytes, "env", *settings, "sh", "-c", keep, "sh", *command)
+    assert done.returncode == 2, done.stdout
+    (line,) = done.stderr.splitlines()
+    assert re.match(f"error: {disk}/.*{message} .*; make room, and the same command goes on", line)
+    left = done.stdout.splitlines()[-1]
+    assert left == "nq_retriever.tar.gz" + (".part" if megabytes == 1 else "")
 
 
 def test_links_inside_are_no_harm(server, tmp_path):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import test_reader
 from src.errors import InputError
 from src.slurm import StopRequest
-from tests.conftest import ROOT, run, run_well
+from tests.conftest import ROOT, on_small_disk, run, run_well
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -272,30 +272,6 @@ def test_the_others_end_and_name_a_process_that_is_gone(victim, how, reference, 
 
 # ----------------------------------------------------------------------------------------------
 # Full disks
-
-
-def on_small_disk(folder: Path, megabytes: int, *command) -> subprocess.CompletedProcess:
-    """Run a command that sees a disk of a few megabytes at `folder`."""
-    script = f'mount -t tmpfs -o size={megabytes}m none {folder} && exec "$@"'
-    start = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"]
-    return subprocess.run(
-        [*start, *map(str, command)],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Path:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    tried = on_small_disk(folder, 1, "true") if shutil.which("unshare") else None
-    if tried is None or tried.returncode != 0:
-        pytest.skip("needs the right to mount a small disk in a namespace of its own (unshare)")
-    return folder
 
 
 def test_a_full_disk(disk, reference, tmp_path):
