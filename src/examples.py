@@ -14,11 +14,15 @@ import dataclasses
 import json
 import math
 import mmap
+import multiprocessing
+import multiprocessing.connection
 import os
 import re
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -235,6 +239,7 @@ def _with_our_names(example: dict) -> dict:
 _CHUNK = 1 << 24  # bytes looked at in one go: large enough for numpy, small enough for memory
 _QUOTE, _BACKSLASH, _NEWLINE = ord('"'), ord("\\"), ord("\n")
 _WINDOW = 1 << 18  # bytes
+_BYTES_WORTH_A_PROCESS = 1 << 25  # of examples to check
 # What each byte does to the depth of nesting.
 _DEPTH = np.zeros(256, dtype=np.int8)
 _DEPTH[[ord("["), ord("{")]] = 1
@@ -566,17 +571,21 @@ def load_data(
     world_size: int = 1,
     needs_target: bool = False,
     needs_scores: int = 0,
+    on_examples: Callable[[int], None] | None = None,
 ) -> Examples:
     """Open a data file and check this process's share of its examples (`rank`, `rank +
     world_size`, ...), so that a broken one is reported now and not in the middle of the night.
+    A large file is checked by several processes.
 
     Args:
         needs_target: the examples are to train a reader: each must have a target or answers.
         needs_scores: the examples are to distil from: each must have a score on one of its first
             `needs_scores` passages.
+        on_examples: is told, now and then, how many more were checked.
     """
     examples = Examples(path)
-    for index in range(rank, len(examples), world_size):
+
+    def check(index: int) -> None:
         example = read_example(examples, index)
         if needs_target and example.target is None and not example.answers:
             where = examples.where(index)
@@ -586,4 +595,85 @@ def load_data(
                 f"{examples.where(index)}: none of its passages has a score of the reader; write "
                 "them with test_reader.py --write_crossattention_scores"
             )
+
+    size = os.path.getsize(path) // world_size
+    n_processes = min(_cpus(), size // _BYTES_WORTH_A_PROCESS, 16)
+    indices = range(rank, len(examples), world_size)
+    _check_all(check, indices, n_processes, on_examples or (lambda count: None))
     return examples
+
+
+def _check_all(
+    check: Callable[[int], None],
+    indices: range,
+    n_processes: int,
+    on_examples: Callable[[int], None],
+) -> None:
+    """Run a check on each index, shared out among processes. Errors: the check's first one."""
+    if n_processes < 2:
+        for index in indices:
+            check(index)
+            on_examples(1)
+        return
+    # Forked, so that they have the opened file, and nothing is sent but what they find.
+    context = multiprocessing.get_context("fork")
+    pipes, processes = [], []
+    errors: list[tuple[int, str]] = []
+    try:
+        for number in range(n_processes):
+            ours, theirs = context.Pipe(duplex=False)
+            share = indices[number::n_processes]
+            process = context.Process(target=_check_share, args=(check, share, theirs))
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        while pipes:
+            for pipe in multiprocessing.connection.wait(pipes):
+                try:
+                    found = pipe.recv()
+                except EOFError:
+                    pipes.remove(pipe)
+                    continue
+                if isinstance(found, int):
+                    on_examples(found)
+                else:
+                    errors.append(found)
+    except BaseException:  # Ctrl-C, for one: none is to outlive this process
+        for process in processes:
+            process.kill()
+        raise
+    finally:
+        for process in processes:
+            process.join()
+    if errors:
+        raise InputError(min(errors)[1])
+    broken = [process.exitcode for process in processes if process.exitcode]
+    if broken:
+        raise RuntimeError(f"a process that checks examples ended with status {broken[0]}")
+
+
+def _check_share(check: Callable[[int], None], indices: range, pipe: Connection) -> None:
+    """In a process of its own: send how many examples are well, at times, and the first error."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # what they mean is the waiting process's to say
+    told = 0
+    try:
+        for done, index in enumerate(indices, start=1):
+            try:
+                check(index)
+            except InputError as error:
+                pipe.send((index, str(error)))
+                return
+            if done - told == 100 or done == len(indices):
+                pipe.send(done - told)
+                told = done
+    except BrokenPipeError:
+        return  # nobody waits any more
+
+
+def _cpus() -> int:
+    """How many CPUs this process may use, as far as the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -2,8 +2,11 @@
 
 import csv
 import json
+import multiprocessing
+import os
 import pickle
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -263,3 +266,65 @@ def test_each_process_checks_its_share(tmp_path):
     assert len(load_data(file, rank=0, world_size=2)) == 3  # all are there; 0 and 2 were checked
     with pytest.raises(InputError, match="example 2"):
         load_data(file, rank=1, world_size=2)
+
+
+@pytest.fixture
+def several_processes(monkeypatch):
+    """Files of any size are checked by three processes."""
+    monkeypatch.setattr(module, "_BYTES_WORTH_A_PROCESS", 1)
+    monkeypatch.setattr(module, "_cpus", lambda: 3)
+
+
+@pytest.mark.usefixtures("several_processes")
+@pytest.mark.parametrize("broken", [[], [700], [3], [699, 250, 701]])
+def test_examples_checked_by_several_processes(broken, tmp_path):
+    """As by one: all of them, or the error of the first broken one, whoever finds it."""
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps({"question": f"{i}?", "answers": ["a"]}) for i in range(702)]
+    for index in broken:
+        lines[index] = json.dumps({"question": index})
+    path.write_text("\n".join(lines))
+    counts = []
+    if broken:
+        with pytest.raises(InputError) as error:
+            load_data(path, needs_target=True, on_examples=counts.append)
+        first = min(broken)
+        assert str(error.value) == (
+            f'{path}, example {first + 1} (line {first + 1}): "question" must be text, not {first}'
+        )
+    else:
+        assert len(load_data(path, needs_target=True, on_examples=counts.append)) == 702
+        assert sum(counts) == 702
+        assert max(counts) <= 100
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.usefixtures("several_processes")
+def test_a_process_that_checks_and_dies_is_not_taken_for_well(tmp_path, monkeypatch):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps({"question": f"{i}?"}) for i in range(30)))
+    parse = module.parse_example
+
+    def deadly(raw: dict, index: int, where: str) -> module.Example:
+        if index == 16:
+            os._exit(9)
+        return parse(raw, index, where)
+
+    monkeypatch.setattr(module, "parse_example", deadly)
+    with pytest.raises(RuntimeError, match="status 9"):
+        load_data(path)
+
+
+@pytest.mark.usefixtures("several_processes")
+def test_an_interrupt_ends_the_processes_that_check(tmp_path, monkeypatch):
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps({"question": f"{i}?"}) for i in range(900)))
+    monkeypatch.setattr(module, "read_example", lambda *_: signal.pause())  # takes for ever
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.multiprocessing.connection, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load_data(path)
+    assert not multiprocessing.active_children()
