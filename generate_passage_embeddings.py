@@ -119,8 +119,8 @@ def main(arguments: list[str] | None = None) -> None:
         position += ours.stop - ours.start
         bar.update(ours.stop - ours.start)
         if distributed.any_process(stop_request.requested):
-            log.info("stopped by a signal after %d passages; the same command goes on", position)
-            stop_request.leave(log, rank == 0, distributed.stop_together)
+            where = f"after {position} passages"
+            stop_request.leave(log, where, rank == 0, distributed.stop_together)
     bar.close()
     if writer is not None:
         writer.finish()

@@ -114,8 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
                 break
     bar.close()
     if distributed.any_process(stop_request.requested):
-        log.info("stopped by a signal; the same command goes on after the last finished batch")
-        stop_request.leave(log, rank == 0, distributed.stop_together)
+        where = f"after {number} of {len(places)} batches"
+        stop_request.leave(log, where, rank == 0, distributed.stop_together)
 
     # Files
     distributed.barrier()

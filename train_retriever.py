@@ -202,7 +202,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     metrics.close()
     if position.step < options.total_steps or position.evaluation_due:
-        stop_request.leave(log, rank == 0, distributed.stop_together)
+        where = f"after update {position.step}"
+        stop_request.leave(log, where, rank == 0, distributed.stop_together)
     stop_request.finish()
     distributed.stop()
     log.info("done: %s", run)

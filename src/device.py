@@ -5,6 +5,7 @@ import contextlib
 import torch
 
 from src.errors import InputError
+from src.terminal import count
 
 _AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,4 +42,4 @@ def describe(device: torch.device) -> str:
     """The device in a few words, for the log."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {count(torch.get_num_threads(), 'thread')}"

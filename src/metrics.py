@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from src import distributed
+from src import distributed, terminal
 from src.errors import InputError
 
 
@@ -74,10 +74,13 @@ def _in_run_folder(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def progress_bar(total: int, initial: int = 0, unit: str = "step") -> tqdm:
-    """A progress bar in the main process of a terminal; silent anywhere else."""
-    silent = not distributed.is_main() or not sys.stderr.isatty()
-    return tqdm(total=total, initial=initial, unit=unit, disable=silent, dynamic_ncols=True)
+def progress_bar(
+    total: int, unit: str, what: str = "", initial: int = 0, passing: bool = False
+) -> tqdm:
+    """`terminal.progress_bar` in the main process; one that shows nothing in the others."""
+    if not distributed.is_main():
+        return tqdm(disable=True)
+    return terminal.progress_bar(total, unit, what, initial, passing)
 
 
 class Metrics:

@@ -6,6 +6,7 @@ out of the help.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 
@@ -61,6 +62,24 @@ def _older_names(group: argparse._ArgumentGroup, option: str, *names: str) -> No
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
+
+
+def changed(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, names: Sequence[str] = ()
+) -> list[str]:
+    """The options with another value than the default's, as a command gives them.
+
+    Args:
+        names: only these; all, if there are none.
+    """
+    arguments = []
+    for action in parser._actions:
+        value = getattr(options, action.dest, action.default)
+        wanted = action.dest in names or not names
+        if wanted and action.help != argparse.SUPPRESS and value != action.default:
+            arguments += [action.option_strings[0]] if value is True else []
+            arguments += [] if value is True else [action.option_strings[0], str(value)]
+    return arguments
 
 
 def _add_process_options(parser: argparse.ArgumentParser, batch_size: int) -> None:

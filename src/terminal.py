@@ -1,0 +1,58 @@
+"""What a person at a terminal sees of a script: facts in aligned lines, bars, the next command."""
+
+import datetime
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+
+from tqdm import tqdm
+
+
+def say(log: logging.Logger, name: str, text: str, *values: object) -> None:
+    """A fact under its name, in line with the others. `text` and `values` as a log takes them."""
+    log.info(f"%-10s {text}", name, *values)
+
+
+def say_next(log: logging.Logger, what_for: str, *commands: Sequence[object]) -> None:
+    """The commands that come next, each on a line of its own, quoted as a shell needs it."""
+    lines = [f"\n    {shlex.join(['python', *map(str, command)])}" for command in commands]
+    say(log, "next", "%s:%s", what_for, "".join(lines))
+
+
+def count(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: "1 process", "2 processes"."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: "1:02:03"."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def has_bars() -> bool:
+    """Whether someone can see progress bars."""
+    return sys.stderr.isatty()
+
+
+def progress_bar(
+    total: int, unit: str, what: str = "", initial: int = 0, passing: bool = False
+) -> tqdm:
+    """A progress bar with rate and time left, on a terminal only.
+
+    Args:
+        what: is being done; what a script is for needs no words.
+        passing: of a step on the way: it shows itself when the step takes over a second, and
+            goes away with it.
+    """
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=what or None,
+        unit=unit if unit == "B" else f" {unit}",
+        unit_scale=unit == "B",
+        disable=not has_bars(),
+        dynamic_ncols=True,
+        leave=not passing,
+        delay=1.0 if passing else 0.0,
+    )
