@@ -30,7 +30,7 @@ from src.device import describe, pick_device, resolve_precision
 from src.errors import InputError, reports_input_errors
 from src.evaluation import exact_match, f1
 from src.examples import load_data, read_example
-from src.metrics import Average, Metrics, progress_bar, start_log, write_options
+from src.metrics import Average, Metrics, passing_bar, start_log, write_options
 from src.optim import build_optimizer, build_scheduler
 from src.options import changed, train_reader_parser
 from src.pretrained import check_vocabulary, hide_bars, load_tokenizer, quiet_transformers
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
         shared += " per_gpu_batch_size num_workers precision"
         commands = [
             ["test_reader.py", "--model_path", model, "--eval_data", file]
-            + ["--name", f"{options.name}_{part}", *changed(parser, options, shared.split())]
+            + ["--name", f"{options.name}_{part}", *changed(parser, vars(options), shared.split())]
             + ["--write_results", "--write_crossattention_scores"]
             for part, file in (("train", options.train_data), ("dev", options.eval_data))
             if file != "none"
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
         places = evaluation_places(len(eval_data), options.per_gpu_batch_size, rank, world_size)
         loader = make_loader(dataset, places, collate, options.num_workers, pin)
         matches, overlaps = Average(), Average()
-        with progress_bar(len(places), "batch", "evaluating", passing=True) as bar:
+        with passing_bar(len(places), "batch", "evaluating") as bar:
             for answers in answer_questions(
                 reader,
                 tokenizer,

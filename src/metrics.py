@@ -74,13 +74,14 @@ def _in_run_folder(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def progress_bar(
-    total: int, unit: str, what: str = "", initial: int = 0, passing: bool = False
-) -> tqdm:
-    """`terminal.progress_bar` in the main process; one that shows nothing in the others."""
-    if not distributed.is_main():
-        return tqdm(disable=True)
-    return terminal.progress_bar(total, unit, what, initial, passing)
+def progress_bar(total: int, unit: str, initial: int = 0) -> tqdm:
+    """As `terminal.progress_bar`, of the main process alone."""
+    return terminal.progress_bar(total, unit, initial, distributed.is_main())
+
+
+def passing_bar(total: int, unit: str, what: str) -> tqdm:
+    """As `terminal.passing_bar`, of the main process alone."""
+    return terminal.passing_bar(total, unit, what, distributed.is_main())
 
 
 class Metrics:

@@ -6,8 +6,8 @@ out of the help.
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,20 +65,20 @@ def _older_names(group: argparse._ArgumentGroup, option: str, *names: str) -> No
 
 
 def changed(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, names: Sequence[str] = ()
+    parser: argparse.ArgumentParser, values: Mapping[str, Any], names: Sequence[str] = ()
 ) -> list[str]:
-    """The options with another value than the default's, as a command gives them.
+    """The options whose values are not the defaults, as a command gives them.
 
     Args:
         names: only these; all, if there are none.
     """
     arguments = []
     for action in parser._actions:
-        value = getattr(options, action.dest, action.default)
-        wanted = action.dest in names or not names
-        if wanted and action.help != argparse.SUPPRESS and value != action.default:
-            arguments += [action.option_strings[0]] if value is True else []
-            arguments += [] if value is True else [action.option_strings[0], str(value)]
+        is_wanted = action.help != argparse.SUPPRESS and (action.dest in names or not names)
+        value = values.get(action.dest, action.default)
+        if is_wanted and value != action.default:
+            option = max(action.option_strings, key=len)
+            arguments += [option] if value is True else [option, str(value)]
     return arguments
 
 

@@ -5,6 +5,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from tqdm import tqdm
 
@@ -35,24 +36,17 @@ def has_bars() -> bool:
     return sys.stderr.isatty()
 
 
-def progress_bar(
-    total: int, unit: str, what: str = "", initial: int = 0, passing: bool = False
-) -> tqdm:
-    """A progress bar with rate and time left, on a terminal only.
-
-    Args:
-        what: is being done; what a script is for needs no words.
-        passing: of a step on the way: it shows itself when the step takes over a second, and
-            goes away with it.
-    """
+def progress_bar(total: int, unit: str, initial: int = 0, shown: bool = True, **more: Any) -> tqdm:
+    """A progress bar with rate and time left, on a terminal only."""
+    silent = not shown or not has_bars()
+    spaced = unit if unit == "B" else f" {unit}"
     return tqdm(
-        total=total,
-        initial=initial,
-        desc=what or None,
-        unit=unit if unit == "B" else f" {unit}",
-        unit_scale=unit == "B",
-        disable=not has_bars(),
-        dynamic_ncols=True,
-        leave=not passing,
-        delay=1.0 if passing else 0.0,
+        total=total, initial=initial, unit=spaced, disable=silent, dynamic_ncols=True, **more
     )
+
+
+def passing_bar(total: int, unit: str, what: str, shown: bool = True) -> tqdm:
+    """The bar of a step on the way, which says what is done: it shows itself when the step takes
+    over a second, and goes away with it. The unit "B" (bytes) is scaled."""
+    more = {"desc": what, "leave": False, "delay": 1.0, "unit_scale": unit == "B"}
+    return progress_bar(total, unit, shown=shown, **more)
