@@ -11,25 +11,19 @@ Writes the questions with their passages as `ctxs`, which the reader reads, or a
 and keeps beside them, how many questions have an answer in their first 1, 5, 20 and 100 passages.
 """
 
-import json
 import os
 from pathlib import Path
 
-from src import distributed
-from src.bm25 import BM25
-from src.compressed import CompressedIndexer, expected_memory, factory_string, recall
-from src.data import question_text
+from src import distributed, search
+from src.compressed import factory_string
 from src.device import describe, pick_device
 from src.errors import InputError, reports_input_errors
 from src.examples import check_place, load_data
-from src.index import Indexer, merge
 from src.metrics import progress_bar, start_log
 from src.options import passage_retrieval_parser
 from src.passages import Passages
-from src.pretrained import check_vocabulary, load_tokenizer, quiet_transformers
+from src.pretrained import quiet_transformers
 from src.results import check_trec_ids, write_recall, write_retrieved
-from src.retriever import TextEmbedder, fingerprint, load_retriever
-from src.shards import check_count, open_shards, require_same
 from src.slurm import detect_launch
 
 
@@ -68,73 +62,50 @@ def main(arguments: list[str] | None = None) -> None:
     if options.output_format == "trec":
         distributed.together(lambda: check_trec_ids(data, passages))
     questions = [data[index]["question"] for index in range(len(data))]
-    made_from = passages.fingerprint()
-    made_by = {"model": "bm25", "passages": made_from, "options": vars(options)}
+    made_by = {"model": "bm25", "passages": passages.fingerprint(), "options": vars(options)}
 
     # Search
     if options.bm25:
-        folder = Path(f"{options.passages}.bm25") if options.save_or_load_index else None
-        bm25 = BM25.load_or_build(passages, folder, log)
-        found = bm25.search(questions, options.n_docs)
-        places = found.positions.tolist()
+        bm25 = search.open_bm25(passages, options.save_or_load_index, log)
+        found = search.search_words(bm25, questions, options.n_docs)
     else:
-        shards = open_shards(options.passages_embeddings, options.allow_mismatch)
-        if not options.allow_mismatch:
-            check_count(shards, passages.path, len(passages))
-        exact = Indexer(shards, options.indexing_batch_size)
-        memory = expected_memory(len(exact), exact.dimension, options.indexing_batch_size, factory)
-        log.info(
-            "%d embeddings of size %d in %d shard(s); %s search takes about %.1f GB",
-            len(exact),
-            exact.dimension,
-            len(shards),
-            factory or "exact",
-            memory.building / 1e9,
+        exact = search.open_embeddings(
+            options.passages_embeddings,
+            passages,
+            options.indexing_batch_size,
+            options.allow_mismatch,
         )
-        retriever = load_retriever(options.model_path)
-        base = options.tokenizer if options.tokenizer != "none" else "bert-base-uncased"
-        tokenizer = load_tokenizer(options.model_path, base)
-        check_vocabulary(retriever.config, tokenizer)
-        embeddings, first = shards[0].metadata, shards[0].path
-        made_by |= {"model": fingerprint(retriever), "embeddings": embeddings}
-        if embeddings and not options.allow_mismatch:
-            require_same(
-                "the model", options.model_path, made_by["model"], first, embeddings.get("model")
-            )
-            require_same(
-                "the collection", options.passages, made_from, first, embeddings.get("passages")
-            )
-            plain = json.loads(embeddings.get("options", "{}")).get("plain_text", False)
-            require_same("--plain_text", "this command", options.plain_text, first, plain)
-        half = device.type == "cuda" and not options.no_fp16
-        retriever = (retriever.half() if half else retriever).to(device).eval()
-        max_length = options.question_maxlength or retriever.config.question_maxlength
-        embed = TextEmbedder(
-            retriever, tokenizer, "questions", max_length, options.per_gpu_batch_size, device
+        log.info(search.describe_search(exact, options.indexing_batch_size, factory))
+        retriever, tokenizer, made_by["model"] = search.load_checked_retriever(
+            options.model_path,
+            options.tokenizer if options.tokenizer != "none" else "bert-base-uncased",
+            passages,
+            exact,
+            options.plain_text,
+            options.allow_mismatch,
         )
-        queries = embed([question_text(question, options.plain_text) for question in questions])
+        made_by["embeddings"] = exact.shards[0].metadata
+        embed = search.question_embedder(
+            retriever,
+            tokenizer,
+            options.question_maxlength,
+            options.per_gpu_batch_size,
+            device,
+            device.type == "cuda" and not options.no_fp16,
+            options.plain_text,
+        )
+        queries = embed(questions)
         log.info("%d questions embedded", len(queries))
-        bar = progress_bar(len(exact), unit="passage")
-        if factory:
-            folder = Path(shards[0].path).parent / f"index_{factory.replace(',', '_')}"
-            if options.save_or_load_index and folder.exists():
-                index = CompressedIndexer.load(folder, exact, factory, options.allow_mismatch)
-                log.info("loaded %s", folder)
-            else:
-                index = CompressedIndexer.build(exact, factory, on_rows=bar.update)
-                if options.save_or_load_index and distributed.is_main():
-                    index.save(folder)
-                    log.info("saved %s", folder)
-            found = index.search(queries, options.n_docs)
-            share = recall(index, exact, queries, options.n_docs)
-            log.info("%s finds %.1f %% of what exact search does", factory, 100 * share)
-            ids = index.ids(found.positions)
-        else:
-            found = exact.search(queries, options.n_docs, part, on_rows=bar.update)
-            found = merge(distributed.share(found), found.scores.shape[1])
-            ids = exact.ids(found.positions)
-        bar.close()
-        places = [passages.find(row) for row in ids]
+        index = search.VectorSearch(exact, passages)
+        with progress_bar(len(exact), unit="passage") as bar:
+            if factory:
+                index.open_index(
+                    factory, options.save_or_load_index, options.allow_mismatch, log, bar.update
+                )
+            found = index.search(queries, options.n_docs, bar.update)
+            if factory:
+                share = index.recall(queries, options.n_docs)
+                log.info("%s finds %.1f %% of what exact search does", factory, 100 * share)
 
     # Files
     if distributed.is_main():
@@ -143,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
             Path(options.output_path),
             data,
             passages,
-            places,
+            found.places,
             found.scores,
             options.validation_workers,
             made_by,

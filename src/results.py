@@ -249,6 +249,8 @@ def _find_answers(
         return
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         yield from pool.imap(_match, tasks, chunksize=max(1, min(64, n_tasks // (4 * workers))))
+        pool.close()  # leaving the block would end them by SIGTERM, which they may have been
+        pool.join()  # started to ignore
 
 
 def write_recall(path: Path, flags: list[list[bool]], n_docs: int) -> dict[str, float]:
