@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "compressed": {"errors", "index", "shards"},
     "bm25": {"errors", "index", "passages"},
     "data": {"examples", "errors"},
-    "reader": {"device", "errors", "pretrained"},
+    "decoding": set(),
+    "reader": {"decoding", "device", "errors", "pretrained"},
     "retriever": {"data", "errors", "pretrained"},
     "terminal": set(),
     "search": {
