@@ -39,10 +39,12 @@ class Passage(NamedTuple):
     text: str
 
 
+# Opens a progress bar, by total, unit and what is done: a context of something with `update(n)`.
 Bar = Callable[[int, str, str], contextlib.AbstractContextManager]
 
 
-def _no_bar(total: int, unit: str, what: str) -> contextlib.AbstractContextManager:
+def no_bar(total: int, unit: str, what: str) -> contextlib.AbstractContextManager:
+    """A progress bar that shows nothing."""
     return contextlib.nullcontext(SimpleNamespace(update=lambda n: None))
 
 
@@ -57,11 +59,10 @@ class Passages(Sequence[Passage]):
     text) is found when that passage is read; the first one is read at once.
 
     Args:
-        bar: opens a progress bar, by total, unit and what is done, for what takes long with a new
-            collection: a context of something with `update(n)`.
+        bar: for what takes long with a new collection.
     """
 
-    def __init__(self, path: str | Path, bar: Bar = _no_bar):
+    def __init__(self, path: str | Path, bar: Bar = no_bar):
         self.path, self._bar = str(path), bar
         self._source = _unpacked(self.path, bar)
         with _open(self._source, self.path) as file:

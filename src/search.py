@@ -38,12 +38,17 @@ class FoundPlaces(NamedTuple):
 # By words
 
 
-def open_bm25(passages: Passages, keep: bool, log: logging.Logger) -> BM25:
+def open_bm25(
+    passages: Passages, keep: bool, log: logging.Logger, show_progress: bool = False
+) -> BM25:
     """The BM25 index of a collection.
 
-    Args: keep: it is kept beside the collection, and loaded when it is there.
+    Args:
+        keep: it is kept beside the collection, and loaded when it is there.
+        show_progress: in building and in search.
     """
-    return BM25.load_or_build(passages, Path(f"{passages.path}.bm25") if keep else None, log)
+    folder = Path(f"{passages.path}.bm25") if keep else None
+    return BM25.load_or_build(passages, folder, log, show_progress)
 
 
 def search_words(index: BM25, questions: list[str], k: int) -> FoundPlaces:
@@ -178,6 +183,13 @@ class VectorSearch:
             ids = self._exact.ids(found.positions)
         return FoundPlaces([self._passages.find(row) for row in ids], found.scores)
 
-    def recall(self, queries: np.ndarray, k: int) -> float:
-        """The share of the exact top k that the index in use finds, on a sample of the queries."""
-        return 1.0 if self._index is None else recall(self._index, self._exact, queries, k)
+    def recall(
+        self, queries: np.ndarray, k: int, on_rows: Callable[[int], None] | None = None
+    ) -> float:
+        """The share of the exact top k that the index in use finds, on a sample of the queries.
+
+        Args: on_rows: as in `search`.
+        """
+        if self._index is None:
+            return 1.0
+        return recall(self._index, self._exact, queries, k, on_rows=on_rows)
