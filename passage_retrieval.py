@@ -141,10 +141,8 @@ def main(arguments: list[str] | None = None) -> None:
                 bar.update,
             )
         recalls = write_recall(path, flags, options.n_docs)
-        for name, value in recalls.items():
-            say(log, "answers", "%s: %.2f %%", name, 100 * value)
-        if not recalls:
-            say(log, "answers", "the data has no answers to look for")
+        shown = ", ".join(f"{name} {100 * value:.2f} %" for name, value in recalls.items())
+        say(log, "answers", "%s", shown or "the data has none to look for")
         took = duration(time.perf_counter() - started)
         say(log, "done", "%s in %s: %s", count(len(data), "question"), took, path)
         test = ["test_reader.py", "--model_path", "READER", "--eval_data", path]

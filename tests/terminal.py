@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -37,9 +38,9 @@ class Terminal:
         self.screen = ""
 
     def read(self, until: str | None = None, seconds: float = 120) -> str:
-        """Read until a text has appeared (since the start), or until the script ends."""
+        """Read until the screen matches (since the start), or until the script ends."""
         deadline = time.monotonic() + seconds
-        while until is None or until not in self.screen:
+        while until is None or not re.search(until, self.screen):
             ready, _, _ = select.select([self._ours], [], [], max(0, deadline - time.monotonic()))
             assert ready, f"nothing new in {seconds} s:\n{self.screen}"
             try:
