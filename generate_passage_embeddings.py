@@ -20,7 +20,7 @@ import numpy as np
 
 from src import distributed
 from src.data import passage_text
-from src.device import describe, pick_device
+from src.device import compile_layers, describe, pick_device
 from src.errors import InputError, reports_input_errors
 from src.metrics import passing_bar, progress_bar, start_log
 from src.options import changed, passage_embeddings_parser
@@ -120,6 +120,8 @@ def main(arguments: list[str] | None = None) -> None:
         distributed.stop()
         return
     retriever = (retriever.half() if half else retriever).to(device).eval()
+    if options.compile:
+        compile_layers(retriever.model.encoder.layer)
     embed = TextEmbedder(
         retriever, tokenizer, "passages", max_length, options.per_gpu_batch_size, device
     )

@@ -23,7 +23,7 @@ from src.data import (
     evaluation_places,
     make_loader,
 )
-from src.device import describe, pick_device, resolve_precision
+from src.device import compile_layers, describe, pick_device, resolve_precision
 from src.errors import reports_input_errors
 from src.evaluation import SCORES, exact_match, f1
 from src.examples import load_data, read_example
@@ -69,6 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     reader = load_reader(source).to(device)
     tokenizer = load_tokenizer(source, base)
     check_vocabulary(reader.config, tokenizer)
+    if options.compile:
+        compile_layers(reader.t5.encoder.block)
     size = sum(p.numel() for p in reader.parameters()) / 1e6
     say(log, "model", "%.1fM parameters, from %s", size, source)
 

@@ -26,7 +26,7 @@ from src.data import (
     make_loader,
     training_places,
 )
-from src.device import describe, pick_device, resolve_precision
+from src.device import compile_layers, describe, pick_device, resolve_precision
 from src.errors import InputError, reports_input_errors
 from src.evaluation import exact_match, f1
 from src.examples import load_data, read_example
@@ -105,6 +105,8 @@ def main(arguments: list[str] | None = None) -> None:
         reader = load_reader(source, options.dropout, options.legacy_position_table)
         tokenizer = load_tokenizer(source, base)
     check_vocabulary(reader.config, tokenizer)
+    if options.compile:
+        compile_layers(reader.t5.encoder.block)
     if options.use_checkpoint:
         reader.checkpoint_encoder()
     reader.to(device)

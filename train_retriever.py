@@ -29,7 +29,7 @@ from src.data import (
     make_loader,
     training_places,
 )
-from src.device import autocast, describe, pick_device, resolve_precision
+from src.device import autocast, compile_layers, describe, pick_device, resolve_precision
 from src.errors import InputError, reports_input_errors
 from src.evaluation import count_inversions, last_gold_index, top_k_overlap
 from src.examples import load_data
@@ -122,6 +122,8 @@ def main(arguments: list[str] | None = None) -> None:
         retriever = start_retriever(source, options.dropout, **settings)
         tokenizer = load_tokenizer(source, base)
     check_vocabulary(retriever.config, tokenizer)
+    if options.compile:
+        compile_layers(retriever.model.encoder.layer)
     retriever.to(device)
     config, use_title = retriever.config, not options.no_title
     size = sum(p.numel() for p in retriever.parameters()) / 1e6

@@ -1,8 +1,10 @@
 """Where a model runs and in which number format; no device is assumed anywhere else."""
 
 import contextlib
+from collections.abc import Iterable
 
 import torch
+from torch import nn
 
 from src.errors import InputError
 from src.terminal import count
@@ -36,6 +38,13 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=_AUTOCAST_TYPES[precision])
+
+
+def compile_layers(layers: Iterable[nn.Module], backend: str = "inductor") -> None:
+    """Let PyTorch compile like layers, in place, on their first calls. Layer by layer, because a
+    layer is compiled once for all of them, and for any number of texts and tokens."""
+    for layer in layers:
+        layer.compile(dynamic=True, backend=backend)
 
 
 def describe(device: torch.device) -> str:

@@ -158,6 +158,14 @@ def _add_process_options(parser: argparse.ArgumentParser, batch_size: int) -> No
     _older_names(group, "--local_rank", "--local-rank")
 
 
+def _add_compile(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="let PyTorch compile the encoder's layers: a minute or so at the start, faster after",
+    )
+
+
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -170,6 +178,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="number format of matrix products; auto: bf16 where the GPU has it, else fp32",
     )
+    _add_compile(group)
     group.add_argument(
         "--num_workers",
         type=_COUNT_OR_ZERO,
@@ -464,6 +473,7 @@ def passage_embeddings_parser() -> argparse.ArgumentParser:
         "--passage_maxlength", type=_COUNT, default=None, help="tokens of a passage; none: its own"
     )
     group.add_argument("--no_fp16", action="store_true", help="compute and keep fp32 on a GPU too")
+    _add_compile(group)
     _add_process_options(parser, batch_size=32)
     return parser
 
