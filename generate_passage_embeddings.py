@@ -7,8 +7,14 @@ Writes one shard (wikipedia_embeddings/wiki_00); as many jobs as there are shard
 side. Started again with the same command, it goes on from the last finished block.
 """
 
+from src.interrupt import die_quietly
+
+if __name__ == "__main__":
+    die_quietly()  # while the packages load
+
 import json
 import os
+import time
 
 import numpy as np
 
@@ -16,13 +22,14 @@ from src import distributed
 from src.data import passage_text
 from src.device import compile_layers, describe, pick_device
 from src.errors import InputError, reports_input_errors
-from src.metrics import progress_bar, start_log
-from src.options import passage_embeddings_parser
+from src.metrics import passing_bar, progress_bar, start_log
+from src.options import changed, passage_embeddings_parser
 from src.passages import Passages
 from src.pretrained import check_vocabulary, load_tokenizer, quiet_transformers
 from src.retriever import TextEmbedder, fingerprint, load_retriever
 from src.shards import ShardWriter, is_finished, shard_path
 from src.slurm import StopRequest, detect_launch
+from src.terminal import count, duration, say, say_next
 
 # Passages between two writes: what is lost at most when a job is killed. Blocks are those of the
 # whole collection, and a block is sorted into batches as a whole, also where a shard begins or ends
@@ -32,7 +39,9 @@ BLOCK_ROWS = 2048
 
 @reports_input_errors
 def main(arguments: list[str] | None = None) -> None:
-    options = passage_embeddings_parser().parse_args(arguments)
+    started = time.perf_counter()
+    parser = passage_embeddings_parser()
+    options = parser.parse_args(arguments)
     if options.shard_id >= options.num_shards:
         raise InputError(
             f"--shard_id {options.shard_id} of --num_shards {options.num_shards}: shards count "
@@ -51,22 +60,32 @@ def main(arguments: list[str] | None = None) -> None:
     half = device.type == "cuda" and not options.no_fp16
     log = start_log(None)
     precision = "fp16" if half else "fp32"
-    log.info("%s, %s, %d process(es)", describe(device), precision, world_size)
+    path = shard_path(options.output_path, options.shard_id)
+    say(log, "embed", "a collection of passages with a retriever")
+    processes = count(world_size, "process", "processes")
+    say(log, "device", "%s; %s; %s", describe(device), precision, processes)
+    say(log, "results", "%s", path)
 
     # Passages and model
     if distributed.is_main():
         # The one pass over a new collection is made once. Ids that are not unique are found now,
         # and not when all is embedded and searched.
-        Passages(options.passages).find([])
+        Passages(options.passages, passing_bar).find([])
     distributed.barrier()
     passages = Passages(options.passages)
     first = len(passages) * options.shard_id // options.num_shards
     last = len(passages) * (options.shard_id + 1) // options.num_shards
-    log.info("shard of %d of %d passages of %s", last - first, len(passages), options.passages)
+    shard = f"shard {options.shard_id} of {options.num_shards}"
+    n, of, file = last - first, len(passages), options.passages
+    say(log, "data", "%s: %d of %s of %s", shard, n, count(of, "passage"), file)
     retriever = load_retriever(options.model_path)
     base = options.tokenizer if options.tokenizer != "none" else "bert-base-uncased"
     tokenizer = load_tokenizer(options.model_path, base)
     check_vocabulary(retriever.config, tokenizer)
+    dimension = retriever.config.indexing_dimension
+    size = sum(p.numel() for p in retriever.parameters()) / 1e6
+    says = "%.1fM parameters, embeddings of size %d, from %s"
+    say(log, "model", says, size, dimension, options.model_path)
     max_length = options.passage_maxlength or retriever.config.passage_maxlength
     settings = {"title": not options.no_title, "max_length": max_length, "precision": precision}
     settings["plain_text"] = options.plain_text
@@ -78,9 +97,26 @@ def main(arguments: list[str] | None = None) -> None:
         "num_shards": str(options.num_shards),
         "first": str(first),
     }
-    path = shard_path(options.output_path, options.shard_id)
+
+    def say_what_is_next() -> None:
+        shards = [shard_path(options.output_path, n) for n in range(options.num_shards)]
+        missing = [n for n, shard in enumerate(shards) if not shard.exists()]
+        if missing:
+            values = {**vars(options), "shard_id": missing[0]}
+            command = ["generate_passage_embeddings.py", *changed(parser, values)]
+            still = f"{len(missing)} of {count(options.num_shards, 'shard')}"
+            say_next(log, f"embed the next shard ({still} to go)", command)
+        else:
+            command = ["passage_retrieval.py", "--model_path", options.model_path]
+            command += changed(parser, vars(options), ["tokenizer", "plain_text", "no_fp16"])
+            command += ["--passages", options.passages]
+            command += ["--passages_embeddings", f"{str(shards[0]).removesuffix('00')}*"]
+            command += ["--data", "QUESTIONS.json", "--output_path", "RETRIEVED.json"]
+            say_next(log, "find passages for questions", command)
+
     if is_finished(path, metadata):
-        log.info("%s is complete already", path)
+        say(log, "done", "%s is complete already", path)
+        say_what_is_next()
         distributed.stop()
         return
     retriever = (retriever.half() if half else retriever).to(device).eval()
@@ -93,7 +129,6 @@ def main(arguments: list[str] | None = None) -> None:
     # Loop: every process embeds its share of a block's batches, the main one writes
     writer = None
     if distributed.is_main():
-        dimension = retriever.config.indexing_dimension
         writer = ShardWriter(
             path, last - first, dimension, np.float16 if half else np.float32, metadata
         )
@@ -102,7 +137,9 @@ def main(arguments: list[str] | None = None) -> None:
         elif writer.position:
             log.info("going on after %d passages", writer.position)
     position = int(distributed.sum_numbers(writer.position if writer else 0)[0])
-    bar = progress_bar(last - first, position, "passage")
+    before = position
+    stop_request.include_interrupt(lambda: "goes on after the last finished block")
+    bar = progress_bar(last - first, "passage", initial=position)
     while position < last - first:
         start = (first + position) // BLOCK_ROWS * BLOCK_ROWS
         block = [passages[row] for row in range(start, min(start + BLOCK_ROWS, len(passages)))]
@@ -121,14 +158,16 @@ def main(arguments: list[str] | None = None) -> None:
         position += ours.stop - ours.start
         bar.update(ours.stop - ours.start)
         if distributed.any_process(stop_request.requested):
-            log.info("stopped by a signal after %d passages; the same command goes on", position)
-            stop_request.leave(log, rank == 0, distributed.stop_together)
+            where = f"after {position} passages"
+            stop_request.leave(log, where, rank == 0, distributed.stop_together)
     bar.close()
     if writer is not None:
         writer.finish()
     stop_request.finish()
-    log.info("done: %s", path)
     distributed.stop()
+    took = time.perf_counter() - started
+    say(log, "done", "%s in %s: %s", count(last - first - before, "passage"), duration(took), path)
+    say_what_is_next()
 
 
 if __name__ == "__main__":

@@ -11,30 +11,33 @@ Writes the questions with their passages as `ctxs`, which the reader reads, or a
 and keeps beside them, how many questions have an answer in their first 1, 5, 20 and 100 passages.
 """
 
-import json
+from src.interrupt import die_quietly
+
+if __name__ == "__main__":
+    die_quietly()  # while the packages load
+
 import os
+import shlex
+import time
 from pathlib import Path
 
-from src import distributed
-from src.bm25 import BM25
-from src.compressed import CompressedIndexer, expected_memory, factory_string, recall
-from src.data import question_text
+from src import distributed, search
+from src.compressed import factory_string
 from src.device import describe, pick_device
 from src.errors import InputError, reports_input_errors
 from src.examples import check_place, load_data
-from src.index import Indexer, merge
-from src.metrics import progress_bar, start_log
+from src.metrics import passing_bar, start_log
 from src.options import passage_retrieval_parser
 from src.passages import Passages
-from src.pretrained import check_vocabulary, load_tokenizer, quiet_transformers
+from src.pretrained import quiet_transformers
 from src.results import check_trec_ids, write_recall, write_retrieved
-from src.retriever import TextEmbedder, fingerprint, load_retriever
-from src.shards import check_count, open_shards, require_same
 from src.slurm import detect_launch
+from src.terminal import count, duration, has_bars, say, say_next
 
 
 @reports_input_errors
 def main(arguments: list[str] | None = None) -> None:
+    started = time.perf_counter()
     options = passage_retrieval_parser().parse_args(arguments)
     factory = factory_string(options.index_factory, options.n_subquantizers, options.n_bits)
     if options.bm25 == (options.model_path != "none"):
@@ -55,106 +58,102 @@ def main(arguments: list[str] | None = None) -> None:
     distributed.start(launch, options.dist_timeout)
     part = distributed.rank(), distributed.world_size()
     log = start_log(None)
-    log.info("%s, %d process(es)", describe(device), part[1])
+    way = "by words" if options.bm25 else "with a retriever"
+    say(log, "retrieve", "passages for questions, %s", way)
+    say(log, "device", "%s; %s", describe(device), count(part[1], "process", "processes"))
+    say(log, "results", "%s", options.output_path)
 
     # Data
     data = distributed.together(lambda: load_data(options.data, *part))
-    log.info("%d questions of %s", len(data), options.data)
+    of = f"{len(data)} of {count(len(data), 'question')}"
+    found_each = f"{count(options.n_docs, 'passage')} for each"
+    say(log, "data", "%s of %s, %s", of, options.data, found_each)
     if distributed.is_main():
-        Passages(options.passages)  # the one pass over a new collection is made once
+        Passages(options.passages, passing_bar)  # the one pass over a new collection is made once
     distributed.barrier()
-    passages = Passages(options.passages)
-    log.info("%d passages of %s", len(passages), options.passages)
+    passages = Passages(options.passages, passing_bar)
+    say(log, "passages", "%s of %s", count(len(passages), "passage"), options.passages)
     if options.output_format == "trec":
         distributed.together(lambda: check_trec_ids(data, passages))
     questions = [data[index]["question"] for index in range(len(data))]
-    made_from = passages.fingerprint()
-    made_by = {"model": "bm25", "passages": made_from, "options": vars(options)}
+    made_by = {"model": "bm25", "passages": passages.fingerprint(), "options": vars(options)}
 
     # Search
     if options.bm25:
-        folder = Path(f"{options.passages}.bm25") if options.save_or_load_index else None
-        bm25 = BM25.load_or_build(passages, folder, log)
-        found = bm25.search(questions, options.n_docs)
-        places = found.positions.tolist()
+        shown = distributed.is_main() and has_bars()
+        bm25 = search.open_bm25(passages, options.save_or_load_index, log, shown)
+        found = search.search_words(bm25, questions, options.n_docs)
     else:
-        shards = open_shards(options.passages_embeddings, options.allow_mismatch)
-        if not options.allow_mismatch:
-            check_count(shards, passages.path, len(passages))
-        exact = Indexer(shards, options.indexing_batch_size)
-        memory = expected_memory(len(exact), exact.dimension, options.indexing_batch_size, factory)
-        log.info(
-            "%d embeddings of size %d in %d shard(s); %s search takes about %.1f GB",
-            len(exact),
-            exact.dimension,
-            len(shards),
-            factory or "exact",
-            memory.building / 1e9,
+        exact = search.open_embeddings(
+            options.passages_embeddings,
+            passages,
+            options.indexing_batch_size,
+            options.allow_mismatch,
         )
-        retriever = load_retriever(options.model_path)
-        base = options.tokenizer if options.tokenizer != "none" else "bert-base-uncased"
-        tokenizer = load_tokenizer(options.model_path, base)
-        check_vocabulary(retriever.config, tokenizer)
-        embeddings, first = shards[0].metadata, shards[0].path
-        made_by |= {"model": fingerprint(retriever), "embeddings": embeddings}
-        if embeddings and not options.allow_mismatch:
-            require_same(
-                "the model", options.model_path, made_by["model"], first, embeddings.get("model")
-            )
-            require_same(
-                "the collection", options.passages, made_from, first, embeddings.get("passages")
-            )
-            plain = json.loads(embeddings.get("options", "{}")).get("plain_text", False)
-            require_same("--plain_text", "this command", options.plain_text, first, plain)
-        half = device.type == "cuda" and not options.no_fp16
-        retriever = (retriever.half() if half else retriever).to(device).eval()
-        max_length = options.question_maxlength or retriever.config.question_maxlength
-        embed = TextEmbedder(
-            retriever, tokenizer, "questions", max_length, options.per_gpu_batch_size, device
+        say(log, "search", search.describe_search(exact, options.indexing_batch_size, factory))
+        retriever, tokenizer, made_by["model"] = search.load_checked_retriever(
+            options.model_path,
+            options.tokenizer if options.tokenizer != "none" else "bert-base-uncased",
+            passages,
+            exact,
+            options.plain_text,
+            options.allow_mismatch,
         )
-        queries = embed([question_text(question, options.plain_text) for question in questions])
-        log.info("%d questions embedded", len(queries))
-        bar = progress_bar(len(exact), unit="passage")
+        size = sum(p.numel() for p in retriever.parameters()) / 1e6
+        say(log, "model", "%.1fM parameters, from %s", size, options.model_path)
+        made_by["embeddings"] = exact.shards[0].metadata
+        embed = search.question_embedder(
+            retriever,
+            tokenizer,
+            options.question_maxlength,
+            options.per_gpu_batch_size,
+            device,
+            device.type == "cuda" and not options.no_fp16,
+            options.plain_text,
+        )
+        queries = embed(questions)
+        index = search.VectorSearch(exact, passages)
         if factory:
-            folder = Path(shards[0].path).parent / f"index_{factory.replace(',', '_')}"
-            if options.save_or_load_index and folder.exists():
-                index = CompressedIndexer.load(folder, exact, factory, options.allow_mismatch)
-                log.info("loaded %s", folder)
-            else:
-                index = CompressedIndexer.build(exact, factory, on_rows=bar.update)
-                if options.save_or_load_index and distributed.is_main():
-                    index.save(folder)
-                    log.info("saved %s", folder)
-            found = index.search(queries, options.n_docs)
-            share = recall(index, exact, queries, options.n_docs)
-            log.info("%s finds %.1f %% of what exact search does", factory, 100 * share)
-            ids = index.ids(found.positions)
-        else:
-            found = exact.search(queries, options.n_docs, part, on_rows=bar.update)
-            found = merge(distributed.share(found), found.scores.shape[1])
-            ids = exact.ids(found.positions)
-        bar.close()
-        places = [passages.find(row) for row in ids]
+            with passing_bar(len(exact), "passage", "building the index") as bar:
+                index.open_index(
+                    factory, options.save_or_load_index, options.allow_mismatch, log, bar.update
+                )
+        with passing_bar(len(exact), "passage", "searching") as bar:
+            found = index.search(queries, options.n_docs, bar.update)
+        if factory:
+            with passing_bar(len(exact), "passage", "comparing with exact search") as bar:
+                share = index.recall(queries, options.n_docs, bar.update)
+            say(log, "index", "%s finds %.1f %% of what exact search does", factory, 100 * share)
 
     # Files
     if distributed.is_main():
-        log.info("looking for answers in the passages")
-        flags = write_retrieved(
-            Path(options.output_path),
-            data,
-            passages,
-            places,
-            found.scores,
-            options.validation_workers,
-            made_by,
-            as_trec=options.output_format == "trec",
-        )
-        recalls = write_recall(Path(options.output_path), flags, options.n_docs)
-        for name, value in recalls.items():
-            log.info("%s: %.2f %%", name, 100 * value)
-        if not recalls:
-            log.info("the data has no answers to look for")
-        log.info("done: %s", options.output_path)
+        path, as_trec = Path(options.output_path), options.output_format == "trec"
+        with passing_bar(len(data), "question", "looking for answers") as bar:
+            flags = write_retrieved(
+                path,
+                data,
+                passages,
+                found.places,
+                found.scores,
+                options.validation_workers,
+                made_by,
+                as_trec,
+                bar.update,
+            )
+        recalls = write_recall(path, flags, options.n_docs)
+        shown = ", ".join(f"{name} {100 * value:.2f} %" for name, value in recalls.items())
+        say(log, "answers", "%s", shown or "the data has none to look for")
+        took = duration(time.perf_counter() - started)
+        say(log, "done", "%s in %s: %s", count(len(data), "question"), took, path)
+        test = ["test_reader.py", "--model_path", "READER", "--eval_data", path]
+        read = ["--n_context", options.n_docs]
+        train = ["train_reader.py", "--train_data", path, "--eval_data", "DEV_DATA.json"]
+        if as_trec:
+            say(log, "next", "judge the run: trec_eval QRELS.txt %s", shlex.quote(str(path)))
+        elif recalls:
+            say_next(log, "train a reader on what was found", [*train, *read])
+        if not as_trec:
+            say_next(log, "answer the questions", [*test, *read, "--write_results"])
     distributed.barrier()
     distributed.stop()
 

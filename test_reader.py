@@ -7,7 +7,13 @@ Prints exact match and F1; writes the answers (final_output.txt) and the data wi
 passage scores (dataset_wscores.json) into `--checkpoint_dir/--name`, in the input's order.
 """
 
+from src.interrupt import die_quietly
+
+if __name__ == "__main__":
+    die_quietly()  # while the packages load
+
 import os
+import time
 from pathlib import Path
 
 from src import distributed
@@ -19,19 +25,22 @@ from src.data import (
 )
 from src.device import compile_layers, describe, pick_device, resolve_precision
 from src.errors import reports_input_errors
-from src.evaluation import exact_match, f1
+from src.evaluation import SCORES, exact_match, f1
 from src.examples import load_data, read_example
-from src.metrics import Average, progress_bar, start_log, write_options
-from src.options import test_reader_parser
+from src.metrics import Average, passing_bar, progress_bar, start_log, write_options
+from src.options import changed, test_reader_parser
 from src.pretrained import check_vocabulary, digest, load_tokenizer, quiet_transformers
 from src.reader import Answer, answer_questions, load_reader
 from src.results import AnswerFile, check_results, remove_parts, write_answers, write_scores
 from src.slurm import StopRequest, detect_launch
+from src.terminal import count, duration, say, say_next
 
 
 @reports_input_errors
 def main(arguments: list[str] | None = None) -> None:
-    options = test_reader_parser().parse_args(arguments)
+    started = time.perf_counter()
+    parser = test_reader_parser()
+    options = parser.parse_args(arguments)
 
     # Environment
     quiet_transformers()
@@ -45,11 +54,16 @@ def main(arguments: list[str] | None = None) -> None:
     check_results(run)
     log = start_log(run / "run.log")
     write_options(run, vars(options))
-    log.info("%s, %s, %d process(es)", describe(device), precision, world_size)
+    say(log, "test", "a Fusion-in-Decoder reader")
+    processes = count(world_size, "process", "processes")
+    say(log, "device", "%s; %s; %s", describe(device), precision, processes)
+    say(log, "results", "%s", run)
 
     # Data and model
     data = distributed.together(lambda: load_data(options.eval_data, rank, world_size))
-    log.info("using %d of %d examples of %s", len(data), len(data), options.eval_data)
+    passages = f"at most {count(options.n_context, 'passage')} each"
+    n, file = len(data), options.eval_data
+    say(log, "data", "using %d of %d examples of %s, %s", n, n, file, passages)
     base = options.tokenizer if options.tokenizer != "none" else f"t5-{options.model_size}"
     source = options.model_path if options.model_path != "none" else f"t5-{options.model_size}"
     reader = load_reader(source).to(device)
@@ -57,7 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
     check_vocabulary(reader.config, tokenizer)
     if options.compile:
         compile_layers(reader.t5.encoder.block)
-    log.info("reader of %.1fM parameters", sum(p.numel() for p in reader.parameters()) / 1e6)
+    size = sum(p.numel() for p in reader.parameters()) / 1e6
+    say(log, "model", "%.1fM parameters, from %s", size, source)
 
     # Loop, from where the same command left off
     places = evaluation_places(len(data), options.per_gpu_batch_size, rank, world_size)
@@ -86,7 +101,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     for answers in answer_file.finished:
         judge(answers)
-    bar = progress_bar(len(places), n_finished, unit="batch")
+    number = n_finished
+    stop_request.include_interrupt(lambda: "goes on after the last finished batch")
+    bar = progress_bar(len(places), "batch", initial=n_finished)
     with answer_file:
         for number, answers in enumerate(
             answer_questions(
@@ -116,32 +133,42 @@ def main(arguments: list[str] | None = None) -> None:
                 break
     bar.close()
     if distributed.any_process(stop_request.requested):
-        log.info("stopped by a signal; the same command goes on after the last finished batch")
-        stop_request.leave(log, rank == 0, distributed.stop_together)
+        where = f"after {number} of {len(places)} batches"
+        stop_request.leave(log, where, rank == 0, distributed.stop_together)
 
     # Files
     distributed.barrier()
     if distributed.is_main():
         if options.write_results:
-            log.info("answers: %s", write_answers(run, data, world_size))
+            say(log, "answers", "%s", write_answers(run, data, world_size))
         if options.write_crossattention_scores:
-            path = write_scores(run, data, world_size, options.n_context, made_by)
-            log.info("passage scores: %s", path)
+            with passing_bar(len(data), "question", "writing scores") as bar:
+                scored = write_scores(run, data, world_size, options.n_context, made_by, bar.update)
+            say(log, "scores", "%s", scored)
     distributed.barrier()
     stop_request.finish()
     if distributed.is_main():
         remove_parts(run)
     matches, overlaps = matches.over_all(), overlaps.over_all()
     if matches.weight:
-        log.info(
-            "exact match %.2f, F1 %.2f on %d examples",
-            matches.value(),
-            overlaps.value(),
-            matches.weight,
-        )
+        judged = "exact match %.2f, F1 %.2f on %d examples"
+        say(log, "judged", judged, matches.value(), overlaps.value(), matches.weight)
     else:
-        log.info("%d answers; the data has none to judge them by", len(data))
+        say(log, "judged", "%d answers; the data has none to judge them by", len(data))
     distributed.stop()
+    took = duration(time.perf_counter() - started)
+    say(log, "done", "%s in %s: %s", count(len(data), "question"), took, run)
+    if options.write_crossattention_scores:
+        command = ["train_retriever.py", "--train_data", run / SCORES]
+        command += ["--eval_data", "DEV_WSCORES.json", "--name", f"{options.name}_retriever"]
+        command += changed(parser, vars(options), ["n_context", "no_title", "checkpoint_dir"])
+        say_next(log, "train a retriever on the scores", command)
+    elif options.write_results:
+        say_next(log, "look at the answers in a browser", ["-m", "src.report", run])
+    else:
+        values = {**vars(options), "write_results": True, "write_crossattention_scores": True}
+        command = ["test_reader.py", *changed(parser, values)]
+        say_next(log, "keep the answers, and the passages' scores", command)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,19 @@ Reads questions with passages and answers; writes checkpoints, log and metrics i
 `--checkpoint_dir/--name`. Started again with the same command, it goes on where it stopped.
 """
 
+from src.interrupt import die_quietly
+
+if __name__ == "__main__":
+    die_quietly()  # while the packages load
+
 import os
+import time
 from pathlib import Path
 
 import torch
 
 from src import distributed
-from src.checkpoint import Checkpoints, load_state, resume_point
+from src.checkpoint import Checkpoints, goes_on_from, load_state, resume_point
 from src.data import (
     ReaderCollator,
     ReaderDataset,
@@ -24,18 +30,21 @@ from src.device import compile_layers, describe, pick_device, resolve_precision
 from src.errors import InputError, reports_input_errors
 from src.evaluation import exact_match, f1
 from src.examples import load_data, read_example
-from src.metrics import Average, Metrics, start_log, write_options
+from src.metrics import Average, Metrics, passing_bar, start_log, write_options
 from src.optim import build_optimizer, build_scheduler
-from src.options import train_reader_parser
-from src.pretrained import check_vocabulary, load_tokenizer, quiet_transformers
+from src.options import changed, train_reader_parser
+from src.pretrained import check_vocabulary, hide_bars, load_tokenizer, quiet_transformers
 from src.reader import answer_questions, load_reader, new_reader, reader_loss
 from src.slurm import StopRequest, detect_launch
+from src.terminal import count, duration, say, say_next
 from src.training import Position, restore, train
 
 
 @reports_input_errors
 def main(arguments: list[str] | None = None) -> None:
-    options = train_reader_parser().parse_args(arguments)
+    started = time.perf_counter()
+    parser = train_reader_parser()
+    options = parser.parse_args(arguments)
     if options.model_config != "none" and (
         options.model_path != "none" or options.legacy_position_table
     ):
@@ -56,13 +65,18 @@ def main(arguments: list[str] | None = None) -> None:
     log = start_log(run / "run.log")
     started_with = {**vars(options), "processes": world_size}
     write_options(run, started_with)
-    log.info("%s, %s, %d process(es)", describe(device), precision, world_size)
+    say(log, "train", "a Fusion-in-Decoder reader")
+    processes = count(world_size, "process", "processes")
+    say(log, "device", "%s; %s; %s", describe(device), precision, processes)
+    say(log, "results", "%s", run)
 
     # Data
     train_data = distributed.together(
         lambda: load_data(options.train_data, rank, world_size, needs_target=True)
     )
-    log.info("training on %d of %d examples of %s", *[len(train_data)] * 2, options.train_data)
+    passages = f"at most {count(options.n_context, 'passage')} each"
+    n, file = len(train_data), options.train_data
+    say(log, "data", "training on %d of %d examples of %s, %s", n, n, file, passages)
     eval_data = None
     if options.eval_data != "none":
         eval_data = distributed.together(lambda: load_data(options.eval_data, rank, world_size))
@@ -71,16 +85,19 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{options.eval_data}: no example has answers to evaluate on; give another file, "
                 "or --eval_data none"
             )
-        log.info("evaluating on %d of %d examples of %s", *[len(eval_data)] * 2, options.eval_data)
+        n, file = len(eval_data), options.eval_data
+        say(log, "dev data", "evaluating on %d of %d examples of %s, %s", n, n, file, passages)
 
     # Model: from this run's own newest checkpoint, else from what the options name
     torch.manual_seed(options.seed)
     base = options.tokenizer if options.tokenizer != "none" else f"t5-{options.model_size}"
     newest = resume_point(run / "checkpoint", started_with, log)
     if newest:
-        reader = load_reader(str(newest), options.dropout)
-        tokenizer = load_tokenizer(str(newest), base)
+        source = str(newest)
+        reader = load_reader(source, options.dropout)
+        tokenizer = load_tokenizer(source, base)
     elif options.model_config != "none":
+        source = f"fresh weights of the shape in {options.model_config}"
         reader = new_reader(options.model_config, options.dropout)
         tokenizer = load_tokenizer(base, base)
     else:
@@ -93,7 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.use_checkpoint:
         reader.checkpoint_encoder()
     reader.to(device)
-    log.info("reader of %.1fM parameters", sum(p.numel() for p in reader.parameters()) / 1e6)
+    size = sum(p.numel() for p in reader.parameters()) / 1e6
+    say(log, "model", "%.1fM parameters, from %s", size, source)
 
     # Optimisation
     optimizer = build_optimizer(reader, options.optim, options.lr, options.weight_decay)
@@ -108,10 +126,38 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(options.seed + rank)  # dropout differs between processes
     state = load_state(newest) if newest else None
     position = restore(state, optimizer, scheduler) if state else Position()
+
+    def say_what_is_next() -> None:
+        folder = run / "checkpoint"
+        best = folder / "best_dev"
+        model = best if best.exists() else folder / "latest"
+        say(log, "weights", "%s", model)
+        shared = "n_context text_maxlength no_title num_beams generation_max_length checkpoint_dir"
+        shared += " per_gpu_batch_size num_workers precision"
+        commands = [
+            ["test_reader.py", "--model_path", model, "--eval_data", file]
+            + ["--name", f"{options.name}_{part}", *changed(parser, vars(options), shared.split())]
+            + ["--write_results", "--write_crossattention_scores"]
+            for part, file in (("train", options.train_data), ("dev", options.eval_data))
+            if file != "none"
+        ]
+        say_next(log, "answer the questions, and score their passages for a retriever", *commands)
+
     if position.step >= options.total_steps and not position.evaluation_due:
-        log.info("all %d updates are done; more needs --total_steps", position.step)
+        say(log, "done", "all %d updates are done; more needs --total_steps", position.step)
+        say_what_is_next()
         distributed.stop()
         return
+    say(
+        log,
+        "updates",
+        "%d to %d, of %d x %d x %d questions (a process x accumulated x processes)",
+        position.step + 1,
+        options.total_steps,
+        options.per_gpu_batch_size,
+        options.accumulation_steps,
+        world_size,
+    )
 
     # Batches
     collate = ReaderCollator(tokenizer, options.text_maxlength, options.answer_maxlength)
@@ -133,22 +179,24 @@ def main(arguments: list[str] | None = None) -> None:
         places = evaluation_places(len(eval_data), options.per_gpu_batch_size, rank, world_size)
         loader = make_loader(dataset, places, collate, options.num_workers, pin)
         matches, overlaps = Average(), Average()
-        for answers in answer_questions(
-            reader,
-            tokenizer,
-            loader,
-            device,
-            precision,
-            options.generation_max_length,
-            options.num_beams,
-        ):
-            for answer in answers:
-                right = read_example(eval_data, answer.index).answers
-                if right:
-                    matches.add(100.0 * exact_match(answer.text, right))
-                    overlaps.add(100.0 * f1(answer.text, right))
-            if stop_request.requested:
-                break
+        with passing_bar(len(places), "batch", "evaluating") as bar:
+            for answers in answer_questions(
+                reader,
+                tokenizer,
+                loader,
+                device,
+                precision,
+                options.generation_max_length,
+                options.num_beams,
+            ):
+                for answer in answers:
+                    right = read_example(eval_data, answer.index).answers
+                    if right:
+                        matches.add(100.0 * exact_match(answer.text, right))
+                        overlaps.add(100.0 * f1(answer.text, right))
+                bar.update()
+                if stop_request.requested:
+                    break
         if distributed.any_process(stop_request.requested):
             return None
         matches, overlaps = matches.over_all(), overlaps.over_all()
@@ -159,10 +207,13 @@ def main(arguments: list[str] | None = None) -> None:
         reader.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
+    hide_bars()
     checkpoints = Checkpoints(
         run / "checkpoint", save_model, options.keep_checkpoints, started_with
     )
     metrics = Metrics(run, position.step, position.evaluation_due)
+    first_step = position.step
+    stop_request.include_interrupt(lambda: goes_on_from(run / "checkpoint"))
     position = train(
         reader,
         reader_loss,
@@ -188,10 +239,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     metrics.close()
     if position.step < options.total_steps or position.evaluation_due:
-        stop_request.leave(log, rank == 0, distributed.stop_together)
+        where = f"after update {position.step}"
+        stop_request.leave(log, where, rank == 0, distributed.stop_together)
     stop_request.finish()
     distributed.stop()
-    log.info("done: %s", run)
+    best = "" if position.best is None else f"; the best exact match on dev is {position.best:.2f}"
+    n_updates, took = count(position.step - first_step, "update"), time.perf_counter() - started
+    say(log, "done", "%s in %s%s", n_updates, duration(took), best)
+    say_what_is_next()
 
 
 if __name__ == "__main__":

@@ -7,14 +7,20 @@ Reads what `test_reader.py --write_crossattention_scores` wrote; writes checkpoi
 into `--checkpoint_dir/--name`. Started again with the same command, it goes on where it stopped.
 """
 
+from src.interrupt import die_quietly
+
+if __name__ == "__main__":
+    die_quietly()  # while the packages load
+
 import functools
 import os
+import time
 from pathlib import Path
 
 import torch
 
 from src import distributed
-from src.checkpoint import Checkpoints, load_state, resume_point
+from src.checkpoint import Checkpoints, goes_on_from, load_state, resume_point
 from src.data import (
     RetrieverCollator,
     RetrieverDataset,
@@ -27,10 +33,10 @@ from src.device import autocast, compile_layers, describe, pick_device, resolve_
 from src.errors import InputError, reports_input_errors
 from src.evaluation import count_inversions, last_gold_index, top_k_overlap
 from src.examples import load_data
-from src.metrics import Average, Metrics, start_log, write_options
+from src.metrics import Average, Metrics, passing_bar, start_log, write_options
 from src.optim import build_optimizer, build_scheduler
-from src.options import train_retriever_parser
-from src.pretrained import check_vocabulary, load_tokenizer, quiet_transformers
+from src.options import changed, train_retriever_parser
+from src.pretrained import check_vocabulary, hide_bars, load_tokenizer, quiet_transformers
 from src.retriever import (
     check_settings,
     distillation_loss,
@@ -42,12 +48,15 @@ from src.retriever import (
     start_retriever,
 )
 from src.slurm import StopRequest, detect_launch
+from src.terminal import count, duration, say, say_next
 from src.training import Position, move_to, restore, train
 
 
 @reports_input_errors
 def main(arguments: list[str] | None = None) -> None:
-    options = train_retriever_parser().parse_args(arguments)
+    started = time.perf_counter()
+    parser = train_retriever_parser()
+    options = parser.parse_args(arguments)
     if options.model_config != "none" and options.model_path != "none":
         raise InputError(
             f"--model_config {options.model_config} starts from fresh weights: leave out "
@@ -66,18 +75,24 @@ def main(arguments: list[str] | None = None) -> None:
     log = start_log(run / "run.log")
     started_with = {**vars(options), "processes": world_size}
     write_options(run, started_with)
-    log.info("%s, %s, %d process(es)", describe(device), precision, world_size)
+    say(log, "train", "a retriever, by distillation")
+    processes = count(world_size, "process", "processes")
+    say(log, "device", "%s; %s; %s", describe(device), precision, processes)
+    say(log, "results", "%s", run)
 
     # Data
     load = functools.partial(
         load_data, rank=rank, world_size=world_size, needs_scores=options.n_context
     )
     train_data = distributed.together(lambda: load(options.train_data))
-    log.info("training on %d of %d examples of %s", *[len(train_data)] * 2, options.train_data)
+    passages = f"at most {count(options.n_context, 'passage')} each"
+    n, file = len(train_data), options.train_data
+    say(log, "data", "training on %d of %d examples of %s, %s", n, n, file, passages)
     eval_data = None
     if options.eval_data != "none":
         eval_data = distributed.together(lambda: load(options.eval_data))
-        log.info("evaluating on %d of %d examples of %s", *[len(eval_data)] * 2, options.eval_data)
+        n, file = len(eval_data), options.eval_data
+        say(log, "dev data", "evaluating on %d of %d examples of %s, %s", n, n, file, passages)
 
     # Model: from this run's own newest checkpoint, else from what the options name
     torch.manual_seed(options.seed)
@@ -99,16 +114,21 @@ def main(arguments: list[str] | None = None) -> None:
         check_settings(retriever.config, settings, source)
         tokenizer = load_tokenizer(source, base)
     elif options.model_config != "none":
+        source = f"fresh weights of the shape in {options.model_config}"
         retriever = start_retriever(options.model_config, options.dropout, **settings)
         tokenizer = load_tokenizer(base, base)
     else:
-        retriever = start_retriever(options.retriever_model, options.dropout, **settings)
-        tokenizer = load_tokenizer(options.retriever_model, base)
+        source = options.retriever_model
+        retriever = start_retriever(source, options.dropout, **settings)
+        tokenizer = load_tokenizer(source, base)
     check_vocabulary(retriever.config, tokenizer)
     if options.compile:
         compile_layers(retriever.model.encoder.layer)
     retriever.to(device)
-    log.info("retriever of %.1fM parameters", sum(p.numel() for p in retriever.parameters()) / 1e6)
+    config, use_title = retriever.config, not options.no_title
+    size = sum(p.numel() for p in retriever.parameters()) / 1e6
+    says = "%.1fM parameters, embeddings of size %d, from %s"
+    say(log, "model", says, size, config.indexing_dimension, source)
 
     # Optimisation
     optimizer = build_optimizer(retriever, options.optim, options.lr, options.weight_decay)
@@ -123,13 +143,34 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(options.seed + rank)  # dropout differs between processes
     state = load_state(newest) if newest else None
     position = restore(state, optimizer, scheduler) if state else Position()
+
+    def say_what_is_next() -> None:
+        folder = run / "checkpoint"
+        best = folder / "best_dev"
+        model = best if best.exists() else folder / "latest"
+        say(log, "weights", "%s", model)
+        command = ["generate_passage_embeddings.py", "--model_path", model]
+        command += ["--passages", "PASSAGES.tsv", "--output_path", f"{run / 'embeddings'}/"]
+        command += changed(parser, vars(options), ["no_title"])
+        say_next(log, "embed a collection of passages", command)
+
     if position.step >= options.total_steps and not position.evaluation_due:
-        log.info("all %d updates are done; more needs --total_steps", position.step)
+        say(log, "done", "all %d updates are done; more needs --total_steps", position.step)
+        say_what_is_next()
         distributed.stop()
         return
+    say(
+        log,
+        "updates",
+        "%d to %d, of %d x %d x %d questions (a process x accumulated x processes)",
+        position.step + 1,
+        options.total_steps,
+        options.per_gpu_batch_size,
+        options.accumulation_steps,
+        world_size,
+    )
 
     # Batches
-    config, use_title = retriever.config, not options.no_title
     collate = RetrieverCollator(
         TextCollator(tokenizer, config.question_maxlength, not config.apply_question_mask),
         TextCollator(tokenizer, config.passage_maxlength, not config.apply_passage_mask),
@@ -152,19 +193,22 @@ def main(arguments: list[str] | None = None) -> None:
         top = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= options.n_context]
         names = ["loss", "inversions", *[f"{kind}_top{k}" for kind in ("avg", "idx") for k in top]]
         averages = {name: Average() for name in names}
-        for batch in make_loader(dataset, places, collate, options.num_workers, pin):
-            batch = move_to(batch, device)
-            with torch.no_grad(), autocast(device, precision):
-                scores = similarities(*embed(retriever, batch))
-                loss = distillation_loss(scores, batch["gold_scores"], batch["present"])
-            averages["loss"].add(loss.item(), int(batch["present"].sum()))
-            for ranks in gold_ranks(scores, batch["present"]):
-                averages["inversions"].add(count_inversions(ranks))
-                for k in [k for k in top if k <= len(ranks)]:
-                    averages[f"avg_top{k}"].add(top_k_overlap(ranks, k))
-                    averages[f"idx_top{k}"].add(last_gold_index(ranks, k))
-            if stop_request.requested:
-                break
+        loader = make_loader(dataset, places, collate, options.num_workers, pin)
+        with passing_bar(len(places), "batch", "evaluating") as bar:
+            for batch in loader:
+                batch = move_to(batch, device)
+                with torch.no_grad(), autocast(device, precision):
+                    scores = similarities(*embed(retriever, batch))
+                    loss = distillation_loss(scores, batch["gold_scores"], batch["present"])
+                averages["loss"].add(loss.item(), int(batch["present"].sum()))
+                for ranks in gold_ranks(scores, batch["present"]):
+                    averages["inversions"].add(count_inversions(ranks))
+                    for k in [k for k in top if k <= len(ranks)]:
+                        averages[f"avg_top{k}"].add(top_k_overlap(ranks, k))
+                        averages[f"idx_top{k}"].add(last_gold_index(ranks, k))
+                bar.update()
+                if stop_request.requested:
+                    break
         if distributed.any_process(stop_request.requested):
             return None
         joint = {name: average.over_all() for name, average in averages.items()}
@@ -175,10 +219,13 @@ def main(arguments: list[str] | None = None) -> None:
         retriever.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
+    hide_bars()
     checkpoints = Checkpoints(
         run / "checkpoint", save_model, options.keep_checkpoints, started_with
     )
     metrics = Metrics(run, position.step, position.evaluation_due)
+    first_step = position.step
+    stop_request.include_interrupt(lambda: goes_on_from(run / "checkpoint"))
     position = train(
         retriever,
         functools.partial(retriever_loss, use_negatives=options.in_batch_negatives),
@@ -204,10 +251,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     metrics.close()
     if position.step < options.total_steps or position.evaluation_due:
-        stop_request.leave(log, rank == 0, distributed.stop_together)
+        where = f"after update {position.step}"
+        stop_request.leave(log, where, rank == 0, distributed.stop_together)
     stop_request.finish()
     distributed.stop()
-    log.info("done: %s", run)
+    best = "" if position.best is None else f"; the lowest loss on dev is {position.best:.4g}"
+    n_updates, took = count(position.step - first_step, "update"), time.perf_counter() - started
+    say(log, "done", "%s in %s%s", n_updates, duration(took), best)
+    say_what_is_next()
 
 
 if __name__ == "__main__":

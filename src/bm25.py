@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import bm25s
@@ -18,31 +19,39 @@ _FINGERPRINT = "collection.txt"
 class BM25:
     """Passages scored by the words that they share with a question; titles count as text."""
 
-    def __init__(self, index: bm25s.BM25, n_passages: int):
+    def __init__(self, index: bm25s.BM25, n_passages: int, show_progress: bool = False):
         self._index = index
         self._n_passages = n_passages
+        self._show_progress = show_progress
 
     @classmethod
-    def load_or_build(cls, passages: Passages, folder: Path | None, log: logging.Logger) -> "BM25":
+    def load_or_build(
+        cls,
+        passages: Passages,
+        folder: Path | None,
+        log: logging.Logger,
+        show_progress: bool = False,
+    ) -> "BM25":
         """Open the index in a folder, or build it and save it there.
 
         Args:
             folder: None builds an index that is not saved.
+            show_progress: by the library's own bars, in building and in search.
         Errors: `InputError` when the folder holds another collection's index, or cannot be written.
         """
         if folder is not None and folder.exists():
-            return cls._load(passages, folder, log)
+            return cls(cls._load(passages, folder, log), len(passages), show_progress)
         log.info("building the BM25 index of %d passages", len(passages))
-        words = _words([f"{passage.title} {passage.text}" for passage in passages])
+        words = _words(_Texts(passages), show_progress)
         index = bm25s.BM25(k1=_K1, b=_B)
-        index.index(words, show_progress=False)
+        index.index(words, show_progress=show_progress)
         if folder is not None:
             _save(index, passages, folder)
             log.info("saved %s", folder)
-        return cls(index, len(passages))
+        return cls(index, len(passages), show_progress)
 
-    @classmethod
-    def _load(cls, passages: Passages, folder: Path, log: logging.Logger) -> "BM25":
+    @staticmethod
+    def _load(passages: Passages, folder: Path, log: logging.Logger) -> bm25s.BM25:
         try:
             made_from = (folder / _FINGERPRINT).read_text()
             index = bm25s.BM25.load(folder, mmap=True)
@@ -57,13 +66,13 @@ class BM25:
                 "build it again"
             )
         log.info("loaded %s", folder)
-        return cls(index, len(passages))
+        return index
 
     def search(self, questions: list[str], k: int) -> Found:
         """The k best passages of each question: scores and positions [q, k], best first."""
         k = min(k, self._n_passages)
-        words = _words(questions, return_ids=False)
-        positions, scores = self._index.retrieve(words, k=k, show_progress=False)
+        words = _words(questions, False, return_ids=False)
+        positions, scores = self._index.retrieve(words, k=k, show_progress=self._show_progress)
         # Equal scores in the collection's order, whatever the library's own is.
         order = np.lexsort((positions, -scores), axis=-1)
         return Found(
@@ -72,8 +81,24 @@ class BM25:
         )
 
 
-def _words(texts: list[str], return_ids: bool = True) -> "bm25s.tokenization.Tokenized | list":
-    return bm25s.tokenize(texts, stopwords=None, return_ids=return_ids, show_progress=False)
+class _Texts(Sequence[str]):
+    """The texts of passages, each made when it is asked for."""
+
+    def __init__(self, passages: Passages):
+        self._passages = passages
+
+    def __len__(self) -> int:
+        return len(self._passages)
+
+    def __getitem__(self, index: int) -> str:
+        passage = self._passages[index]
+        return f"{passage.title} {passage.text}"
+
+
+def _words(
+    texts: Sequence[str], show_progress: bool, return_ids: bool = True
+) -> "bm25s.tokenization.Tokenized | list":
+    return bm25s.tokenize(texts, stopwords=None, return_ids=return_ids, show_progress=show_progress)
 
 
 def _save(index: bm25s.BM25, passages: Passages, folder: Path) -> None:

@@ -128,6 +128,12 @@ def resume_point(folder: Path, options: dict[str, Any], log: logging.Logger) -> 
     return newest
 
 
+def goes_on_from(folder: Path) -> str:
+    """What the command of a run that is cut off now will do, in a few words."""
+    newest, _ = find_newest(folder)
+    return f"goes on from {newest}" if newest else "starts again"
+
+
 def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The complete checkpoint with the most updates, or None, and the incomplete ones' names."""
     complete, incomplete = [], []

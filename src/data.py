@@ -291,9 +291,10 @@ def evaluation_places(
 
 
 def _ignore_signals(worker: int) -> None:
-    """In a process that loads data: SLURM signals every process of a job, and what its signals
-    mean is the training's to say. (One that SIGTERM ended would end the training with an error.)"""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """In a process that loads data: SLURM signals every process of a job, and a terminal's Ctrl-C
+    goes to all of them too; what it means is the training's to say. (One that SIGTERM ended would
+    end the training with an error.)"""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

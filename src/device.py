@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from src.errors import InputError
+from src.terminal import count
 
 _AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,4 +51,4 @@ def describe(device: torch.device) -> str:
     """The device in a few words, for the log."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {count(torch.get_num_threads(), 'thread')}"

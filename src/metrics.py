@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from src import distributed
+from src import distributed, terminal
 from src.errors import InputError
 
 
@@ -74,10 +74,14 @@ def _in_run_folder(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def progress_bar(total: int, initial: int = 0, unit: str = "step") -> tqdm:
-    """A progress bar in the main process of a terminal; silent anywhere else."""
-    silent = not distributed.is_main() or not sys.stderr.isatty()
-    return tqdm(total=total, initial=initial, unit=unit, disable=silent, dynamic_ncols=True)
+def progress_bar(total: int, unit: str, initial: int = 0) -> tqdm:
+    """As `terminal.progress_bar`, of the main process alone."""
+    return terminal.progress_bar(total, unit, initial, distributed.is_main())
+
+
+def passing_bar(total: int, unit: str, what: str) -> tqdm:
+    """As `terminal.passing_bar`, of the main process alone."""
+    return terminal.passing_bar(total, unit, what, distributed.is_main())
 
 
 class Metrics:

@@ -6,16 +6,74 @@ out of the help.
 
 import argparse
 import sys
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+# Options that the original code has too: by the same names and, but for paths, with the same
+# defaults. All others are ours, and the help calls them new.
+_ORIGINAL = """
+accumulation_steps answer_maxlength checkpoint_dir clip data dropout eval_data eval_freq
+eval_print_freq extract_cls fixed_lr indexing_batch_size indexing_dimension local_rank lr model_path
+model_size n_bits n_context n_docs n_subquantizers name no_fp16 no_passage_mask no_projection
+no_question_mask no_title num_shards optim output_path passage_maxlength passages
+passages_embeddings per_gpu_batch_size question_maxlength save_freq save_or_load_index scheduler
+scheduler_steps seed shard_id text_maxlength total_steps train_data use_checkpoint
+validation_workers warmup_steps weight_decay write_crossattention_scores write_results
+"""
+_NEW = (
+    'Options that are "new" are not in the original code; the others have its names, and but for '
+    "paths its defaults."
+)
+_VALUES = {  # what stands for a value in the help, if it is not a number
+    **dict.fromkeys(["train_data", "eval_data", "data", "passages", "model_config"], "FILE"),
+    **dict.fromkeys(["files", "retrieved", "output"], "FILE"),
+    **dict.fromkeys(["checkpoint_dir", "run", "folder"], "FOLDER"),
+    **dict.fromkeys(["model_path", "retriever_model"], "MODEL"),
+    **{"name": "NAME", "tokenizer": "NAME", "output_path": "PATH", "passages_embeddings": "GLOB"},
+}
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Shows every default, and short names for values: 80 columns are enough."""
+
+    _tells_what_is_new = False
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return _VALUES.get(action.dest, "N" if action.type else "TEXT")
+
+    def _get_default_metavar_for_positional(self, action: argparse.Action) -> str:
+        return _VALUES[action.dest]
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.dest == "help":
+            return action.help
+        default = "off" if action.default is False else action.default
+        default = f"{default:g}" if isinstance(default, float) else default
+        default = "none" if default in (None, "", []) else default
+        default = "needed" if action.required else f"default: {default}"
+        new = "new, " if self._tells_what_is_new and action.dest not in _ORIGINAL.split() else ""
+        return f"{action.help} ({new}{default})".replace("%", "%%")
+
+
+class _ScriptFormatter(_Formatter):
+    _tells_what_is_new = True
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong option in one line, as all bad input is reported."""
+    """Reports a wrong option in one line, as all bad input is reported.
 
-    def __init__(self, description: str):
+    Args:
+        program: what follows `python`, for what is no script of the original code.
+        needs: what must be given, for the first line of the help.
+    """
+
+    def __init__(self, description: str, needs: str = "", program: str | None = None):
         super().__init__(
+            prog=program,
+            usage=f"python %(prog)s {needs}[options]",
             description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            epilog=None if program else _NEW,
+            formatter_class=_Formatter if program else _ScriptFormatter,
             allow_abbrev=False,  # an abbreviation would change its meaning with a new option
         )
 
@@ -61,6 +119,24 @@ def _older_names(group: argparse._ArgumentGroup, option: str, *names: str) -> No
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
+
+
+def changed(
+    parser: argparse.ArgumentParser, values: Mapping[str, Any], names: Sequence[str] = ()
+) -> list[str]:
+    """The options whose values are not the defaults, as a command gives them.
+
+    Args:
+        names: only these; all, if there are none.
+    """
+    arguments = []
+    for action in parser._actions:
+        is_wanted = action.help != argparse.SUPPRESS and (action.dest in names or not names)
+        value = values.get(action.dest, action.default)
+        if is_wanted and value != action.default:
+            option = max(action.option_strings, key=len)
+            arguments += [option] if value is True else [option, str(value)]
+    return arguments
 
 
 def _add_process_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
@@ -114,7 +190,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_retriever_options(
     parser: argparse.ArgumentParser, model_help: str, with_title: bool = True
-) -> None:
+) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("retriever")
     group.add_argument("--model_path", default="none", help=model_help)
     group.add_argument(
@@ -126,10 +202,11 @@ def _add_retriever_options(
         group.add_argument(
             "--no_title", action="store_true", help="embed passages without their titles"
         )
+    return group
 
 
-def _add_plain_text(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+def _add_plain_text(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--plain_text",
         action="store_true",
         help="embed texts without the words question:, title: and context:, as DPR and Contriever",
@@ -151,7 +228,7 @@ def _add_reader_options(parser: argparse.ArgumentParser, model_help: str) -> Non
         help="folder or hub name of the tokenizer for a model without one; none: t5-SIZE",
     )
     group.add_argument(
-        "--n_context", type=_COUNT, default=1, help="passages that are read a question"
+        "--n_context", type=_COUNT, default=1, help="passages that are read for each question"
     )
     group.add_argument(
         "--text_maxlength",
@@ -169,7 +246,7 @@ def _add_reader_options(parser: argparse.ArgumentParser, model_help: str) -> Non
     )
 
 
-def _add_training_options(parser: argparse.ArgumentParser) -> None:
+def _add_training_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("optimisation")
     group.add_argument(
         "--seed", type=_number(int, 0, highest=2**62), default=0, help="seed of everything random"
@@ -194,7 +271,10 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         help="fixed: always --lr; linear: up over --warmup_steps, then down to 0",
     )
     group.add_argument(
-        "--warmup_steps", type=_COUNT_OR_ZERO, default=1000, help="of the linear schedule"
+        "--warmup_steps",
+        type=_COUNT_OR_ZERO,
+        default=1000,
+        help="updates that the linear schedule takes up",
     )
     _older_names(group, "--warmup_steps", "--warmup_step")
     group.add_argument(
@@ -213,6 +293,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         "--dropout", type=_number(float, 0, highest=0.99), default=0.1, help="dropout rate"
     )
 
+    optimisation = group
     group = parser.add_argument_group("evaluation and checkpoints")
     group.add_argument(
         "--eval_freq", type=_COUNT, default=500, help="updates between two evaluations"
@@ -226,6 +307,7 @@ def _add_training_options(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="how many step-N checkpoints are kept, besides best_dev; 0: all",
     )
+    return optimisation
 
 
 def train_reader_parser() -> argparse.ArgumentParser:
@@ -355,8 +437,8 @@ def train_retriever_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--extract_cls", action="store_true", help="embed by the first token, not by the mean"
     )
-    _add_training_options(parser)
-    parser.add_argument(
+    group = _add_training_options(parser)
+    group.add_argument(
         "--in_batch_negatives",
         action="store_true",
         help="other questions' passages count as wrong ones (not in the paper)",
@@ -367,7 +449,10 @@ def train_retriever_parser() -> argparse.ArgumentParser:
 
 def passage_embeddings_parser() -> argparse.ArgumentParser:
     """Options of generate_passage_embeddings.py."""
-    parser = _Parser("Embed a passage collection with a retriever, shard by shard.")
+    parser = _Parser(
+        "Embed a passage collection with a retriever, shard by shard.",
+        needs="--passages FILE ",
+    )
     group = parser.add_argument_group("data")
     group.add_argument(
         "--passages", required=True, help="the collection: .tsv (id, text, title) or .jsonl"
@@ -379,8 +464,10 @@ def passage_embeddings_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--shard_id", type=_COUNT_OR_ZERO, default=0, help="which shard, from 0")
     group.add_argument("--num_shards", type=_COUNT, default=1, help="how many shards in all")
-    _add_retriever_options(parser, "the retriever: a checkpoint folder, or a BERT to use as it is")
-    _add_plain_text(parser)
+    group = _add_retriever_options(
+        parser, "the retriever: a checkpoint folder, or a BERT to use as it is"
+    )
+    _add_plain_text(group)
     group = parser.add_argument_group("embedding")
     group.add_argument(
         "--passage_maxlength", type=_COUNT, default=None, help="tokens of a passage; none: its own"
@@ -393,7 +480,10 @@ def passage_embeddings_parser() -> argparse.ArgumentParser:
 
 def passage_retrieval_parser() -> argparse.ArgumentParser:
     """Options of passage_retrieval.py."""
-    parser = _Parser("Find passages for questions, with a retriever or with BM25.")
+    parser = _Parser(
+        "Find passages for questions, with a retriever or with BM25.",
+        needs="--passages FILE --output_path PATH ",
+    )
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data", default="data.json", help=".json or .jsonl file of questions, or DPR's .csv"
@@ -414,7 +504,8 @@ def passage_retrieval_parser() -> argparse.ArgumentParser:
         default="json",
         help="json: what the reader reads; trec: a run for trec_eval, without the passages' texts",
     )
-    group.add_argument("--n-docs", "--n_docs", type=_COUNT, default=100, help="passages a question")
+    group.add_argument("--n-docs", type=_COUNT, default=100, help="passages for each question")
+    _older_names(group, "--n-docs", "--n_docs")
     group.add_argument(
         "--validation_workers",
         type=_COUNT,
@@ -426,8 +517,10 @@ def passage_retrieval_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="use embeddings of another model, collection or run all the same",
     )
-    _add_retriever_options(parser, "the retriever that made the embeddings", with_title=False)
-    _add_plain_text(parser)
+    group = _add_retriever_options(
+        parser, "the retriever that made the embeddings", with_title=False
+    )
+    _add_plain_text(group)
     group = parser.add_argument_group("search")
     group.add_argument("--bm25", action="store_true", help="search by words; needs no model")
     group.add_argument(
@@ -454,12 +547,13 @@ def passage_retrieval_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--n-subquantizers",
-        "--n_subquantizers",
         type=_COUNT_OR_ZERO,
         default=0,
         help="product quantization into so many codes; 0: exact search",
     )
-    group.add_argument("--n-bits", "--n_bits", type=_COUNT, default=8, help="bits of such a code")
+    _older_names(group, "--n-subquantizers", "--n_subquantizers")
+    group.add_argument("--n-bits", type=_COUNT, default=8, help="bits of such a code")
+    _older_names(group, "--n-bits", "--n_bits")
     group.add_argument(
         "--no_fp16", action="store_true", help="embed questions in fp32 on a GPU too"
     )
@@ -469,41 +563,50 @@ def passage_retrieval_parser() -> argparse.ArgumentParser:
 
 def evaluation_parser() -> argparse.ArgumentParser:
     """Options of `python -m src.evaluation`."""
-    parser = _Parser("Recall@k of data files with passages; exact match of files with answers.")
-    parser.prog = "-m src.evaluation"
-    parser.add_argument(
+    parser = _Parser(
+        "Recall@k of data files with passages; exact match of files with answers.",
+        needs="FILE ... ",
+        program="-m src.evaluation",
+    )
+    group = parser.add_argument_group("data")
+    group.add_argument(
         "files", nargs="+", help=".json or .jsonl with ctxs, or a final_output.txt (needs --data)"
     )
-    parser.add_argument("--data", help="the questions that were answered, with the right answers")
+    group.add_argument("--data", help="the questions that were answered, with the right answers")
     return parser
 
 
 def report_parser() -> argparse.ArgumentParser:
     """Options of `python -m src.report`."""
-    parser = _Parser("Show a run as a page for a browser: curves, recall, questions and passages.")
-    parser.prog = "-m src.report"
-    parser.add_argument("run", help="the run's folder, of training, of testing, or both")
-    parser.add_argument(
+    parser = _Parser(
+        "Show a run as a page for a browser: curves, recall, questions and passages.",
+        needs="FOLDER ",
+        program="-m src.report",
+    )
+    group = parser.add_argument_group("data")
+    group.add_argument("run", help="the run's folder, of training, of testing, or both")
+    group.add_argument(
         "--data",
         help="the questions that were answered; none: dataset_wscores.json in the run's folder, or "
         "else the --eval_data that the run was given",
     )
-    parser.add_argument(
+    group.add_argument(
         "--retrieved",
         nargs="+",
         default=[],
         help="files with passages found for the questions, to compare",
     )
-    parser.add_argument(
+    group = parser.add_argument_group("page")
+    group.add_argument(
         "-o", "--output", help="the page to write; none: report.html in the run's folder"
     )
-    parser.add_argument(
+    group.add_argument(
         "--max_questions",
         type=_COUNT,
         default=500,
         help="questions that the page holds; the numbers are always of all",
     )
-    parser.add_argument(
+    group.add_argument(
         "--passages_shown",
         type=_COUNT,
         default=10,
@@ -514,10 +617,14 @@ def report_parser() -> argparse.ArgumentParser:
 
 def preprocess_parser() -> argparse.ArgumentParser:
     """Options of `python -m src.preprocess`."""
-    parser = _Parser("Make data files of what get-data.sh has fetched.")
-    parser.prog = "-m src.preprocess"
-    parser.add_argument(
+    parser = _Parser(
+        "Make data files of what get-data.sh has fetched.",
+        needs="FOLDER ",
+        program="-m src.preprocess",
+    )
+    group = parser.add_argument_group("data")
+    group.add_argument(
         "folder", help="get-data.sh's folder: has download/ and psgs_w100.tsv, gets NQ/ and TQA/"
     )
-    parser.add_argument("--only", choices=["nq", "tqa"], help="one dataset; none: both")
+    group.add_argument("--only", choices=["nq", "tqa"], help="one dataset; none: both")
     return parser

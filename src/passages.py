@@ -18,12 +18,12 @@ import mmap
 import operator
 import os
 import re
-import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -39,6 +39,15 @@ class Passage(NamedTuple):
     text: str
 
 
+# Opens a progress bar, by total, unit and what is done: a context of something with `update(n)`.
+Bar = Callable[[int, str, str], contextlib.AbstractContextManager]
+
+
+def no_bar(total: int, unit: str, what: str) -> contextlib.AbstractContextManager:
+    """A progress bar that shows nothing."""
+    return contextlib.nullcontext(SimpleNamespace(update=lambda n: None))
+
+
 class Passages(Sequence[Passage]):
     """The passages of a TSV or JSONL file; `passages[i]` decodes the i-th.
 
@@ -48,17 +57,20 @@ class Passages(Sequence[Passage]):
     Errors: `InputError` when the file is missing, empty, cut off inside a quoted field, or has a
     row that is not of three columns. What else is wrong inside a passage (not UTF-8, bad JSON, no
     text) is found when that passage is read; the first one is read at once.
+
+    Args:
+        bar: for what takes long with a new collection.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = str(path)
-        self._source = _unpacked(self.path)
+    def __init__(self, path: str | Path, bar: Bar = no_bar):
+        self.path, self._bar = str(path), bar
+        self._source = _unpacked(self.path, bar)
         with _open(self._source, self.path) as file:
             self._stat = os.fstat(file.fileno())
             if self._stat.st_size == 0:
                 raise InputError(f"{self.path}: the file is empty; give one with passages")
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        found = self._kept(".offsets", lambda: _find_passages(self._bytes, self.path))
+        found = self._kept(".offsets", self._find_passages)
         self._offsets = found[:-3]  # [n + 1]: where each passage begins, and where the last ends
         self._columns = found[-3:].tolist()  # of id, text and title; -1 in JSONL
         self._id_table: np.ndarray | None = None
@@ -66,6 +78,16 @@ class Passages(Sequence[Passage]):
 
     def _kept(self, suffix: str, make: Callable[[], Iterator[np.ndarray]]) -> np.ndarray:
         return _kept(self._source, self._stat, suffix, make)
+
+    def _find_passages(self) -> Iterator[np.ndarray]:
+        """As the function of this name, with a progress bar."""
+        position = 0
+        with self._bar(len(self._bytes), "B", "finding passages") as bar:
+            for array in _find_passages(self._bytes, self.path):
+                yield array
+                if len(array):
+                    bar.update(int(array[0]) - position)
+                    position = int(array[0])
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -98,6 +120,14 @@ class Passages(Sequence[Passage]):
     def ids(self) -> Iterator[str]:
         """The passages' ids in order, one by one."""
         return map(self._id, range(len(self)))
+
+    def _ids_in_parts(self) -> Iterator[Iterator[str]]:
+        """All ids part by part, with a progress bar."""
+        with self._bar(len(self), "passage", "reading ids") as bar:
+            for start in range(0, len(self), _PART):
+                rows = range(start, min(start + _PART, len(self)))
+                yield map(self._id, rows)
+                bar.update(len(rows))
 
     def _id(self, row: int) -> str:
         if self._columns[0] == 0:  # the usual place: no need to decode the whole passage
@@ -156,10 +186,12 @@ class Passages(Sequence[Passage]):
         """
         if _NUMBER.fullmatch(self._id(0)):
             first = int(self._id(0))
-            if all(map(operator.eq, self.ids(), map(str, itertools.count(first)))):
+            counted = map(str, itertools.count(first))
+            if all(all(map(operator.eq, ids, counted)) for ids in self._ids_in_parts()):
                 yield np.array([first])
                 return
-        hashes = np.fromiter(map(_hash, self.ids()), np.int64, len(self))
+        ids = itertools.chain.from_iterable(self._ids_in_parts())
+        hashes = np.fromiter(map(_hash, ids), np.int64, len(self))
         places = np.argsort(hashes, kind="stable")
         hashes = hashes[places]
         for at in np.flatnonzero(hashes[1:] == hashes[:-1]):
@@ -189,6 +221,7 @@ class Passages(Sequence[Passage]):
         return Passages, (self.path,)
 
 
+_PART = 1 << 16  # passages between two steps of a progress bar
 _DPR_PREFIX = "wiki:"  # DPR's embeddings name Wikipedia's passages so; its TSV does not
 _NUMBER = re.compile("0|[1-9][0-9]{0,17}")  # as `str` writes them, and an int64 holds them
 
@@ -447,7 +480,7 @@ def _kept(
         return write(file)
 
 
-def _unpacked(path: str) -> str:
+def _unpacked(path: str, bar: Bar) -> str:
     """The path itself, or that of a gzipped file's plain text, which lies beside it and is made if
     it is not there: a place in an archive cannot be read without all that stands before it."""
     with _open(path, path) as file:
@@ -463,8 +496,16 @@ def _unpacked(path: str) -> str:
             return str(target)
         logging.getLogger("fid").warning("unpacking %s to %s, once", path, target)
         try:
-            with _replaced(target, stat.st_mode) as plain, gzip.open(file) as packed:
-                shutil.copyfileobj(packed, plain, _WINDOW)
+            with (
+                _replaced(target, stat.st_mode) as plain,
+                gzip.open(file) as packed,
+                bar(stat.st_size, "B", "unpacking") as shown,
+            ):
+                position = 0
+                while piece := packed.read(_WINDOW):
+                    plain.write(piece)
+                    shown.update(file.tell() - position)
+                    position = file.tell()
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             problem = f"the archive is cut off or damaged ({first_line(error)}); fetch it again"
             raise InputError(f"{path}: {problem}") from None

@@ -49,6 +49,11 @@ def quiet_transformers() -> None:
         transformers.utils.logging.disable_progress_bar()
 
 
+def hide_bars() -> None:
+    """From now on no bars of Transformers' own, which come with each checkpoint that is saved."""
+    transformers.utils.logging.disable_progress_bar()
+
+
 def load_config(path: str, model_type: str, *others: str) -> PreTrainedConfig:
     """The config of the wanted kind, or one of some others, at a hub name, in a folder, or in a
     JSON file."""

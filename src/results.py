@@ -7,7 +7,8 @@ out in turn, so reading the parts in turn gives the input's order with nothing h
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,12 @@ from src.examples import Examples, json_list, parse_example, read_example, write
 from src.passages import Passages
 from src.reader import Answer
 
+OnExamples = Callable[[int], object]
 MADE_BY, RECALL = ".made_by.json", ".recall.json"  # behind the name of the file that they are about
+
+
+def _silently(n_more: int) -> None:
+    pass
 
 
 def check_results(folder: Path) -> None:
@@ -114,19 +120,29 @@ def write_answers(folder: Path, data: Examples, world_size: int) -> Path:
 
 
 def write_scores(
-    folder: Path, data: Examples, world_size: int, n_context: int, made_by: dict[str, Any]
+    folder: Path,
+    data: Examples,
+    world_size: int,
+    n_context: int,
+    made_by: dict[str, Any],
+    on_examples: OnExamples = _silently,
 ) -> Path:
     """Write `dataset_wscores.json`: the data with the reader's score on each passage it read; and
     beside it what made it.
 
     The passages stand in reading order; those beyond `n_context` follow without a score, because
     the score that they came with is of another kind. Returns the file's path.
+
+    Args: on_examples: is told how many more are written.
     """
 
-    answers = read_parts(folder, world_size)
-    examples = (scored_example(data[answer.index], answer, n_context) for answer in answers)
+    def examples() -> Iterator[dict[str, Any]]:
+        for answer in read_parts(folder, world_size):
+            yield scored_example(data[answer.index], answer, n_context)
+            on_examples(1)
+
     _beside(folder / SCORES, MADE_BY).unlink(missing_ok=True)
-    path = write_whole(folder / SCORES, json_list(examples))
+    path = write_whole(folder / SCORES, json_list(examples()))
     write_made_by(path, made_by)
     return path
 
@@ -170,6 +186,7 @@ def write_retrieved(
     workers: int,
     made_by: dict[str, Any],
     as_trec: bool = False,
+    on_examples: OnExamples = _silently,
 ) -> list[list[bool]]:
     """Write questions with the passages found for them, in the reader's input format or as a TREC
     run, and beside them, in `.made_by.json`, what made them.
@@ -180,6 +197,7 @@ def write_retrieved(
         workers: how many processes may look for the answers.
         made_by: what made them, as JSON values; `model` is the last column of a TREC run.
         as_trec: write a TREC run.
+        on_examples: is told how many more are written.
 
     Returns: for each question with answers, whether each of its passages holds one.
     """
@@ -194,6 +212,7 @@ def write_retrieved(
         opening = "" if as_lines else "[\n"
         found = _find_answers(map(task, range(len(data))), len(data), scores.size, workers)
         for index, (has_answers, holds) in enumerate(found):
+            on_examples(1)
             if has_answers:
                 flags.append(holds)
             if as_trec:
@@ -247,8 +266,16 @@ def _find_answers(
     if workers <= 1:
         yield from map(_match, tasks)
         return
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+    # They inherit that SIGINT is blocked: Ctrl-C in a terminal is for this process to answer.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        pool = multiprocessing.get_context("spawn").Pool(workers)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    with pool:
         yield from pool.imap(_match, tasks, chunksize=max(1, min(64, n_tasks // (4 * workers))))
+        pool.close()  # leaving the block would end them by SIGTERM, which they may have been
+        pool.join()  # started to ignore
 
 
 def write_recall(path: Path, flags: list[list[bool]], n_docs: int) -> dict[str, float]:

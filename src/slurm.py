@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
+from src import interrupt
 from src.errors import InputError
 
 
@@ -82,14 +83,16 @@ def _first_host(environ: Mapping[str, str]) -> str:
 
 
 class StopRequest:
-    """Set by SIGTERM or SIGUSR1 (pre-emption, the end of the time limit): the handler only raises
-    a flag, and the loop saves and leaves at its next good moment.
+    """Set by SIGTERM or SIGUSR1 (pre-emption, the end of the time limit), and by Ctrl-C once the
+    loop has begun: the handler only raises a flag, and the loop saves and leaves at its next good
+    moment.
 
     A second signal ends the process at once, unless it comes within `PATIENCE` seconds of the
-    first: a launcher hands on to its processes what they have already got from SLURM.
+    first: a launcher hands on to its processes what they have already got from SLURM. A second
+    Ctrl-C has less of it; and `src/interrupt.py` does not wait long for any good moment.
     """
 
-    PATIENCE = 2.0
+    PATIENCE, PATIENCE_INTERRUPTED = 2.0, 0.5
 
     def __init__(self) -> None:
         self.requested = False
@@ -97,34 +100,60 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
+    def include_interrupt(self, resumes: Callable[[], str]) -> None:
+        """From now on Ctrl-C raises the flag too.
+
+        Args:
+            resumes: what the same command does when the loop is cut off in its middle.
+        """
+        interrupt.resume_by(resumes)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._handle)
+
     def _handle(self, number: int, frame: object) -> None:
+        passed = time.monotonic() - self._since
         if not self.requested:
             self.requested, self._number, self._since = True, number, time.monotonic()
-        elif time.monotonic() - self._since > self.PATIENCE:
+        elif number == signal.SIGINT and passed > self.PATIENCE_INTERRUPTED:
+            interrupt.leave()
+        elif passed > self.PATIENCE:
             os._exit(128 + number)
 
     def finish(self) -> None:
         """The work is done: signals change nothing any more. (Python gives up its handlers when it
         ends, and a signal in that moment would make a failure of a job that is complete.)"""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
 
     def leave(
-        self, log: logging.Logger, is_main: bool, meet: Callable[[], None] = lambda: None
+        self,
+        log: logging.Logger,
+        where: str,
+        is_main: bool,
+        meet: Callable[[], None] = lambda: None,
     ) -> NoReturn:
-        """End this process, whose work is saved but not done: with the exit status that shells
-        give a process ended by the signal, so that no script goes on as if it were done. Inside a
-        SLURM job the main process first puts the job back into the queue.
+        """End this process, whose work is saved but not done: with one line, and the exit status
+        that shells give a process ended by the signal, so that no script goes on as if it were
+        done. Inside a SLURM job the main process first puts the job back into the queue, unless
+        it was a person who stopped it.
 
         Args:
+            where: how far the work is, for the line.
             meet: waits for the other processes. A launcher ends all when one has left, and the
                 main one may still wait for an answer of SLURM's.
         """
         # A job that is requeued gets SIGTERM at once, and so do the commands it asks SLURM by.
         self.finish()
-        if is_main:
+        by_person = self._number == signal.SIGINT
+        if by_person:
+            interrupt.said()
+        by = "Ctrl-C" if by_person else "a signal"
+        log.info("stopped by %s %s; the same command goes on", by, where)
+        if is_main and not by_person:
             requeue(os.environ, log)
         meet()
+        if by_person:
+            interrupt.leave()
         sys.exit(128 + self._number)
 
 

@@ -102,7 +102,7 @@ def train(
     average = Average()
     direction = 1 if higher_is_better else -1
 
-    def save(write: Callable[..., Any], **kwargs: Any) -> None:
+    def save(write: Callable[..., Any], silently: bool = False, **kwargs: Any) -> None:
         state = {
             "step": position.step,
             "position": dataclasses.asdict(position),
@@ -112,7 +112,9 @@ def train(
             "random_states": distributed.gather(_random_state()),
         }
         if distributed.is_main():
-            log.info("saved %s", write(state, **kwargs))
+            path = write(state, **kwargs)
+            if not silently:
+                log.info("saved %s", path)
 
     def report_losses() -> float:
         """Write the updates since the last time to the metrics; returns the last loss."""
@@ -163,7 +165,7 @@ def train(
         stopped = not evaluate_now(optimizer.param_groups[0]["lr"], 0.0)
         if position.step == total_steps and not stopped:
             save(checkpoints.save_step)
-    bar = progress_bar(total_steps, position.step)
+    bar = progress_bar(total_steps, "update", initial=position.step)
     since, seen = time.perf_counter(), position.examples_seen
     while position.step < total_steps and not stopped:
         update_loss = torch.zeros((), device=device)
@@ -204,11 +206,11 @@ def train(
             bar.set_postfix(_shown(last_loss, position, metric, lr, rate), refresh=False)
         # Saved before the evaluation, which can fail or be cut off and is then made on resuming.
         if saves or stopped:
-            save(checkpoints.save_step, periodic=saves)
+            save(checkpoints.save_step, silently=not saves, periodic=saves)
         if position.evaluation_due and not stopped:
             stopped = not evaluate_now(lr, rate)
             if stopped and not saves:
-                save(checkpoints.save_step, periodic=False)
+                save(checkpoints.save_step, silently=True, periodic=False)
             elif is_end and not stopped:
                 save(checkpoints.save_step)  # or the next start would evaluate once more
         elif reports and not stopped:
@@ -217,8 +219,6 @@ def train(
             average = Average()
             since, seen = time.perf_counter(), position.examples_seen
     bar.close()
-    if stopped and (position.step < total_steps or position.evaluation_due):
-        log.info("stopped by a signal after update %d; the same command goes on", position.step)
     return position
 
 

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network; a wrong nam
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "tests" / "reference"
 XQUAD = ROOT.parent / "shared" / "data" / "xquad"
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were() -> Iterator[None]:
+    """A script that runs in this process leaves signals ignored, as it should at its end; what is
+    started after it would inherit that."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ def test_a_stopped_job_is_requeued(state, task, tmp_path):
         "logging.basicConfig(level=logging.INFO, stream=sys.stdout)\n"
         "request = StopRequest()\n"
         "signal.raise_signal(signal.SIGUSR1)\n"
-        "request.leave(logging.getLogger(), is_main=True)\n"
+        "request.leave(logging.getLogger(), 'after update 7', is_main=True)\n"
     )
     path = f"{commands}:{os.environ['PATH']}"
     done = run(script, SLURM_JOB_ID="7", PATH=path, **array)

@@ -1,0 +1,195 @@
+"""Passages for questions, from opened files to places in the collection: what retrieval and a
+conversation share.
+
+With a retriever: `open_embeddings`, `load_checked_retriever`, `question_embedder`, and a
+`VectorSearch` over what these give. By words: `open_bm25`, `search_words`.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from src import distributed
+from src.bm25 import BM25
+from src.compressed import CompressedIndexer, expected_memory, recall
+from src.data import question_text
+from src.index import Indexer, merge
+from src.passages import Passages
+from src.pretrained import check_vocabulary, load_tokenizer
+from src.retriever import Retriever, TextEmbedder, fingerprint, load_retriever
+from src.shards import check_count, open_shards, require_same
+
+
+class FoundPlaces(NamedTuple):
+    """The passages found for each question, best first: `passages[place]` for each of its places,
+    and their scores [q, k]. An approximate index can find fewer than k: fewer places then."""
+
+    places: list[list[int]]
+    scores: np.ndarray
+
+
+# ----------------------------------------------------------------------------------------------
+# By words
+
+
+def open_bm25(
+    passages: Passages, keep: bool, log: logging.Logger, show_progress: bool = False
+) -> BM25:
+    """The BM25 index of a collection.
+
+    Args:
+        keep: it is kept beside the collection, and loaded when it is there.
+        show_progress: in building and in search.
+    """
+    folder = Path(f"{passages.path}.bm25") if keep else None
+    return BM25.load_or_build(passages, folder, log, show_progress)
+
+
+def search_words(index: BM25, questions: list[str], k: int) -> FoundPlaces:
+    """The k passages that share the most telling words with each question."""
+    found = index.search(questions, k)
+    return FoundPlaces(found.positions.tolist(), found.scores)
+
+
+# ----------------------------------------------------------------------------------------------
+# By a retriever
+
+
+def open_embeddings(
+    patterns: str, passages: Passages, block_rows: int, allow_mismatch: bool
+) -> Indexer:
+    """The embeddings of a collection, to be searched exactly.
+
+    Args: block_rows: how many of them are in memory at one time.
+    Errors: `InputError` when there are none, or, without `allow_mismatch`, when shards do not
+        belong together or are not as many embeddings as there are passages.
+    """
+    shards = open_shards(patterns, allow_mismatch)
+    if not allow_mismatch:
+        check_count(shards, passages.path, len(passages))
+    return Indexer(shards, block_rows)
+
+
+def describe_search(exact: Indexer, block_rows: int, factory: str) -> str:
+    """What is searched and what that takes, for the log, before anything is loaded."""
+    memory = expected_memory(len(exact), exact.dimension, block_rows, factory)
+    return (
+        f"{len(exact)} embeddings of size {exact.dimension} in {len(exact.shards)} shard(s); "
+        f"{factory or 'exact'} search takes about {memory.building / 1e9:.1f} GB"
+    )
+
+
+def load_checked_retriever(
+    path: str,
+    tokenizer: str,
+    passages: Passages,
+    exact: Indexer,
+    plain_text: bool,
+    allow_mismatch: bool,
+) -> tuple[Retriever, PreTrainedTokenizerBase, str]:
+    """The retriever at a folder or hub name, its tokenizer, and its fingerprint.
+
+    Args: tokenizer: whose, if the retriever has none of its own.
+    Errors: `InputError` when they cannot be loaded, or, without `allow_mismatch`, when the
+        embeddings say that another retriever, collection or way of writing texts made them.
+    """
+    retriever = load_retriever(path)
+    loaded = load_tokenizer(path, tokenizer)
+    check_vocabulary(retriever.config, loaded)
+    model, shard = fingerprint(retriever), exact.shards[0]
+    made_by = shard.metadata
+    if made_by and not allow_mismatch:
+        plain = json.loads(made_by.get("options", "{}")).get("plain_text", False)
+        for what, name, ours, theirs in (
+            ("the model", path, model, made_by.get("model")),
+            ("the collection", passages.path, passages.fingerprint(), made_by.get("passages")),
+            ("--plain_text", "this command", plain_text, plain),
+        ):
+            require_same(what, name, ours, shard.path, theirs)
+    return retriever, loaded, model
+
+
+def question_embedder(
+    retriever: Retriever,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    batch_size: int,
+    device: torch.device,
+    half: bool,
+    plain_text: bool,
+) -> Callable[[list[str]], np.ndarray]:
+    """From questions to their embeddings [q, d], computed on the device.
+
+    Args: max_length: tokens of a question; None: as many as the retriever was made for.
+    """
+    retriever = (retriever.half() if half else retriever).to(device).eval()
+    max_length = max_length or retriever.config.question_maxlength
+    embed = TextEmbedder(retriever, tokenizer, "questions", max_length, batch_size, device)
+    return lambda questions: embed([question_text(text, plain_text) for text in questions])
+
+
+class VectorSearch:
+    """Search in the embeddings of a collection: exact, or by the index that `open_index` gives."""
+
+    def __init__(self, exact: Indexer, passages: Passages):
+        self._exact, self._passages = exact, passages
+        self._index: CompressedIndexer | None = None
+
+    def open_index(
+        self,
+        factory: str,
+        keep: bool,
+        allow_mismatch: bool,
+        log: logging.Logger,
+        on_rows: Callable[[int], None] | None = None,
+    ) -> None:
+        """Use a compressed index from now on.
+
+        Args:
+            factory: FAISS's name for its kind.
+            keep: it is kept beside the shards, and loaded when it is there.
+            on_rows: is told how many more rows went into an index that is built.
+        """
+        folder = Path(self._exact.shards[0].path).parent / f"index_{factory.replace(',', '_')}"
+        if keep and folder.exists():
+            self._index = CompressedIndexer.load(folder, self._exact, factory, allow_mismatch)
+            log.info("loaded %s", folder)
+            return
+        self._index = CompressedIndexer.build(self._exact, factory, on_rows=on_rows)
+        if keep and distributed.is_main():
+            self._index.save(folder)
+            log.info("saved %s", folder)
+
+    def search(
+        self, queries: np.ndarray, k: int, on_rows: Callable[[int], None] | None = None
+    ) -> FoundPlaces:
+        """The k passages nearest to each query [q, d], the same in every process.
+
+        Args: on_rows: is told how many more rows this process has searched exactly.
+        """
+        if self._index is not None:
+            found = self._index.search(queries, k)
+            ids = self._index.ids(found.positions)
+        else:
+            part = distributed.rank(), distributed.world_size()
+            found = self._exact.search(queries, k, part, on_rows)
+            found = merge(distributed.share(found), found.scores.shape[1])
+            ids = self._exact.ids(found.positions)
+        return FoundPlaces([self._passages.find(row) for row in ids], found.scores)
+
+    def recall(
+        self, queries: np.ndarray, k: int, on_rows: Callable[[int], None] | None = None
+    ) -> float:
+        """The share of the exact top k that the index in use finds, on a sample of the queries.
+
+        Args: on_rows: as in `search`.
+        """
+        if self._index is None:
+            return 1.0
+        return recall(self._index, self._exact, queries, k, on_rows=on_rows)

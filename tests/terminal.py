@@ -1,0 +1,64 @@
+"""A pseudo-terminal with a script in it: what stands on the screen, and Ctrl-C."""
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+
+class Terminal:
+    """A script that runs in a terminal of its own, 100 columns wide.
+
+    Its standard output and standard error are both the terminal, as they are for a person.
+    """
+
+    def __init__(self, *command: str | Path, processes: int = 1, **environment: str):
+        start = [sys.executable]
+        if processes > 1:
+            start += ["-m", "torch.distributed.run", "--standalone"]
+            start += [f"--nproc_per_node={processes}"]
+        self._ours, theirs = pty.openpty()
+        termios.tcsetwinsize(theirs, (40, 100))
+        self.process = subprocess.Popen(
+            ["setsid", "--ctty", "--wait", *start, *map(str, command)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+        )
+        os.close(theirs)
+        self.screen = ""
+
+    def read(self, until: str | None = None, seconds: float = 120) -> str:
+        """Read until the screen matches (since the start), or until the script ends."""
+        deadline = time.monotonic() + seconds
+        while until is None or not re.search(until, self.screen):
+            ready, _, _ = select.select([self._ours], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"nothing new in {seconds} s:\n{self.screen}"
+            try:
+                piece = os.read(self._ours, 65536)
+            except OSError:  # no process has the terminal open any more
+                piece = b""
+            if not piece:
+                assert until is None, f"ended without {until!r}:\n{self.screen}"
+                break
+            self.screen += piece.decode(errors="replace")
+        return self.screen
+
+    def press_ctrl_c(self) -> tuple[float, int, str]:
+        """Press Ctrl-C, and wait until every process has left the terminal: seconds, the exit
+        status and what was printed meanwhile."""
+        before = len(self.screen)
+        since = time.monotonic()
+        os.write(self._ours, b"\x03")
+        self.read()
+        passed = time.monotonic() - since
+        return passed, self.process.wait(), self.screen[before:]
