@@ -89,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
             passages,
             options.indexing_batch_size,
             options.allow_mismatch,
+            device,
         )
         say(log, "search", search.describe_search(exact, options.indexing_batch_size, factory))
         retriever, tokenizer, made_by["model"] = search.load_checked_retriever(

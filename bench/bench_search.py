@@ -9,6 +9,9 @@ the process had after its imports, the result included.
 The ids must be equal. IndexFlatIP rounds in another way when many questions are asked at once, so
 where two passages' scores are equal but for that, it is asked again to add up products one by one.
 Three processes that share the blocks must find the same.
+
+Where there is a GPU, a third way searches on it, from the second time on in what it has kept there.
+Its memory here is the machine's, not the GPU's; its share of the peak is that of the machine too.
 """
 
 import argparse
@@ -26,9 +29,11 @@ from typing import Any
 
 import faiss
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import matrix_peak, table
+from src.gpu_search import GpuIndexer
 from src.index import Found, Indexer, merge
 from src.shards import ShardWriter, open_shards
 
@@ -76,6 +81,8 @@ def search(
             return merge([Found(*index.search(queries, k))], k).positions  # equal scores: in order
     else:
         index, peak = Indexer(shards, rows), 0.0
+        if way == "GPU":
+            index = GpuIndexer(shards, rows, torch.device("cuda"))
 
         def task() -> np.ndarray:
             return index.search(queries, k).positions
@@ -117,7 +124,8 @@ def main() -> None:
             writer.finish()
         pattern = f"{folder}/wiki_*"
         pipes, found, seconds = {}, {}, {}
-        for way in ("IndexFlatIP", "streamed"):
+        ways = ["IndexFlatIP", "streamed"] + ["GPU"] * torch.cuda.is_available()
+        for way in ways:
             pipes[way], theirs = multiprocessing.Pipe()
             multiprocessing.get_context("spawn").Process(
                 target=search,
@@ -139,6 +147,8 @@ def main() -> None:
             flat[differ] = pipes["IndexFlatIP"].recv()
         if not (flat == ours).all():
             sys.exit("the two ways find other passages")
+        if "GPU" in found and not (found["GPU"][0] == ours).all():
+            sys.exit("the GPU finds other passages")
         exact = Indexer(open_shards(pattern), options.indexing_batch_size)
         parts = [exact.search(queries, options.k, (i, 3)) for i in range(3)]
         if not (merge(parts, options.k).positions == ours).all():

@@ -179,13 +179,13 @@ def _search_block(
     possible[too_narrow] = False
     numbers = np.nonzero(possible)[0]
     scores = np.full(guesses.shape, -np.inf, np.float32)
-    scores[possible] = _inner_products(queries, numbers, block, rows[possible])
+    scores[possible] = inner_products(queries, numbers, block, rows[possible])
     changed = np.flatnonzero(possible.any(axis=1))
     positions = np.where(possible, rows + start, -1)
     _insert(best, changed, Found(scores[changed], positions[changed]))
     every = np.arange(n_rows)
     for number in np.flatnonzero(too_narrow):
-        scores = _inner_products(queries, np.full(n_rows, number), block, every)
+        scores = inner_products(queries, np.full(n_rows, number), block, every)
         _insert(best, np.array([number]), Found(scores[None], every[None] + start))
 
 
@@ -195,7 +195,7 @@ def _insert(best: Found, numbers: np.ndarray, found: Found) -> None:
     best.scores[numbers], best.positions[numbers] = merge([before, found], best.scores.shape[1])
 
 
-def _inner_products(
+def inner_products(
     queries: np.ndarray, numbers: np.ndarray, block: np.ndarray, rows: np.ndarray
 ) -> np.ndarray:
     """The inner product of each query with a row: those of `numbers` and `rows`, [m] each."""

@@ -19,6 +19,7 @@ from src import distributed
 from src.bm25 import BM25
 from src.compressed import CompressedIndexer, expected_memory, recall
 from src.data import question_text
+from src.gpu_search import GpuIndexer
 from src.index import Indexer, merge
 from src.passages import Passages
 from src.pretrained import check_vocabulary, load_tokenizer
@@ -62,9 +63,9 @@ def search_words(index: BM25, questions: list[str], k: int) -> FoundPlaces:
 
 
 def open_embeddings(
-    patterns: str, passages: Passages, block_rows: int, allow_mismatch: bool
+    patterns: str, passages: Passages, block_rows: int, allow_mismatch: bool, device: torch.device
 ) -> Indexer:
-    """The embeddings of a collection, to be searched exactly.
+    """The embeddings of a collection, to be searched exactly, on a GPU if the device is one.
 
     Args: block_rows: how many of them are in memory at one time.
     Errors: `InputError` when there are none, or, without `allow_mismatch`, when shards do not
@@ -73,6 +74,8 @@ def open_embeddings(
     shards = open_shards(patterns, allow_mismatch)
     if not allow_mismatch:
         check_count(shards, passages.path, len(passages))
+    if device.type == "cuda":
+        return GpuIndexer(shards, block_rows, device)
     return Indexer(shards, block_rows)
 
 
