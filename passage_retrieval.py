@@ -81,8 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
     # Search
     if options.bm25:
         shown = distributed.is_main() and has_bars()
-        bm25 = search.open_bm25(passages, options.save_or_load_index, log, shown)
-        found = search.search_words(bm25, questions, options.n_docs)
+        words = search.WordSearch(passages, options.save_or_load_index, log, shown)
+        found = words.search(questions, options.n_docs)
     else:
         exact = search.open_embeddings(
             options.passages_embeddings,

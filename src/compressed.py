@@ -265,20 +265,18 @@ def _row_bytes(index: faiss.Index) -> int:
 
 
 def recall(
-    compressed: CompressedIndexer,
-    exact: Indexer,
+    search: Callable[[np.ndarray, int], Found],
+    search_exactly: Callable[[np.ndarray, int], Found],
     queries: np.ndarray,
     k: int,
     seed: int = 0,
-    on_rows: Callable[[int], None] | None = None,
 ) -> float:
-    """The share of the exact top k that a compressed index finds, over at most 100 of the queries.
+    """The share of the exact top k that a search finds, over at most 100 of the queries.
 
-    Args: on_rows: is told how many more rows were searched exactly.
-    Errors: as `Indexer.search`.
+    Args: search, search_exactly: as `CompressedIndexer.search` and `Indexer.search`.
     """
     draw = np.random.default_rng(seed).permutation(len(queries))[:100]
-    wanted = exact.search(queries[np.sort(draw)], k, on_rows=on_rows).positions
-    found = compressed.search(queries[np.sort(draw)], k).positions
+    wanted = search_exactly(queries[np.sort(draw)], k).positions
+    found = search(queries[np.sort(draw)], k).positions
     hits = sum(len(np.intersect1d(*rows)) for rows in zip(wanted, found, strict=True))
     return hits / wanted.size if wanted.size else 1.0

@@ -6,6 +6,7 @@ because the process group knows who is who.
 
 import datetime
 import os
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ from src.watch import Watch
 
 Value = TypeVar("Value")
 _watch: Watch | None = None  # of this process, while it is in a group
+_store: dist.Store | None = None  # where the processes of the group met
+_tasks = 0  # how many `in_main` has had
 
 
 def start(launch: Launch, timeout: float = 600.0) -> None:
@@ -32,7 +35,8 @@ def start(launch: Launch, timeout: float = 600.0) -> None:
     patience = datetime.timedelta(seconds=timeout)
     meeting = dist.rendezvous("env://", launch.rank, launch.world_size, timeout=patience)
     store, rank, world_size = next(meeting)
-    global _watch
+    global _watch, _store
+    _store = store
     _watch = Watch(store.clone(), rank, world_size, timeout)
     # Numbers that the CPU holds travel by gloo, tensors on a GPU by nccl.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -44,7 +48,8 @@ def start(launch: Launch, timeout: float = 600.0) -> None:
 
 def stop() -> None:
     """Leave the process group."""
-    global _watch
+    global _watch, _store
+    _store = None
     if _watch is not None:
         _watch.leave()
         _watch = None
@@ -111,6 +116,34 @@ def share(value: Value) -> list[Value]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def in_main(task: Callable[[], Value]) -> Value | None:
+    """Run a task in the main process alone, and give its value there, None elsewhere. The others
+    wait for it, however long it takes: a collective would give up after `start`'s timeout.
+
+    Errors: an `InputError` of the task, in every process.
+    """
+    if world_size() == 1:
+        return task()
+    global _tasks
+    _tasks += 1
+    key, error, value = f"in_main/{_tasks}", None, None
+    if is_main():
+        try:
+            value = task()
+        except InputError as found:
+            error = found
+        _store.set(key, "" if error is None else str(error))
+    else:
+        while not _store.check([key]):  # (should the main process die, the watch ends this one)
+            time.sleep(0.05)
+        message = _store.get(key).decode()
+        error = InputError(message) if message else None
+    barrier()  # the main process may be where the others read
+    if error is not None:
+        raise error
+    return value
 
 
 def together(task: Callable[[], Value]) -> Value:

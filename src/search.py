@@ -2,7 +2,7 @@
 conversation share.
 
 With a retriever: `open_embeddings`, `load_checked_retriever`, `question_embedder`, and a
-`VectorSearch` over what these give. By words: `open_bm25`, `search_words`.
+`VectorSearch` over what these give. By words: a `WordSearch`.
 """
 
 import json
@@ -20,11 +20,13 @@ from src.bm25 import BM25
 from src.compressed import CompressedIndexer, expected_memory, recall
 from src.data import question_text
 from src.gpu_search import GpuIndexer
-from src.index import Indexer, merge
+from src.index import Found, Indexer, merge
 from src.passages import Passages
 from src.pretrained import check_vocabulary, load_tokenizer
 from src.retriever import Retriever, TextEmbedder, fingerprint, load_retriever
 from src.shards import check_count, open_shards, require_same
+
+_QUESTIONS_AT_ONCE = 1024  # of a compressed search
 
 
 class FoundPlaces(NamedTuple):
@@ -39,23 +41,28 @@ class FoundPlaces(NamedTuple):
 # By words
 
 
-def open_bm25(
-    passages: Passages, keep: bool, log: logging.Logger, show_progress: bool = False
-) -> BM25:
-    """The BM25 index of a collection.
+class WordSearch:
+    """Search for the passages that share the most telling words with a question (BM25). Of several
+    processes, the main one has the index and searches.
 
     Args:
-        keep: it is kept beside the collection, and loaded when it is there.
+        keep: the index is kept beside the collection, and loaded when it is there.
         show_progress: in building and in search.
     """
-    folder = Path(f"{passages.path}.bm25") if keep else None
-    return BM25.load_or_build(passages, folder, log, show_progress)
 
+    def __init__(
+        self, passages: Passages, keep: bool, log: logging.Logger, show_progress: bool = False
+    ):
+        folder = Path(f"{passages.path}.bm25") if keep else None
+        self._index = distributed.in_main(
+            lambda: BM25.load_or_build(passages, folder, log, show_progress)
+        )
 
-def search_words(index: BM25, questions: list[str], k: int) -> FoundPlaces:
-    """The k passages that share the most telling words with each question."""
-    found = index.search(questions, k)
-    return FoundPlaces(found.positions.tolist(), found.scores)
+    def search(self, questions: list[str], k: int) -> FoundPlaces:
+        """The k best passages of each question, the same in every process."""
+        found = distributed.in_main(lambda: self._index.search(questions, k))
+        found = distributed.share(found)[0]
+        return FoundPlaces(found.positions.tolist(), found.scores)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -143,6 +150,7 @@ class VectorSearch:
     def __init__(self, exact: Indexer, passages: Passages):
         self._exact, self._passages = exact, passages
         self._index: CompressedIndexer | None = None
+        self._compressed = self._in_every_process = False
 
     def open_index(
         self,
@@ -152,7 +160,8 @@ class VectorSearch:
         log: logging.Logger,
         on_rows: Callable[[int], None] | None = None,
     ) -> None:
-        """Use a compressed index from now on.
+        """Use a compressed index from now on. It is built once: by the main process, whose kept
+        index the others open, so that they can share in searching.
 
         Args:
             factory: FAISS's name for its kind.
@@ -160,14 +169,25 @@ class VectorSearch:
             on_rows: is told how many more rows went into an index that is built.
         """
         folder = Path(self._exact.shards[0].path).parent / f"index_{factory.replace(',', '_')}"
-        if keep and folder.exists():
-            self._index = CompressedIndexer.load(folder, self._exact, factory, allow_mismatch)
-            log.info("loaded %s", folder)
-            return
-        self._index = CompressedIndexer.build(self._exact, factory, on_rows=on_rows)
-        if keep and distributed.is_main():
-            self._index.save(folder)
-            log.info("saved %s", folder)
+
+        def load() -> CompressedIndexer:
+            return CompressedIndexer.load(folder, self._exact, factory, allow_mismatch)
+
+        def load_or_build() -> CompressedIndexer:
+            if keep and folder.exists():
+                index = load()
+                log.info("loaded %s", folder)
+                return index
+            index = CompressedIndexer.build(self._exact, factory, on_rows=on_rows)
+            if keep:
+                index.save(folder)
+                log.info("saved %s", folder)
+            return index
+
+        self._index = distributed.in_main(load_or_build)
+        if keep and self._index is None:
+            self._index = load()
+        self._compressed, self._in_every_process = True, keep
 
     def search(
         self, queries: np.ndarray, k: int, on_rows: Callable[[int], None] | None = None
@@ -176,23 +196,45 @@ class VectorSearch:
 
         Args: on_rows: is told how many more rows this process has searched exactly.
         """
-        if self._index is not None:
-            found = self._index.search(queries, k)
-            ids = self._index.ids(found.positions)
+        if self._compressed:
+            found = self._search_index(queries, k)
         else:
-            part = distributed.rank(), distributed.world_size()
-            found = self._exact.search(queries, k, part, on_rows)
-            found = merge(distributed.share(found), found.scores.shape[1])
-            ids = self._exact.ids(found.positions)
-        return FoundPlaces([self._passages.find(row) for row in ids], found.scores)
+            found = self._search_exactly(queries, k, on_rows)
+        places = [self._passages.find(row) for row in self._exact.ids(found.positions)]
+        return FoundPlaces(places, found.scores)
 
     def recall(
         self, queries: np.ndarray, k: int, on_rows: Callable[[int], None] | None = None
     ) -> float:
-        """The share of the exact top k that the index in use finds, on a sample of the queries.
+        """The share of the exact top k that the index finds, on a sample of the queries.
 
         Args: on_rows: as in `search`.
         """
-        if self._index is None:
-            return 1.0
-        return recall(self._index, self._exact, queries, k, on_rows=on_rows)
+
+        def search_exactly(some: np.ndarray, k: int) -> Found:
+            return self._search_exactly(some, k, on_rows)
+
+        return recall(self._search_index, search_exactly, queries, k)
+
+    def _search_exactly(
+        self, queries: np.ndarray, k: int, on_rows: Callable[[int], None] | None = None
+    ) -> Found:
+        part = distributed.rank(), distributed.world_size()
+        found = self._exact.search(queries, k, part, on_rows)
+        return merge(distributed.share(found), found.scores.shape[1])
+
+    def _search_index(self, queries: np.ndarray, k: int) -> Found:
+        # FAISS's rounding depends on how many questions it is asked at once: so these are groups
+        # that do not depend on the number of processes.
+        groups = range(0, max(1, len(queries)), _QUESTIONS_AT_ONCE)
+
+        def search(starts: range) -> list[Found]:
+            return [self._index.search(queries[s : s + _QUESTIONS_AT_ONCE], k) for s in starts]
+
+        if self._in_every_process:
+            rank, world_size = distributed.rank(), distributed.world_size()
+            shares = distributed.share(search(groups[rank::world_size]))
+            parts = [shares[i % world_size][i // world_size] for i in range(len(groups))]
+        else:
+            parts = distributed.share(distributed.in_main(lambda: search(groups)))[0]
+        return Found(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))

@@ -107,16 +107,17 @@ def test_building_again_gives_the_same(exact, tmp_path):
 )  # fmt: skip
 def test_recall_against_exact_search(factory, least, exact, build):
     built = build(factory)
-    share = recall(built, exact, QUERIES, 10)
+    share = recall(built.search, exact.search, QUERIES, 10)
     assert least <= share <= 1
     few = QUERIES[:40]  # fewer than the sample: so this is the share by its definition
     pairs = zip(exact.search(few, 10).positions, built.search(few, 10).positions, strict=True)
     counted = np.mean([len(set(wanted) & set(found)) / 10 for wanted, found in pairs])
-    assert recall(built, exact, few, 10) == pytest.approx(counted)
+    assert recall(built.search, exact.search, few, 10) == pytest.approx(counted)
 
 
 def test_recall_of_nothing(exact):
-    assert recall(CompressedIndexer.build(exact, "SQ8"), exact, QUERIES[:0], 10) == 1
+    built = CompressedIndexer.build(exact, "SQ8")
+    assert recall(built.search, exact.search, QUERIES[:0], 10) == 1
 
 
 @pytest.mark.parametrize("factory", FACTORIES)

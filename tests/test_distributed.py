@@ -156,6 +156,17 @@ def test_collectives(tmp_path):
                 assert str(error) == "bad file"
             else:
                 raise SystemExit("no error reached this process")
+            assert distributed.in_main(lambda: rank) == (0 if rank == 0 else None)
+
+            def task():
+                raise InputError(f"process {{rank}}'s file")
+
+            try:
+                distributed.in_main(task)
+            except InputError as error:
+                assert str(error) == "process 0's file"
+            else:
+                raise SystemExit("no error reached this process")
             distributed.barrier()
             distributed.stop()
             # (Not printed: lines of several processes can run into one another.)

@@ -9,6 +9,7 @@ import pytest
 
 import generate_passage_embeddings
 import passage_retrieval
+from src import search as search_room
 from src.passages import Passages
 from src.shards import open_shards
 from tests.conftest import run_well
@@ -153,6 +154,55 @@ def test_compressed_search(reference, passages, tmp_path, capsys):
         kept = np.mean([len(a & b) / N_DOCS for a, b in zip(*ids, strict=True)])
         assert f"finds {100 * kept:.1f} %" in said  # the log's recall is the real one
         assert kept == 1.0 or options[0] != "--index_factory"
+
+
+@pytest.mark.parametrize(
+    ("factory", "keep", "runs"),
+    [("HNSW8", ["--save_or_load_index"], (1, 3, 3)), ("PQ8x4", [], (1, 2))],  # built, then loaded
+)
+def test_compressed_search_by_several_processes(factory, keep, runs, reference, passages, tmp_path):
+    """One builds the index; the files, and the recall that is printed, are those of one process."""
+    embed(reference, passages, tmp_path / "x")
+    results = []
+    for processes in runs:
+        folder = tmp_path / str(processes)
+        folder.mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "x_00", folder)
+        printed = run_well(
+            "passage_retrieval.py", *model(reference), "--passages", passages,
+            "--passages_embeddings", folder / "x_*", "--data", reference / "questions.json",
+            "--output_path", folder / "out.json", "--n-docs", N_DOCS,
+            "--index_factory", factory, *keep, processes=processes,
+        )  # fmt: skip
+        said = [line for line in printed.splitlines() if f"{factory} finds" in line]
+        assert len(said) == 1
+        results.append((said[0].split(" ", 2)[2], (folder / "out.json").read_bytes()))
+        assert (folder / f"index_{factory}").exists() == bool(keep)
+    assert len(set(results)) == 1
+
+
+def test_words_are_searched_by_two_processes_as_by_one(reference, passages, tmp_path):
+    """And one writes the index: they would get into each other's way."""
+    for processes in (1, 2):
+        run_well(
+            "passage_retrieval.py", "--bm25", "--passages", passages, "--save_or_load_index",
+            "--data", reference / "questions.json", "--output_path", tmp_path / f"{processes}.json",
+            "--n-docs", N_DOCS, processes=processes,
+        )  # fmt: skip
+        shutil.rmtree(tmp_path / "passages.tsv.bm25")
+    assert (tmp_path / "1.json").read_bytes() == (tmp_path / "2.json").read_bytes()
+
+
+def test_questions_are_shared_out_by_groups(reference, passages, tmp_path, monkeypatch):
+    """However many questions are asked at once, each gets its own passages, in the data's order."""
+    embed(reference, passages, tmp_path / "x")
+    arguments = [reference, passages, tmp_path / "x_*", tmp_path / "out.json"]
+    found = []
+    for at_once in (1024, 7):
+        monkeypatch.setattr(search_room, "_QUESTIONS_AT_ONCE", at_once)
+        found.append(retrieve(*arguments, "--index_factory", "SQ8"))
+    for one, other in zip(*found, strict=True):
+        assert [c["id"] for c in one["ctxs"]] == [c["id"] for c in other["ctxs"]]
 
 
 def test_bm25(reference, passages, tmp_path, capsys):
