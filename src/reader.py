@@ -13,12 +13,11 @@ question's passages (as many as the longest of the batch has), T tokens of an an
 H heads, K size of a head.
 """
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +32,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from src.decoding import Encoded, GreedyDecoder
 from src.device import autocast
 from src.errors import InputError
 from src.pretrained import (
@@ -75,16 +75,6 @@ class CrossAttentionPositions(nn.Module):
         large = half + ratio.long()
         bucket = torch.where(distance < half, distance, large.clamp(max=self.n_buckets - 1))
         return self.table(bucket).permute(0, 3, 1, 2)
-
-
-class Encoded(NamedTuple):
-    """A batch's passages for the decoder: hidden states [B, S, D] of real tokens, `mask` [B, S]
-    (false where a question has fewer tokens than another), and `places` [B, S], where each token
-    stands in the padded layout [N * L]."""
-
-    hidden: torch.Tensor
-    mask: torch.Tensor
-    places: torch.Tensor
 
 
 def length_groups(lengths: list[int], slack: float, min_tokens: int) -> list[tuple[int, int]]:
@@ -188,17 +178,67 @@ class FiDT5(nn.Module):
         )
         return output.loss, output.logits
 
-    @torch.no_grad()
+    def decoder(self) -> GreedyDecoder:
+        """The decoder laid out for generation with the weights as they are now, to be handed to
+        `generate` batch by batch. Inside autocast, in its number format."""
+        weight = self.t5.shared.weight
+        device = weight.device.type
+        autocasts = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocasts else weight.dtype
+        return GreedyDecoder(self.t5, self.positions, dtype)
+
     def generate(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         max_length: int = 50,
         num_beams: int = 1,
+        decoder: GreedyDecoder | None = None,
     ) -> torch.Tensor:
         """Passages [B, N, L] -> answers' token ids [B, at most `max_length`], the start token
-        included, greedily or by beam search."""
+        included, greedily or by beam search.
+
+        Args: decoder: what `decoder()` gave; None lays one out for this batch alone.
+        """
+        tokens, _ = self._generate(input_ids, attention_mask, max_length, num_beams, decoder, False)
+        return tokens
+
+    def generate_with_scores(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        max_length: int = 50,
+        num_beams: int = 1,
+        decoder: GreedyDecoder | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `generate` gives, and the passages' scores [B, N] (see `passage_scores`)."""
+        return self._generate(input_ids, attention_mask, max_length, num_beams, decoder, True)
+
+    @torch.no_grad()
+    def _generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        max_length: int,
+        num_beams: int,
+        decoder: GreedyDecoder | None,
+        with_scores: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         encoded = self.encode(input_ids, attention_mask)
+        if num_beams > 1:
+            tokens = self._generate_by_transformers(encoded, max_length, num_beams)
+            max_length = 2  # greedily, the first token alone: its queries give the scores
+        if num_beams == 1 or with_scores:
+            greedy, queries = (decoder or self.decoder()).greedy(encoded, max_length)
+            tokens = greedy if num_beams == 1 else tokens
+        if not with_scores:
+            return tokens, None
+        return tokens, passage_scores(self, encoded, attention_mask, queries)
+
+    def _generate_by_transformers(
+        self, encoded: Encoded, max_length: int, num_beams: int
+    ) -> torch.Tensor:
+        """The answers' token ids, by beam search (or greedily, with one beam)."""
         # Settings of our own: those saved with a model may hold another task's lengths.
         settings = GenerationConfig(
             max_length=max_length,
@@ -218,16 +258,6 @@ class FiDT5(nn.Module):
             past_key_values=cache,
         )
 
-    @contextlib.contextmanager
-    def capture_scores(self, attention_mask: torch.Tensor) -> Iterator["PassageScores"]:
-        """Within this block, the next `forward` or `generate` over passages with this mask
-        [B, N, L] leaves their scores in the object that is given; the model is left as it was."""
-        scores = PassageScores(self, attention_mask)
-        try:
-            yield scores
-        finally:
-            scores.remove_hooks()
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and weights under plain T5 keys, so that T5 itself opens them too."""
         weights = self.t5.state_dict()
@@ -237,74 +267,41 @@ class FiDT5(nn.Module):
         self.t5.save_pretrained(folder, state_dict=weights)
 
 
-class PassageScores:
+@torch.no_grad()
+def passage_scores(
+    reader: FiDT5, encoded: Encoded, attention_mask: torch.Tensor, queries: list[torch.Tensor]
+) -> torch.Tensor:
     """How much the decoder looks at each passage when it writes the first token of the answer.
 
     The score of a passage is the pre-softmax cross-attention score, averaged over all decoder
     layers, heads and the passage's real tokens (Izacard and Grave, 2021, section 3.2). A mean of
     dot products with keys is the dot product with the mean key, and a mean of keys is the key of
     the mean hidden state: so the [B, H, N*L] scores are never built, and it costs next to nothing.
+
+    Args:
+        encoded: what `encode` made of passages with this mask [B, N, L].
+        queries: each decoder layer's cross-attention query for the first token, [B, H * K].
+    Returns: [B, N], in float32; -inf where a question has no such passage.
     """
+    B, N, L = attention_mask.shape
+    count = attention_mask.sum(dim=2)  # [B, N]
+    passage = torch.arange(B, device=count.device)[:, None] * N + encoded.places // L  # of a token
+    total = torch.zeros(B * N, encoded.hidden.shape[2], device=count.device)
+    total.index_add_(0, passage[encoded.mask], encoded.hidden[encoded.mask].float())
+    mean_hidden = total.view(B, N, -1) / count[:, :, None]
 
-    def __init__(self, reader: FiDT5, attention_mask: torch.Tensor):
-        self._reader = reader
-        self._mask = attention_mask  # [B, N, L]
-        self._mean_hidden: torch.Tensor | None = None  # [B, N, D]
-        self._key_layers = [block.layer[1].EncDecAttention for block in reader.t5.decoder.block]
-        self._queries: dict[int, torch.Tensor] = {}  # layer -> first token's query [B, H*K]
-        decoder = reader.t5.decoder
-        self._hooks = [decoder.register_forward_pre_hook(self._see_hidden, with_kwargs=True)]
-        for number, layer in enumerate(self._key_layers):
-            self._hooks.append(layer.q.register_forward_hook(self._see_query(number)))
-
-    def _see_hidden(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._mean_hidden is None:
-            B, N, L = self._mask.shape
-            hidden = kwargs["encoder_hidden_states"]
-            hidden = hidden[:: hidden.shape[0] // B].detach()  # with beams, each stands repeated
-            passage = self._reader._places // L  # of each token
-            real = (
-                torch.arange(hidden.shape[1], device=hidden.device) < self._count().sum(1)[:, None]
-            )
-            total = hidden.new_zeros(B, N, hidden.shape[2], dtype=torch.float32)
-            rows = (torch.arange(B, device=hidden.device)[:, None] * N + passage)[real]
-            total.view(B * N, -1).index_add_(0, rows, hidden[real].float())
-            self._mean_hidden = total / self._count()[:, :, None]
-
-    def _count(self) -> torch.Tensor:
-        return self._mask.sum(dim=2)  # [B, N]
-
-    def _see_query(self, number: int):
-        def hook(module: nn.Module, args: tuple, query: torch.Tensor) -> None:
-            if number not in self._queries:
-                self._queries[number] = query.detach()[:: query.shape[0] // len(self._mask), 0]
-
-        return hook
-
-    def remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def value(self) -> torch.Tensor:
-        """The scores [B, N], in float32; -inf where a question has no such passage."""
-        if self._mean_hidden is None:
-            raise RuntimeError("no forward or generate has run inside capture_scores()")
-        with torch.no_grad():
-            total = torch.zeros(self._mask.shape[:2], device=self._mask.device)
-            for number, layer in enumerate(self._key_layers):
-                mean_key = layer.k(self._mean_hidden)  # [B, N, H*K]
-                total += torch.einsum("bk,bnk->bn", self._queries[number].float(), mean_key.float())
-            scores = total / (len(self._key_layers) * self._reader.config.num_heads)
-            if self._reader.positions is not None:
-                scores = scores + self._mean_position_bias()
-        return scores.masked_fill(~self._mask.any(dim=2), -torch.inf)
-
-    def _mean_position_bias(self) -> torch.Tensor:
-        _, N, L = self._mask.shape
-        first = torch.zeros(1, dtype=torch.long, device=self._mask.device)
-        keys = torch.arange(N * L, device=self._mask.device)[None]
-        bias = self._reader.positions(first, keys).float().mean(dim=(0, 1, 2)).view(1, N, L)
-        return (bias * self._mask).sum(dim=2) / self._mask.sum(dim=2)
+    layers = [block.layer[1].EncDecAttention for block in reader.t5.decoder.block]
+    scores = torch.zeros(B, N, device=count.device)
+    for query, layer in zip(queries, layers, strict=True):
+        mean_key = layer.k(mean_hidden)  # [B, N, H*K]
+        scores += torch.einsum("bk,bnk->bn", query.float(), mean_key.float())
+    scores = scores / (len(layers) * reader.config.num_heads)
+    if reader.positions is not None:
+        first = torch.zeros(1, dtype=torch.long, device=count.device)
+        keys = torch.arange(N * L, device=count.device)[None]
+        bias = reader.positions(first, keys).float().mean(dim=(0, 1, 2)).view(1, N, L)
+        scores = scores + (bias * attention_mask).sum(dim=2) / count
+    return scores.masked_fill(count == 0, -torch.inf)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -341,18 +338,23 @@ def answer_questions(
     was_training = reader.training
     reader.eval()
     try:
+        with autocast(device, precision):
+            decoder = reader.decoder()
         for batch in loader:
             ids = batch["input_ids"].to(device, non_blocking=True)
             mask = batch["attention_mask"].to(device, non_blocking=True)
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(autocast(device, precision))
-                capture = stack.enter_context(reader.capture_scores(mask)) if with_scores else None
-                tokens = reader.generate(ids, mask, max_length, num_beams)
-                scores = capture.value().tolist() if capture else [None] * len(tokens)
+            with autocast(device, precision):
+                if with_scores:
+                    tokens, scores = reader.generate_with_scores(
+                        ids, mask, max_length, num_beams, decoder
+                    )
+                else:
+                    tokens = reader.generate(ids, mask, max_length, num_beams, decoder)
+            rows = scores.tolist() if with_scores else [None] * len(tokens)
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
             yield [
                 Answer(index, text.strip(), row)
-                for index, text, row in zip(batch["index"], texts, scores, strict=True)
+                for index, text, row in zip(batch["index"], texts, rows, strict=True)
             ]
     finally:
         reader.train(was_training)

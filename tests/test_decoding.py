@@ -1,0 +1,94 @@
+"""Our greedy decoding against Transformers' own `generate`, over the same encoded passages."""
+
+import pytest
+import torch
+
+from src.decoding import Encoded, GreedyDecoder
+from src.reader import FiDT5, load_reader, new_reader
+from tests.make_models import make_t5_config
+
+SHAPES = {
+    "t5": {},
+    "more layers below": {"num_layers": 3, "num_decoder_layers": 1},
+    "more layers above": {"num_layers": 1, "num_decoder_layers": 3},
+    "wide heads": {"d_kv": 24, "num_heads": 2},
+    "t5 v1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+}
+
+
+def by_transformers(reader: FiDT5, encoded: Encoded, max_length: int) -> torch.Tensor:
+    reader._places = encoded.places
+    with torch.no_grad():
+        return reader._generate_by_transformers(encoded, max_length, num_beams=1)
+
+
+def some_passages(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Six questions with up to 3 passages of up to 20 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 21, (6, 3, 1), generator=generator)
+    lengths[:, 1:] *= torch.randint(0, 2, (6, 2, 1), generator=generator)  # some are missing
+    mask = torch.arange(20) < lengths
+    return torch.randint(3, 800, (6, 3, 20), generator=generator) * mask, mask
+
+
+@pytest.mark.parametrize("table", [False, True], ids=["no table", "legacy table"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_tokens_are_those_of_transformers(shape, table, tmp_path):
+    """With answers of all lengths: the end token is made about as likely as the others."""
+    make_t5_config(tmp_path / "config.json", initializer_factor=3.0, **SHAPES[shape])
+    torch.manual_seed(7)
+    made = new_reader(str(tmp_path / "config.json"))
+    width = made.config.num_heads
+    reader = FiDT5(made.t5, torch.randn(32, width) if table else None).eval()
+    answers = set()
+    for seed in range(8):
+        encoded = reader.encode(*some_passages(seed))
+        with torch.no_grad():
+            expected = by_transformers(reader, encoded, 14)
+            # The end token's row becomes that of one of the tokens that come up on the way.
+            for weight in (reader.t5.lm_head.weight, reader.t5.shared.weight):
+                weight[1] = weight[expected[seed % 6, 1 + seed % 9]]
+        expected = by_transformers(reader, encoded, 14)
+        tokens, _ = reader.decoder().greedy(encoded, 14)
+        assert torch.equal(tokens, expected)
+        answers |= {tuple(row) for row in tokens.tolist()}
+    ends = [row.index(1) if 1 in row else len(row) for row in answers]
+    assert len(set(ends)) > 3, "the answers must end at different places for this test to tell"
+
+
+def test_unfinished_answers_go_on_alone(reference, monkeypatch):
+    """When half of the answers have ended, steps compute the others only, and come out the same."""
+    reader = load_reader(str(reference / "legacy_reader/checkpoint/step-20")).eval()
+    encoded = reader.encode(*some_passages(1))
+    decoder, step = reader.decoder(), GreedyDecoder._step
+    ends = [3, 1, 5, 1, 3, 4]  # the place of each question's end token
+    seen: dict[int, list[int]] = {}  # place -> the questions of a step, known by their cached keys
+    whole = decoder._remember(decoder._layers[0], encoded.hidden, 20).passage_keys
+
+    def ending(self, tokens, place, memories, *rest):
+        logits, queries = step(self, tokens, place, memories, *rest)
+        keys = memories[0].passage_keys
+        seen[place] = [next(b for b in range(6) if torch.equal(whole[b], one)) for one in keys]
+        for row, question in enumerate(seen[place]):
+            logits[row, 1] = torch.inf if place + 1 == ends[question] else -torch.inf
+        return logits, queries
+
+    monkeypatch.setattr(GreedyDecoder, "_step", ending)
+    tokens, queries = decoder.greedy(encoded, 20)
+    everyone = [0, 1, 2, 3, 4, 5]
+    # Two of six ended at place 1: not yet half. Four at place 3; one of the two left at 4.
+    assert seen == {0: everyone, 1: everyone, 2: everyone, 3: [2, 5], 4: [2]}
+    assert [row.index(1) for row in tokens.tolist()] == ends
+    assert all(set(row[end + 1 :]) <= {0} for row, end in zip(tokens.tolist(), ends, strict=True))
+    assert tokens.shape[1] == 6
+    assert [len(query) for query in queries] == [6] * len(decoder._layers)
+
+    def never_ending(self, *arguments):
+        logits, queries = step(self, *arguments)
+        logits[:, 1] = -torch.inf
+        return logits, queries
+
+    monkeypatch.setattr(GreedyDecoder, "_step", never_ending)
+    endless, _ = decoder.greedy(encoded, 6)
+    for question, end in enumerate(ends):
+        assert torch.equal(tokens[question, :end], endless[question, :end])
