@@ -1,8 +1,10 @@
-"""The scripts of examples/ that a researcher edits, run whole on small files and tiny models."""
+"""The scripts of examples/ that a researcher edits, run whole on small files and tiny models; and
+what quickstart.sh is about to run, since it takes minutes itself."""
 
 import json
 import os
 import re
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import BertConfig, BertModel
 
-from src.options import train_reader_parser
+from src import options
 from src.pretrained import load_tokenizer
 from src.reader import load_reader
 from tests.conftest import REFERENCE, ROOT
@@ -178,7 +180,7 @@ def test_the_large_reader(environment, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "large/checkpoint/best_dev/model.safetensors").exists()
     original = vars(
-        train_reader_parser().parse_args(
+        options.train_reader_parser().parse_args(
             LARGE_READER.split("train_reader.py")[1].replace("\\", "").split()
         )
     )
@@ -193,3 +195,44 @@ def test_the_large_reader(environment, tmp_path):
     assert "--model_size large" in text
     nodes, tasks = re.search(r"--nodes=(\d+) .*--ntasks-per-node=(\d+)", text).groups()
     assert int(nodes) * int(tasks) == 64
+
+
+PARSERS = {
+    "train_reader.py": options.train_reader_parser,
+    "test_reader.py": options.test_reader_parser,
+    "train_retriever.py": options.train_retriever_parser,
+    "generate_passage_embeddings.py": options.passage_embeddings_parser,
+    "passage_retrieval.py": options.passage_retrieval_parser,
+    "src.report": options.report_parser,
+}
+
+
+def test_the_quickstarts_commands(tmp_path):
+    """All of them have options that exist, the one that it prints for the user included."""
+    out, log = tmp_path / "out", tmp_path / "commands"
+    out.mkdir()
+    (out / "bm25_train.jsonl").write_text("{}\n")  # what awk takes a part of
+    done = subprocess.run(
+        ["bash", ROOT / "quickstart.sh", "-o", out],
+        env={**commands_only(tmp_path, log), "VIRTUAL_ENV": "active"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    talk = done.stdout.splitlines()[-1]
+    assert talk.startswith("python test_reader.py --interactive ")
+    commands = [line.removeprefix("-m ").split() for line in log.read_text().splitlines()]
+    commands.append(shlex.split(talk)[1:])
+    parsed = [
+        (command[0], vars(PARSERS[command[0]]().parse_args(command[1:])))
+        for command in commands
+        if command[0] in PARSERS
+    ]
+    assert len(parsed) == len(commands) - 3  # besides: pip, the corpus, the table
+    # The report is of a run that has answers and scores, beside both ways to find passages.
+    script, report = parsed[-2]
+    assert script == "src.report"
+    (tested,) = [o for _, o in parsed[:-2] if f"{out}/runs/{o.get('name')}" == report["run"]]
+    assert tested["write_results"]
+    assert tested["write_crossattention_scores"]
+    assert report["retrieved"] == [f"{out}/bm25_test.jsonl", f"{out}/distilled_test.jsonl"]
+    assert tested["eval_data"] == report["retrieved"][1]
