@@ -87,9 +87,14 @@ answer() {
         python test_reader.py --model_path "$reader" --eval_data "$questions" \
         --n_context "$passages_read" --per_gpu_batch_size 32 --name "$name" "${reading[@]}" "$@"
 }
-for n in 1 8; do
-    answer "test_bm25_$n" "$out/bm25_test.jsonl" "$n" final_output.txt --write_results
-done
+# answer_test HOW: the test questions with the passages found by HOW, one of them read and eight.
+# (The scores of the eight are for the report.)
+answer_test() {
+    answer "test_$1_1" "$out/$1_test.jsonl" 1 final_output.txt --write_results
+    answer "test_$1_8" "$out/$1_test.jsonl" 8 dataset_wscores.json --write_results \
+        --write_crossattention_scores
+}
+answer_test bm25
 
 # A fifth of the train questions is enough to distil from. (Each subject has four questions, in the
 # same order: every fifth one takes them all in turn.)
@@ -116,11 +121,16 @@ step "Embed the passages" "$out/embeddings/wiki_00" \
 step "Find passages for the test questions by the retriever" "$out/distilled_test.jsonl" \
     "${finding[@]}" --model_path "$retriever" --passages_embeddings "$out/embeddings/wiki_*" \
     --data "$data/test.json" --n-docs 20 --output_path "$out/distilled_test.jsonl"
-for n in 1 8; do
-    answer "test_distilled_$n" "$out/distilled_test.jsonl" "$n" final_output.txt --write_results
-done
+answer_test distilled
 
 echo
 python -m examples.quickstart_table "$out"
 echo
-echo "Everything is in $out; read the README for what each step does on your own data."
+echo "To look into it in a browser: passages as the reader saw them, and what went wrong:"
+python -m src.report "$runs/test_distilled_8" --retrieved "$out/bm25_test.jsonl" "$out/distilled_test.jsonl"
+echo
+echo "Everything is in $out; the README says what each step does on your own data. To ask it yourself"
+echo "(in the words of $data/test.json):"
+echo "python test_reader.py --interactive --model_path $reader --n_context 8" \
+    "--text_maxlength 40 --generation_max_length 8 --retriever_path $retriever" \
+    "--passages $passages --passages_embeddings \"$out/embeddings/wiki_*\""

@@ -1,0 +1,238 @@
+"""The scripts of examples/ that a researcher edits, run whole on small files and tiny models; and
+what quickstart.sh is about to run, since it takes minutes itself."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import BertConfig, BertModel
+
+from src import options
+from src.pretrained import load_tokenizer
+from src.reader import load_reader
+from tests.conftest import REFERENCE, ROOT
+from tests.test_seed import LARGE_READER
+from tests.warm_python import warm_python
+
+# Stands in for srun: no cluster, one task.
+SRUN = """#!/usr/bin/env bash
+while [[ "$1" == --* ]]; do shift; done
+exec "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """Small data and tiny models, as the scripts' variables, and a quick `python`."""
+    at = tmp_path_factory.mktemp("small")
+    examples = json.loads((REFERENCE / "data.json").read_text())
+    (at / "train.json").write_text(json.dumps(examples[:6]))
+    (at / "dev.json").write_text(json.dumps(examples[6:9]))
+    (at / "test.json").write_text(json.dumps(examples[9:12]))
+    load_reader(str(REFERENCE / "t5")).save_pretrained(at / "t5")
+    load_tokenizer(str(REFERENCE / "t5"), "none").save_pretrained(at / "t5")
+    shape = BertConfig(
+        vocab_size=700, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32,
+    )  # fmt: skip
+    BertModel(shape).save_pretrained(at / "bert")
+    load_tokenizer(str(REFERENCE / "bert"), "none").save_pretrained(at / "bert")
+    (at / "passages.tsv").write_text((REFERENCE / "passages.tsv").read_text())
+    variables = {"TRAIN": "train.json", "DEV": "dev.json", "TEST": "test.json", "MODEL": "t5"}
+    variables |= {"PASSAGES": "passages.tsv", "READER": "t5", "RETRIEVER": "bert"}
+    variables = {name: str(at / file) for name, file in variables.items()}
+    with warm_python(at, {**os.environ, "OMP_NUM_THREADS": "1"}) as warm:
+        yield {**warm, **variables, "ACCUMULATE": "1"}
+
+
+def run_script(script: str, *arguments: str, **environment: str) -> str:
+    done = subprocess.run(
+        ["bash", ROOT / "examples" / script, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",  # paths are relative to the repository, wherever one stands
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def options_of(run: Path) -> dict:
+    return json.loads((run / "options.json").read_text())["options"]
+
+
+def weights(checkpoint: Path) -> bytes:
+    return (checkpoint / "model.safetensors").read_bytes()
+
+
+def test_few_passages_then_many(environment, tmp_path):
+    small = {"OUT": str(tmp_path), "FEW": "2", "MANY": "5", "FEW_STEPS": "3", "MANY_STEPS": "2"}
+    printed = run_script("read_25_then_100.sh", **environment, **small)
+    few, many = options_of(tmp_path / "read_2"), options_of(tmp_path / "read_5")
+    assert (few["n_context"], few["total_steps"]) == (2, 3)
+    assert (many["n_context"], many["total_steps"]) == (5, 2)
+    assert many["model_path"] == str(tmp_path / "read_2" / "checkpoint" / "best_dev")
+    # what the paper trains with
+    assert (few["lr"], few["optim"], few["scheduler"], few["dropout"]) == (
+        1e-4,
+        "adam",
+        "fixed",
+        0.1,
+    )
+    assert weights(tmp_path / "read_5" / "checkpoint" / "best_dev") != weights(
+        tmp_path / "read_2" / "checkpoint" / "best_dev"
+    )
+    assert "resuming" not in printed
+    before = weights(tmp_path / "read_5" / "checkpoint" / "latest")
+    again = run_script("read_25_then_100.sh", **environment, **small)
+    assert again.count("updates are done") == 2
+    assert weights(tmp_path / "read_5" / "checkpoint" / "latest") == before
+
+
+def test_the_papers_batch_of_64(tmp_path):
+    """By default, GPUS times ACCUMULATE is 64 questions an update."""
+    log = tmp_path / "commands"
+    environment = commands_only(tmp_path, log)
+    for gpus, accumulation in (("1", "64"), ("8", "8")):
+        run_script("read_25_then_100.sh", **environment, GPUS=gpus)
+        for line in log.read_text().splitlines():
+            assert f"--accumulation_steps {accumulation} " in line
+            assert ("--nproc_per_node=8" in line) == (gpus == "8")
+        log.unlink()
+
+
+def commands_only(folder: Path, log: Path) -> dict[str, str]:
+    """An environment in which `python` and `torchrun` write down what they are to run."""
+    (folder / "bin").mkdir()
+    for name in ("python", "torchrun"):
+        (folder / "bin" / name).write_text(f'#!/usr/bin/env bash\necho "$@" >> {log}\n')
+        (folder / "bin" / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_rounds_of_distillation(environment, tmp_path):
+    out = tmp_path / "rounds"
+    small = {"OUT": str(out), "N": "3", "READER_STEPS": "2", "RETRIEVER_STEPS": "2", "ROUNDS": "1"}
+    printed = run_script("iterate_distillation.sh", **environment, **small)
+    for number in (0, 1):
+        found = out / f"round-{number}"
+        for part, count in (("train", 6), ("dev", 3), ("test", 3)):
+            rows = map(json.loads, (found / f"{part}.jsonl").read_text().splitlines())
+            assert [len(row["ctxs"]) for row in rows] == [3] * count
+        assert len((found / "runs/test/final_output.txt").read_text().splitlines()) == 3
+    # Each step has read what the one before it has made.
+    zero, one = out / "round-0", out / "round-1"
+    best = "checkpoint/best_dev"
+    scores = options_of(one / "runs/scores_train")
+    assert scores["model_path"] == str(zero / "runs/reader" / best)
+    assert scores["eval_data"] == str(zero / "train.jsonl")
+    retriever = options_of(one / "runs/retriever")
+    assert retriever["train_data"] == str(one / "runs/scores_train/dataset_wscores.json")
+    assert retriever["scheduler_steps"] == 3
+    reader = options_of(one / "runs/reader")
+    assert reader["train_data"] == str(one / "train.jsonl")
+    assert reader["model_path"] == str(zero / "runs/reader" / best)
+    made_by = [json.loads((at / "test.jsonl.made_by.json").read_text()) for at in (zero, one)]
+    assert made_by[0]["model"] == "bm25"
+    assert made_by[1]["model"] == made_by[1]["embeddings"]["model"]
+    # The tables at the end are of both rounds.
+    assert re.search(r"round-0\S*test\.jsonl", printed)
+    assert re.search(r"round-1\S*final_output\.txt", printed)
+
+    # A second start finds all of it done; one more round begins where this one ended.
+    log = tmp_path / "commands"
+    recorded = commands_only(tmp_path, log)
+    variables = {name: value for name, value in environment.items() if name != "PATH"}
+    run_script("iterate_distillation.sh", **{**recorded, **variables, **small})
+    assert [line.split()[:2] for line in log.read_text().splitlines()] == [
+        ["-m", "src.evaluation"]
+    ] * 2
+    log.unlink()
+    run_script("iterate_distillation.sh", **{**recorded, **variables, **small, "ROUNDS": "2"})
+    lines = log.read_text().splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "test_reader.py", "test_reader.py", "train_retriever.py", "generate_passage_embeddings.py",
+        "passage_retrieval.py", "passage_retrieval.py", "passage_retrieval.py", "train_reader.py",
+        "test_reader.py", "-m", "-m",
+    ]  # fmt: skip
+    assert f"--model_path {one / 'runs/reader' / best} " in lines[0]
+    assert f"--model_path {one / 'runs/retriever' / best} " in lines[2]
+
+
+def test_the_large_reader(environment, tmp_path):
+    """It has the original's hyperparameters, and a job's own options win over the file's."""
+    (tmp_path / "srun").write_text(SRUN)
+    (tmp_path / "srun").chmod(0o755)
+    variables = {**environment, "PATH": f"{tmp_path}{os.pathsep}{environment['PATH']}"}
+    variables |= {"VIRTUAL_ENV": "active", "SLURM_CPUS_PER_TASK": "1"}
+    run = ["--train_data", variables["TRAIN"], "--eval_data", variables["DEV"]]
+    run += ["--model_path", variables["MODEL"], "--total_steps", "2", "--name", "large"]
+    done = subprocess.run(
+        ["bash", ROOT / "examples/slurm/large_readers.sbatch", *run, "--checkpoint_dir", tmp_path],
+        env=variables, cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "large/checkpoint/best_dev/model.safetensors").exists()
+    original = vars(
+        options.train_reader_parser().parse_args(
+            LARGE_READER.split("train_reader.py")[1].replace("\\", "").split()
+        )
+    )
+    ours = options_of(tmp_path / "large")
+    changed = {"train_data", "eval_data", "name", "checkpoint_dir", "model_path", "total_steps"}
+    changed |= {"model_size", "save_freq", "keep_checkpoints"}
+    for name, value in original.items():
+        if name not in changed:
+            assert ours[name] == value, name
+    text = (ROOT / "examples/slurm/large_readers.sbatch").read_text()
+    assert "--total_steps 15000" in text
+    assert "--model_size large" in text
+    nodes, tasks = re.search(r"--nodes=(\d+) .*--ntasks-per-node=(\d+)", text).groups()
+    assert int(nodes) * int(tasks) == 64
+
+
+PARSERS = {
+    "train_reader.py": options.train_reader_parser,
+    "test_reader.py": options.test_reader_parser,
+    "train_retriever.py": options.train_retriever_parser,
+    "generate_passage_embeddings.py": options.passage_embeddings_parser,
+    "passage_retrieval.py": options.passage_retrieval_parser,
+    "src.report": options.report_parser,
+}
+
+
+def test_the_quickstarts_commands(tmp_path):
+    """All of them have options that exist, the one that it prints for the user included."""
+    out, log = tmp_path / "out", tmp_path / "commands"
+    out.mkdir()
+    (out / "bm25_train.jsonl").write_text("{}\n")  # what awk takes a part of
+    done = subprocess.run(
+        ["bash", ROOT / "quickstart.sh", "-o", out],
+        env={**commands_only(tmp_path, log), "VIRTUAL_ENV": "active"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    talk = done.stdout.splitlines()[-1]
+    assert talk.startswith("python test_reader.py --interactive ")
+    commands = [line.removeprefix("-m ").split() for line in log.read_text().splitlines()]
+    commands.append(shlex.split(talk)[1:])
+    parsed = [
+        (command[0], vars(PARSERS[command[0]]().parse_args(command[1:])))
+        for command in commands
+        if command[0] in PARSERS
+    ]
+    assert len(parsed) == len(commands) - 3  # besides: pip, the corpus, the table
+    # The report is of a run that has answers and scores, beside both ways to find passages.
+    script, report = parsed[-2]
+    assert script == "src.report"
+    (tested,) = [o for _, o in parsed[:-2] if f"{out}/runs/{o.get('name')}" == report["run"]]
+    assert tested["write_results"]
+    assert tested["write_crossattention_scores"]
+    assert report["retrieved"] == [f"{out}/bm25_test.jsonl", f"{out}/distilled_test.jsonl"]
+    assert tested["eval_data"] == report["retrieved"][1]

@@ -1,0 +1,262 @@
+"""The pages can be run: each `bash` or `console` block of README.md, docs/ and examples/ as it is.
+
+Blocks run in order, in a fresh copy of the repository's tracked files, beside small files of the
+names that they use and a hub cache that holds tiny models of theirs: the quickstart's world, made
+smaller. A comment in a block that begins with one of the MARKS says what it needs that a test has
+not; such a block is skipped. A `console` block shows commands, each behind `$ `, and what they
+print: the same but for numbers and white space; `...` on a line of its own stands for lines that
+are left out.
+"""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from examples import make_quickstart
+from src import options
+from tests.conftest import ROOT
+from tests.warm_python import warm_python
+
+MARKS = ("needs a download", "needs several GPUs", "needs SLURM", "takes minutes")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "examples").rglob("*.md"))
+PARSERS = [make for name, make in vars(options).items() if name.endswith("_parser")]
+# Options of others' programs and of our shell scripts that the pages name.
+OTHERS_OPTIONS = {"--nproc_per_node", "--help", "--only", "--fresh", "--seed", "--signal"}
+OTHERS_OPTIONS |= {"--gpus-per-node", "--ntasks-per-node", "--nodes", "--array"}
+
+
+class Block(NamedTuple):
+    """A code block: its page and line, `bash` or `console`, and what stands in it."""
+
+    page: Path
+    line: int
+    kind: str
+    text: str
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text()
+    found = re.finditer(r"^```(bash|console)\n(.*?)^```$", text, re.S | re.M)
+    return [Block(page, text[: m.start()].count("\n") + 1, m[1], m[2]) for m in found]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+def name_of(block: Block) -> str:
+    return f"{block.page.relative_to(ROOT)}:{block.line}"
+
+
+def marks(block: Block) -> list[str]:
+    """What the block's comments say that it needs or takes, from the first such word on."""
+    return re.findall(r"# ((?:needs|takes) .*)", block.text)
+
+
+def mark(block: Block) -> str | None:
+    return next((known for known in MARKS for said in marks(block) if said.startswith(known)), None)
+
+
+class Step(NamedTuple):
+    """A command, and the lines that it is to print (None: whatever it prints)."""
+
+    command: str
+    printed: list[str] | None
+
+
+def steps(block: Block) -> list[Step]:
+    if block.kind == "bash":
+        return [Step(block.text, None)]
+    found: list[Step] = []
+    lines = iter(block.text.splitlines())
+    for line in lines:
+        if line.startswith("$ "):
+            command = [line[2:]]
+            while command[-1].endswith("\\"):
+                command.append(next(lines))
+            found.append(Step("\n".join(command), []))
+        else:
+            found[-1].printed.append(line)
+    return found
+
+
+def plain(line: str) -> str:
+    """A line without what differs from run to run: numbers, times, the spaces that line them up."""
+    line = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", line)
+    line = re.sub(r"(?<![\w.])-?\d[\d.,]*(e[-+]?\d+)?", "N", line)
+    return re.sub(r"\s+", " ", line).strip()
+
+
+def same_output(shown: list[str], printed: list[str]) -> bool:
+    """Whether the lines are the same but for what `plain` takes away and `...` leaves out."""
+    pattern = "".join(
+        r"(.*\n)*" if line == "..." else re.escape(plain(line) + "\n") for line in shown
+    )
+    return re.fullmatch(pattern, "".join(plain(line) + "\n" for line in printed)) is not None
+
+
+# ----------------------------------------------------------------------------------------------
+# The place where blocks run
+
+
+def put_into_hub(cache: Path, name: str) -> Path:
+    """A folder whose files Transformers takes for those of the hub's model of that name."""
+    model, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
+    for folder in ("refs", f"snapshots/{commit}"):
+        (model / folder).mkdir(parents=True, exist_ok=True)
+    (model / "refs" / "main").write_text(commit)
+    return model / "snapshots" / commit
+
+
+def make_world(folder: Path, cache: Path) -> None:
+    """The files and models that the pages name, small ones."""
+    world = folder / "world"
+    make_quickstart.main(["--subjects", "60", "--held_out", "1", "-o", str(world)])
+    pairs = json.loads((world / "train_pairs.json").read_text())
+    questions = json.loads((world / "test.json").read_text())
+    for name, rows in (
+        ("train_data", pairs[:8]), ("eval_data", pairs[8:11]), ("test_data", pairs[11:14]),
+        ("questions", questions),
+    ):  # fmt: skip
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    shutil.move(world / "passages.tsv", folder / "psgs_w100.tsv")
+    shutil.copytree(world / "reader_start", put_into_hub(cache, "t5-base"), dirs_exist_ok=True)
+    bert = put_into_hub(cache, "bert-base-uncased")
+    start = world / "retriever_start"
+    BertModel(BertConfig.from_pretrained(start, max_position_embeddings=512)).save_pretrained(bert)
+    BertTokenizerFast.from_pretrained(start).save_pretrained(bert)
+    shutil.rmtree(world)
+
+
+class Place:
+    """A copy of the repository; a page's blocks run in it, each once and after those before it."""
+
+    def __init__(self, page: Path, folder: Path):
+        self.blocks = [block for block in blocks_of(page) if mark(block) is None]
+        self.folder = folder
+        self.environment: dict[str, str] = {}
+        self.outcomes: list[str | None] = []
+
+    def outcome(self, block: Block) -> str | None:
+        """What is wrong with a block, or None."""
+        while len(self.outcomes) <= self.blocks.index(block):
+            self.outcomes.append(self._run(self.blocks[len(self.outcomes)]))
+        return self.outcomes[self.blocks.index(block)]
+
+    def _run(self, block: Block) -> str | None:
+        for step in steps(block):
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", step.command],
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                return f"{step.command}\nends with {done.returncode}:\n{done.stdout}"
+            printed = done.stdout.splitlines()
+            if step.printed is not None and not same_output(step.printed, printed):
+                shown = "\n".join(step.printed)
+                return f"{step.command}\nprints\n{done.stdout}\nand the page shows\n{shown}"
+        return None
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[str]:
+    """The repository's files."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("needs the repository's own git, to know which files belong to it")
+    return [name for name in listed.stdout.decode().split("\0") if name]
+
+
+@pytest.fixture(scope="module")
+def places(tracked, tmp_path_factory) -> Iterator[dict[Path, Place]]:
+    """A place for each page that has blocks to run."""
+    at = tmp_path_factory.mktemp("readme")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"HF_HUB_CACHE": str(at / "hub"), "CUDA_VISIBLE_DEVICES": ""}
+    found = {}
+    for number, page in enumerate(sorted({block.page for block in BLOCKS if not mark(block)})):
+        folder = at / str(number)
+        for name in tracked:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+        make_world(folder, at / "hub")
+        found[page] = Place(page, folder)
+    with warm_python(at, environment) as environment:
+        for place in found.values():
+            place.environment = environment
+        yield found
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=name_of)
+def test_block(block, request):
+    unknown = [said for said in marks(block) if not said.startswith(MARKS)]
+    assert not unknown, f"{unknown}: marks are {MARKS}"
+    if mark(block):
+        pytest.skip(mark(block))
+    wrong = request.getfixturevalue("places")[block.page].outcome(block)
+    assert wrong is None, wrong
+
+
+# ----------------------------------------------------------------------------------------------
+# How they are read
+
+
+def test_blocks_are_found_with_their_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "x\n```bash\n# takes minutes: and more\nbash a.sh\n```\n\n```text\nno\n```\n"
+        "```console\n$ a \\\n    b\nline\n$ c\n```\n"
+    )
+    one, two = blocks_of(page)
+    assert (one.line, one.kind, mark(one)) == (2, "bash", "takes minutes")
+    assert (two.line, two.kind, mark(two)) == (10, "console", None)
+    assert steps(one) == [Step("# takes minutes: and more\nbash a.sh\n", None)]
+    assert steps(two) == [Step("a \\\n    b", ["line"]), Step("c", [])]
+
+
+def test_what_counts_as_the_same_output():
+    line = "2026-11-24 04:02:34 step 500 of 1000 | loss 6.898 | lr 9.99e-05 | -2 GB |  3.1M"
+    other = "2025-01-02 00:00:00 step 5 of 1,000 | loss 7 | lr 0.1 | 12 GB | 60M"
+    assert plain(line) == plain(other) == "TIME step N of N | loss N | lr N | N GB | NM"
+    assert same_output(["a 1", "...", "b  2"], ["a 3", "x", "y", "b 4"])
+    assert same_output(["a 1", "..."], ["a 3"])
+    for shown in (["a 1"], ["a 1", "b 2", "c"], ["a 1", "c 2"], ["...", "a 1"], []):
+        assert not same_output(shown, ["a 3", "b 4"]), shown
+    assert not same_output(["saved run/step-5"], ["saved run/best_dev"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_options_files_and_links_of_the_pages_exist(page):
+    text = page.read_text()
+    known = {name for make in PARSERS for name in make()._option_string_actions}
+    named = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text))
+    assert named <= known | OTHERS_OPTIONS
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link
+    titles = re.findall("^#+ (.*)", text, re.M)
+    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    assert set(re.findall(r"\]\(#(.*?)\)", text)) <= anchors
+
+
+def test_the_tree_names_every_module():
+    tree = (ROOT / "README.md").read_text().split("## What is where")[1]
+    modules = [
+        f"src/{path.name}" for path in (ROOT / "src").glob("*.py") if path.stem != "__init__"
+    ]
+    shell = [path.name for path in itertools.chain(ROOT.glob("*.py"), ROOT.glob("*.sh"))]
+    assert [name for name in modules + shell if name not in tree] == []
