@@ -19,6 +19,7 @@ from src import distributed
 from src.bm25 import BM25
 from src.compressed import CompressedIndexer, expected_memory, recall
 from src.data import question_text
+from src.errors import InputError
 from src.gpu_search import GpuIndexer
 from src.index import Found, Indexer, merge
 from src.passages import Passages
@@ -35,6 +36,22 @@ class FoundPlaces(NamedTuple):
 
     places: list[list[int]]
     scores: np.ndarray
+
+
+def check_way(
+    bm25: bool, model: str, embeddings: str, factory: str, model_option: str = "--model_path"
+) -> None:
+    """Errors: `InputError` unless these values of options ("none": not given; `factory`: "") name
+    one way to search, and all that it needs."""
+    if bm25 == (model != "none"):
+        raise InputError(f"give either {model_option} and --passages_embeddings, or --bm25")
+    if not bm25 and embeddings == "none":
+        raise InputError('--passages_embeddings is missing, for example "wikipedia_embeddings/*"')
+    if bm25 and (embeddings != "none" or factory):
+        raise InputError(
+            "--bm25 searches by words alone: leave out --passages_embeddings, --index_factory and "
+            "--n-subquantizers"
+        )
 
 
 # ----------------------------------------------------------------------------------------------

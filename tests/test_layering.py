@@ -36,6 +36,7 @@ MAY_IMPORT = {
         "compressed",
         "data",
         "distributed",
+        "errors",
         "gpu_search",
         "index",
         "passages",
@@ -52,6 +53,16 @@ MAY_IMPORT = {
     "survey": {"errors", "evaluation", "examples"},
     "report": {"charts", "errors", "evaluation", "examples", "options", "survey"},
     "results": {"errors", "evaluation", "examples", "passages", "reader"},
+    "conversation": {
+        "data",
+        "evaluation",
+        "examples",
+        "interrupt",
+        "passages",
+        "reader",
+        "search",
+        "terminal",
+    },
     "preprocess": {"errors", "examples", "metrics", "options", "passages"},
 }
 SCRIPTS = [
