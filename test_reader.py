@@ -10,7 +10,7 @@ passage scores (dataset_wscores.json) into `--checkpoint_dir/--name`, in the inp
         --n_context 10 --interactive --passages psgs_w100.tsv --retriever_path RETRIEVER \\
         --passages_embeddings "wikipedia_embeddings/wiki_*"
 
-Answers what you ask, from the passages that are found for it, and shows them; writes nothing.
+Answers what you ask from the passages that are found for it, and shows them; keeps no results.
 """
 
 from src.interrupt import die_quietly

@@ -71,7 +71,7 @@ def find_by_retriever(
     exact = search.open_embeddings(embeddings, passages, block_rows, allow_mismatch, device)
     say(log, "search", search.describe_search(exact, block_rows, factory))
     retriever, own_tokenizer, _ = search.load_checked_retriever(
-        path, tokenizer, passages, exact, plain_text, allow_mismatch
+        path, tokenizer, passages, exact, plain_text, allow_mismatch, "--retriever_tokenizer"
     )
     size = sum(p.numel() for p in retriever.parameters()) / 1e6
     say(log, "retriever", "%.1fM parameters, from %s", size, path)
@@ -234,7 +234,7 @@ def print_replies(replies: Iterable[Reply]) -> int:
     bold = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     n_replies = 0
     for reply in replies:
-        width = max(50, min(120, shutil.get_terminal_size((100, 24)).columns))
+        width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
         print(f"\n{show(reply, width, bold)}\n", flush=True)
         n_replies += 1
     return n_replies

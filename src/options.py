@@ -461,9 +461,11 @@ def check_conversation(parser: argparse.ArgumentParser, values: Mapping[str, Any
     given = changed(parser, values, of_test if talks else of_search)
     names = ", ".join(word for word in given if word.startswith("--"))
     if names and talks:
-        parser.error(f"{names}: a conversation asks you, and writes nothing; leave that out")
+        parser.error(
+            f"{names}: a conversation takes your questions, and keeps none; leave this out"
+        )
     if names:
-        parser.error(f"{names}: for a conversation; add --interactive, or --question TEXT")
+        parser.error(f"{names}: of a conversation; add --interactive, or --question TEXT")
     return talks
 
 

@@ -119,16 +119,17 @@ def load_checked_retriever(
     exact: Indexer,
     plain_text: bool,
     allow_mismatch: bool,
+    tokenizer_option: str = "--tokenizer",
 ) -> tuple[Retriever, PreTrainedTokenizerBase, str]:
     """The retriever at a folder or hub name, its tokenizer, and its fingerprint.
 
-    Args: tokenizer: whose, if the retriever has none of its own.
+    Args: tokenizer: whose, if the retriever has none of its own; the value of an option.
     Errors: `InputError` when they cannot be loaded, or, without `allow_mismatch`, when the
         embeddings say that another retriever, collection or way of writing texts made them.
     """
     retriever = load_retriever(path)
-    loaded = load_tokenizer(path, tokenizer)
-    check_vocabulary(retriever.config, loaded)
+    loaded = load_tokenizer(path, tokenizer, tokenizer_option)
+    check_vocabulary(retriever.config, loaded, tokenizer_option)
     model, shard = fingerprint(retriever), exact.shards[0]
     made_by = shard.metadata
     if made_by and not allow_mismatch:
