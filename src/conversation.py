@@ -124,13 +124,13 @@ def _typed() -> Iterator[str]:
         try:
             with interrupt.only_raised():
                 question = input("question: ").strip()
-        except KeyboardInterrupt:
-            continue
-        except EOFError:
+        except (KeyboardInterrupt, EOFError) as end:
             print()
-            return
+            if isinstance(end, EOFError):
+                return
+            continue
         if question:
-            remember()
+            remember(question)
             yield question
 
 
@@ -142,22 +142,24 @@ def _piped() -> Iterator[str]:
             yield question
 
 
-def _open_history() -> Callable[[], None]:
-    """Let `input` have a history, and give what keeps it, which is called after each question: a
-    conversation can end at any moment. One without a history, where none can be kept, is as good.
-    """
+def _open_history() -> Callable[[str], None]:
+    """Let `input` have a history, and give what adds a question to it, and at once to the file that
+    keeps it: a conversation can end at any moment. Where none can be kept, it does without."""
     try:
         import readline  # not in every Python; and it looks at the terminal when it is imported
     except ImportError:
-        return lambda: None
+        return lambda question: None
     state = Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"))
     file = state / "fusion-in-decoder" / "questions"
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         readline.read_history_file(file)
     readline.set_history_length(_KEPT)
+    readline.set_auto_history(False)  # which has empty lines, too
 
-    def remember() -> None:
+    def remember(question: str) -> None:
+        if question != readline.get_history_item(readline.get_current_history_length()):
+            readline.add_history(question)
         with contextlib.suppress(OSError):
             readline.write_history_file(file)
 

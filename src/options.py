@@ -451,7 +451,7 @@ def check_conversation(parser: argparse.ArgumentParser, values: Mapping[str, Any
     talks = values["interactive"] or values["question"] is not None
     if values["interactive"] and values["question"] is not None:
         parser.error("--interactive and --question: give one of them")
-    if talks and not (values["question"] or "a question").strip():
+    if values["question"] is not None and not values["question"].strip():
         parser.error("--question is empty: give its text")
     if talks and values["passages"] == "none":
         parser.error("--passages is missing: the collection to find passages in")
@@ -461,9 +461,7 @@ def check_conversation(parser: argparse.ArgumentParser, values: Mapping[str, Any
     given = changed(parser, values, of_test if talks else of_search)
     names = ", ".join(word for word in given if word.startswith("--"))
     if names and talks:
-        parser.error(
-            f"{names}: a conversation takes your questions, and keeps none; leave this out"
-        )
+        parser.error(f"{names}: for a file of questions; leave this out of a conversation")
     if names:
         parser.error(f"{names}: of a conversation; add --interactive, or --question TEXT")
     return talks
