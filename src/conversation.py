@@ -124,11 +124,12 @@ def _typed() -> Iterator[str]:
         try:
             with interrupt.only_raised():
                 question = input("question: ").strip()
-        except (KeyboardInterrupt, EOFError) as end:
+        except KeyboardInterrupt:
             print()
-            if isinstance(end, EOFError):
-                return
             continue
+        except EOFError:
+            print()
+            return
         if question:
             remember(question)
             yield question
