@@ -24,7 +24,7 @@ from pathlib import Path
 from src import distributed, search
 from src.compressed import factory_string
 from src.device import describe, pick_device
-from src.errors import InputError, reports_input_errors
+from src.errors import reports_input_errors
 from src.examples import check_place, load_data
 from src.metrics import passing_bar, start_log
 from src.options import passage_retrieval_parser
@@ -40,15 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     options = passage_retrieval_parser().parse_args(arguments)
     factory = factory_string(options.index_factory, options.n_subquantizers, options.n_bits)
-    if options.bm25 == (options.model_path != "none"):
-        raise InputError("give either --model_path and --passages_embeddings, or --bm25")
-    if not options.bm25 and options.passages_embeddings == "none":
-        raise InputError('--passages_embeddings is missing, for example "wikipedia_embeddings/*"')
-    if options.bm25 and (options.passages_embeddings != "none" or factory):
-        raise InputError(
-            "--bm25 searches by words alone: leave out --passages_embeddings, --index_factory and "
-            "--n-subquantizers"
-        )
+    search.check_way(options.bm25, options.model_path, options.passages_embeddings, factory)
     check_place(options.output_path)
 
     # Environment

@@ -5,6 +5,12 @@
 
 Prints exact match and F1; writes the answers (final_output.txt) and the data with the reader's
 passage scores (dataset_wscores.json) into `--checkpoint_dir/--name`, in the input's order.
+
+    python test_reader.py --model_path checkpoint/my_experiment/checkpoint/best_dev \\
+        --n_context 10 --interactive --passages psgs_w100.tsv --retriever_path RETRIEVER \\
+        --passages_embeddings "wikipedia_embeddings/wiki_*"
+
+Answers what you ask from the passages that are found for it, and shows them; keeps no results.
 """
 
 from src.interrupt import die_quietly
@@ -12,11 +18,22 @@ from src.interrupt import die_quietly
 if __name__ == "__main__":
     die_quietly()  # while the packages load
 
+import logging
 import os
 import time
 from pathlib import Path
 
+import torch
+from transformers import PreTrainedTokenizerBase
+
 from src import distributed
+from src.conversation import (
+    converse,
+    find_by_retriever,
+    find_by_words,
+    print_replies,
+    questions,
+)
 from src.data import (
     ReaderCollator,
     ReaderDataset,
@@ -24,16 +41,40 @@ from src.data import (
     make_loader,
 )
 from src.device import compile_layers, describe, pick_device, resolve_precision
-from src.errors import reports_input_errors
+from src.errors import InputError, reports_input_errors
 from src.evaluation import SCORES, exact_match, f1
 from src.examples import load_data, read_example
 from src.metrics import Average, passing_bar, progress_bar, start_log, write_options
-from src.options import changed, test_reader_parser
+from src.options import changed, check_conversation, test_reader_parser
+from src.passages import Passages
 from src.pretrained import check_vocabulary, digest, load_tokenizer, quiet_transformers
-from src.reader import Answer, answer_questions, load_reader
+from src.reader import Answer, FiDT5, answer_questions, load_reader
 from src.results import AnswerFile, check_results, remove_parts, write_answers, write_scores
+from src.search import check_way
 from src.slurm import StopRequest, detect_launch
 from src.terminal import count, duration, say, say_next
+
+
+def open_reader(
+    path: str,
+    size: str,
+    tokenizer: str,
+    device: torch.device,
+    compiled: bool,
+    log: logging.Logger,
+) -> tuple[FiDT5, PreTrainedTokenizerBase]:
+    """The reader on its device, and its tokenizer, by the values of the options ("none": not
+    given)."""
+    base = f"t5-{size}"
+    source = path if path != "none" else base
+    reader = load_reader(source).to(device)
+    own_tokenizer = load_tokenizer(source, tokenizer if tokenizer != "none" else base)
+    check_vocabulary(reader.config, own_tokenizer)
+    if compiled:
+        compile_layers(reader.t5.encoder.block)
+    n_parameters = sum(p.numel() for p in reader.parameters()) / 1e6
+    say(log, "model", "%.1fM parameters, from %s", n_parameters, source)
+    return reader, own_tokenizer
 
 
 @reports_input_errors
@@ -41,15 +82,72 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     parser = test_reader_parser()
     options = parser.parse_args(arguments)
+    is_conversation = check_conversation(parser, vars(options))
 
     # Environment
     quiet_transformers()
-    stop_request = StopRequest()
     launch = detect_launch(os.environ, options.local_rank)
     device = pick_device(launch.local_rank)
+    precision = resolve_precision(options.precision, device)
+
+    # A conversation, and nothing else
+    if is_conversation:
+        check_way(
+            options.bm25,
+            options.retriever_path,
+            options.passages_embeddings,
+            options.index_factory,
+            "--retriever_path",
+        )
+        if launch.world_size > 1:
+            raise InputError("a conversation has one process: start it without torchrun or srun")
+        log = start_log(None)
+        say(log, "ask", "a Fusion-in-Decoder reader, with passages found as you ask")
+        say(log, "device", "%s; %s", describe(device), precision)
+        passages = Passages(options.passages, passing_bar)
+        n, each = count(len(passages), "passage"), count(options.n_context, "passage")
+        say(log, "passages", "%s of %s, %s for each question", n, options.passages, each)
+        if options.bm25:
+            find = find_by_words(passages, options.save_or_load_index, log)
+        else:
+            tokenizer = options.retriever_tokenizer
+            find = find_by_retriever(
+                passages,
+                options.passages_embeddings,
+                options.retriever_path,
+                tokenizer if tokenizer != "none" else "bert-base-uncased",
+                options.index_factory,
+                options.save_or_load_index,
+                options.indexing_batch_size,
+                device.type == "cuda" and not options.no_fp16,
+                options.plain_text,
+                options.allow_mismatch,
+                device,
+                log,
+            )
+        model = options.model_path, options.model_size, options.tokenizer
+        reader, tokenizer = open_reader(*model, device, options.compile, log)
+        replies = converse(
+            questions(options.question, log),
+            find,
+            reader,
+            tokenizer,
+            device,
+            precision,
+            options.n_context,
+            options.text_maxlength,
+            not options.no_title,
+            options.generation_max_length,
+            options.num_beams,
+        )
+        n = print_replies(replies)
+        took = duration(time.perf_counter() - started)
+        say(log, "done", "%s in %s", count(n, "question"), took)
+        return
+
+    stop_request = StopRequest()
     distributed.start(launch, options.dist_timeout)
     rank, world_size = distributed.rank(), distributed.world_size()
-    precision = resolve_precision(options.precision, device)
     run = Path(options.checkpoint_dir) / options.name
     check_results(run)
     log = start_log(run / "run.log")
@@ -64,15 +162,8 @@ def main(arguments: list[str] | None = None) -> None:
     passages = f"at most {count(options.n_context, 'passage')} each"
     n, file = len(data), options.eval_data
     say(log, "data", "using %d of %d examples of %s, %s", n, n, file, passages)
-    base = options.tokenizer if options.tokenizer != "none" else f"t5-{options.model_size}"
-    source = options.model_path if options.model_path != "none" else f"t5-{options.model_size}"
-    reader = load_reader(source).to(device)
-    tokenizer = load_tokenizer(source, base)
-    check_vocabulary(reader.config, tokenizer)
-    if options.compile:
-        compile_layers(reader.t5.encoder.block)
-    size = sum(p.numel() for p in reader.parameters()) / 1e6
-    say(log, "model", "%.1fM parameters, from %s", size, source)
+    model = options.model_path, options.model_size, options.tokenizer
+    reader, tokenizer = open_reader(*model, device, options.compile, log)
 
     # Loop, from where the same command left off
     places = evaluation_places(len(data), options.per_gpu_batch_size, rank, world_size)

@@ -36,7 +36,7 @@ class BM25:
 
         Args:
             folder: None builds an index that is not saved.
-            show_progress: by the library's own bars, in building and in search.
+            show_progress: by the library's own bars, in building and in search for many questions.
         Errors: `InputError` when the folder holds another collection's index, or cannot be written.
         """
         if folder is not None and folder.exists():
@@ -72,7 +72,8 @@ class BM25:
         """The k best passages of each question: scores and positions [q, k], best first."""
         k = min(k, self._n_passages)
         words = _words(questions, False, return_ids=False)
-        positions, scores = self._index.retrieve(words, k=k, show_progress=self._show_progress)
+        shown = self._show_progress and len(questions) > 1
+        positions, scores = self._index.retrieve(words, k=k, show_progress=shown)
         # Equal scores in the collection's order, whatever the library's own is.
         order = np.lexsort((positions, -scores), axis=-1)
         return Found(

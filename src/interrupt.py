@@ -5,11 +5,12 @@ library that it is in, which a long update can put off. So a thread, which the s
 ends what has not ended by itself. It can do so at any moment: files are complete or absent.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import NoReturn
 
@@ -75,6 +76,17 @@ class Interrupts:
                     break
                 leave()
         os.close(self._signals)
+
+
+@contextlib.contextmanager
+def only_raised() -> Iterator[None]:
+    """A context in which Ctrl-C raises KeyboardInterrupt and does no more, for what waits for a
+    person and can go on after it."""
+    woken = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
 
 
 def resume_by(how: Callable[[], str]) -> None:

@@ -28,9 +28,11 @@ _VALUES = {  # what stands for a value in the help, if it is not a number
     **dict.fromkeys(["train_data", "eval_data", "data", "passages", "model_config"], "FILE"),
     **dict.fromkeys(["files", "retrieved", "output"], "FILE"),
     **dict.fromkeys(["checkpoint_dir", "run", "folder"], "FOLDER"),
-    **dict.fromkeys(["model_path", "retriever_model"], "MODEL"),
-    **{"name": "NAME", "tokenizer": "NAME", "output_path": "PATH", "passages_embeddings": "GLOB"},
+    **dict.fromkeys(["model_path", "retriever_model", "retriever_path"], "MODEL"),
+    **dict.fromkeys(["name", "tokenizer", "retriever_tokenizer"], "NAME"),
+    **{"output_path": "PATH", "passages_embeddings": "GLOB"},
 }
+_CONVERSATION = "search in a conversation"  # a group of test_reader.py's, all new there
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -51,7 +53,8 @@ class _Formatter(argparse.HelpFormatter):
         default = f"{default:g}" if isinstance(default, float) else default
         default = "none" if default in (None, "", []) else default
         default = "needed" if action.required else f"default: {default}"
-        new = "new, " if self._tells_what_is_new and action.dest not in _ORIGINAL.split() else ""
+        is_new = action.dest not in _ORIGINAL.split() or hasattr(action, "is_new_here")
+        new = "new, " if self._tells_what_is_new and is_new else ""
         return f"{action.help} ({new}{default})".replace("%", "%%")
 
 
@@ -203,6 +206,37 @@ def _add_retriever_options(
             "--no_title", action="store_true", help="embed passages without their titles"
         )
     return group
+
+
+def _add_search(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--bm25", action="store_true", help="search by words; needs no model")
+    group.add_argument(
+        "--passages_embeddings", default="none", help='the embeddings, such as "folder/wiki_*"'
+    )
+    group.add_argument(
+        "--allow_mismatch",
+        action="store_true",
+        help="use embeddings of another model, collection or run all the same",
+    )
+    group.add_argument(
+        "--save_or_load_index",
+        action="store_true",
+        help="keep a compressed or BM25 index beside its source, and use it the next time",
+    )
+    group.add_argument(
+        "--indexing_batch_size",
+        type=_COUNT,
+        default=50000,
+        help="embeddings that are in memory at one time",
+    )
+    group.add_argument(
+        "--index_factory",
+        default="",
+        help="FAISS factory string of a compressed index; none: exact",
+    )
+    group.add_argument(
+        "--no_fp16", action="store_true", help="embed questions in fp32 on a GPU too"
+    )
 
 
 def _add_plain_text(group: argparse._ArgumentGroup) -> None:
@@ -378,8 +412,59 @@ def test_reader_parser() -> argparse.ArgumentParser:
         help="batches after which the results so far are printed",
     )
     _add_reader_options(parser, "the reader: a checkpoint folder or hub name; none: t5-SIZE")
+    group = parser.add_argument_group("conversation")
+    group.add_argument(
+        "--interactive",
+        action="store_true",
+        help="answer questions as they are typed, or come by a pipe, one a line, from the passages "
+        "that are found for them; Ctrl-D leaves",
+    )
+    group.add_argument("--question", help="answer this one in the same way")
+    group = parser.add_argument_group(_CONVERSATION)
+    group.add_argument(
+        "--passages", default="none", help="the collection: .tsv (id, text, title) or .jsonl"
+    )
+    group.add_argument(
+        "--retriever_path",
+        default="none",
+        help="the retriever that made the embeddings, a folder or hub name",
+    )
+    group.add_argument(
+        "--retriever_tokenizer",
+        default="none",
+        help="folder or hub name of the tokenizer for a retriever without one; none: "
+        "bert-base-uncased",
+    )
+    _add_plain_text(group)
+    _add_search(group)
+    for action in group._group_actions:
+        action.is_new_here = True  # some have names of the original's other scripts
     _add_run_options(parser)
     return parser
+
+
+def check_conversation(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> bool:
+    """Whether options of test_reader.py ask for a conversation, and not for a test.
+
+    Errors: as of a wrong option, when some are given that are for the other of the two.
+    """
+    talks = values["interactive"] or values["question"] is not None
+    if values["interactive"] and values["question"] is not None:
+        parser.error("--interactive and --question: give one of them")
+    if values["question"] is not None and not values["question"].strip():
+        parser.error("--question is empty: give its text")
+    if talks and values["passages"] == "none":
+        parser.error("--passages is missing: the collection to find passages in")
+    (group,) = (group for group in parser._action_groups if group.title == _CONVERSATION)
+    of_search = [action.dest for action in group._group_actions]
+    of_test = ["eval_data", "write_results", "write_crossattention_scores"]
+    given = changed(parser, values, of_test if talks else of_search)
+    names = ", ".join(word for word in given if word.startswith("--"))
+    if names and talks:
+        parser.error(f"{names}: for a file of questions; leave this out of a conversation")
+    if names:
+        parser.error(f"{names}: of a conversation; add --interactive, or --question TEXT")
+    return talks
 
 
 def train_retriever_parser() -> argparse.ArgumentParser:
@@ -493,9 +578,6 @@ def passage_retrieval_parser() -> argparse.ArgumentParser:
         "--passages", required=True, help="the collection: .tsv (id, text, title) or .jsonl"
     )
     group.add_argument(
-        "--passages_embeddings", default="none", help='its embeddings, such as "folder/wiki_*"'
-    )
-    group.add_argument(
         "--output_path", required=True, help=".json or .jsonl file to write what is found into"
     )
     group.add_argument(
@@ -512,38 +594,17 @@ def passage_retrieval_parser() -> argparse.ArgumentParser:
         default=32,
         help="processes at most that look for answers in passages",
     )
-    group.add_argument(
-        "--allow_mismatch",
-        action="store_true",
-        help="use embeddings of another model, collection or run all the same",
-    )
     group = _add_retriever_options(
         parser, "the retriever that made the embeddings", with_title=False
     )
     _add_plain_text(group)
     group = parser.add_argument_group("search")
-    group.add_argument("--bm25", action="store_true", help="search by words; needs no model")
+    _add_search(group)
     group.add_argument(
         "--question_maxlength",
         type=_COUNT,
         default=None,
         help="tokens of a question; none: its own",
-    )
-    group.add_argument(
-        "--save_or_load_index",
-        action="store_true",
-        help="keep a compressed or BM25 index beside its source, and use it the next time",
-    )
-    group.add_argument(
-        "--indexing_batch_size",
-        type=_COUNT,
-        default=50000,
-        help="embeddings that are in memory at one time",
-    )
-    group.add_argument(
-        "--index_factory",
-        default="",
-        help="FAISS factory string of a compressed index; none: exact",
     )
     group.add_argument(
         "--n-subquantizers",
@@ -554,9 +615,6 @@ def passage_retrieval_parser() -> argparse.ArgumentParser:
     _older_names(group, "--n-subquantizers", "--n_subquantizers")
     group.add_argument("--n-bits", type=_COUNT, default=8, help="bits of such a code")
     _older_names(group, "--n-bits", "--n_bits")
-    group.add_argument(
-        "--no_fp16", action="store_true", help="embed questions in fp32 on a GPU too"
-    )
     _add_process_options(parser, batch_size=64)
     return parser
 

@@ -115,33 +115,37 @@ def check_shapes(
         )
 
 
-def load_tokenizer(path: str, fallback: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, fallback: str, option: str = "--tokenizer"
+) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder when it has one, else that of `fallback`, a folder or hub
-    name (`--tokenizer`, or the base model)."""
+    name (the value of the option, or the base model)."""
     folder = Path(path)
     own = not folder.exists() or any((folder / name).exists() for name in _TOKENIZER_FILES)
     source = path if own else fallback
     _check_path(source, needs_config=False)
     files = {path.name for path in Path(source).glob("*")}
     bare = "vocab.txt" in files and not files & {"tokenizer.json", "tokenizer_config.json"}
-    with _reporting(source, "no tokenizer can be read there", "give one with --tokenizer"):
+    with _reporting(source, "no tokenizer can be read there", f"give one with {option}"):
         # A vocabulary alone, as BERT's of its time came, does not say whose it is.
         return (BertTokenizer if bare else AutoTokenizer).from_pretrained(source)
 
 
-def check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocabulary(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, option: str = "--tokenizer"
+) -> None:
     """A tokenizer that knows more tokens than the model has embeddings belongs to another model,
     and without a token for padding, or a T5's for the end of an answer, there are no batches."""
     for token in ["pad_token", "eos_token"] if config.model_type == "t5" else ["pad_token"]:
         if getattr(tokenizer, f"{token}_id") is None:
             raise InputError(
                 f"{tokenizer.name_or_path}: this tokenizer has no {token}; add it to its "
-                "tokenizer_config.json, or give another with --tokenizer"
+                f"tokenizer_config.json, or give another with {option}"
             )
     if config.vocab_size < len(tokenizer):
         raise InputError(
             f"the model's vocab_size {config.vocab_size} is smaller than the {len(tokenizer)} "
-            f"tokens of the tokenizer {tokenizer.name_or_path}; give its own with --tokenizer, "
+            f"tokens of the tokenizer {tokenizer.name_or_path}; give its own with {option}, "
             "or raise vocab_size in --model_config"
         )
 

@@ -15,13 +15,12 @@ H heads, K size of a head.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import (
     DynamicCache,
     EncoderDecoderCache,
@@ -307,20 +306,20 @@ class Answer:
 def answer_questions(
     reader: FiDT5,
     tokenizer: PreTrainedTokenizerBase,
-    loader: DataLoader,
+    batches: Iterable[dict[str, Any]],
     device: torch.device,
     precision: str = "fp32",
     max_length: int = 50,
     num_beams: int = 1,
     with_scores: bool = False,
 ) -> Iterator[list[Answer]]:
-    """Read the batches of a loader and give the answers of each, in its order."""
+    """Read batches of a `ReaderCollator`, each when it is due, and give the answers of each."""
     was_training = reader.training
     reader.eval()
     try:
         with autocast(device, precision):
             decoder = reader.decoder()
-        for batch in loader:
+        for batch in batches:
             ids = batch["input_ids"].to(device, non_blocking=True)
             mask = batch["attention_mask"].to(device, non_blocking=True)
             with autocast(device, precision):

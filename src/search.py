@@ -19,6 +19,7 @@ from src import distributed
 from src.bm25 import BM25
 from src.compressed import CompressedIndexer, expected_memory, recall
 from src.data import question_text
+from src.errors import InputError
 from src.gpu_search import GpuIndexer
 from src.index import Found, Indexer, merge
 from src.passages import Passages
@@ -35,6 +36,22 @@ class FoundPlaces(NamedTuple):
 
     places: list[list[int]]
     scores: np.ndarray
+
+
+def check_way(
+    bm25: bool, model: str, embeddings: str, factory: str, model_option: str = "--model_path"
+) -> None:
+    """Errors: `InputError` unless these values of options ("none": not given; `factory`: "") name
+    one way to search, and all that it needs."""
+    if bm25 == (model != "none"):
+        raise InputError(f"give either {model_option} and --passages_embeddings, or --bm25")
+    if not bm25 and embeddings == "none":
+        raise InputError('--passages_embeddings is missing, for example "wikipedia_embeddings/*"')
+    if bm25 and (embeddings != "none" or factory):
+        raise InputError(
+            "--bm25 searches by words alone: leave out --passages_embeddings, --index_factory and "
+            "--n-subquantizers"
+        )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -102,16 +119,17 @@ def load_checked_retriever(
     exact: Indexer,
     plain_text: bool,
     allow_mismatch: bool,
+    tokenizer_option: str = "--tokenizer",
 ) -> tuple[Retriever, PreTrainedTokenizerBase, str]:
     """The retriever at a folder or hub name, its tokenizer, and its fingerprint.
 
-    Args: tokenizer: whose, if the retriever has none of its own.
+    Args: tokenizer: whose, if the retriever has none of its own; the value of an option.
     Errors: `InputError` when they cannot be loaded, or, without `allow_mismatch`, when the
         embeddings say that another retriever, collection or way of writing texts made them.
     """
     retriever = load_retriever(path)
-    loaded = load_tokenizer(path, tokenizer)
-    check_vocabulary(retriever.config, loaded)
+    loaded = load_tokenizer(path, tokenizer, tokenizer_option)
+    check_vocabulary(retriever.config, loaded, tokenizer_option)
     model, shard = fingerprint(retriever), exact.shards[0]
     made_by = shard.metadata
     if made_by and not allow_mismatch:

@@ -37,6 +37,7 @@ MAY_IMPORT = {
         "compressed",
         "data",
         "distributed",
+        "errors",
         "gpu_search",
         "index",
         "passages",
@@ -53,6 +54,16 @@ MAY_IMPORT = {
     "survey": {"errors", "evaluation", "examples"},
     "report": {"charts", "errors", "evaluation", "examples", "options", "survey"},
     "results": {"errors", "evaluation", "examples", "passages", "reader"},
+    "conversation": {
+        "data",
+        "evaluation",
+        "examples",
+        "interrupt",
+        "passages",
+        "reader",
+        "search",
+        "terminal",
+    },
     "preprocess": {"errors", "examples", "metrics", "options", "passages"},
 }
 SCRIPTS = [

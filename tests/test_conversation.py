@@ -1,0 +1,404 @@
+"""Questions at a prompt, from a pipe or an option: what is answered, and what is shown of it."""
+
+import io
+import json
+import os
+import re
+import readline
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import passage_retrieval
+import test_reader
+from src.conversation import Evidence, Reply, _open_history, clean, show, wrap
+from src.evaluation import exact_match
+from tests.conftest import ROOT
+from tests.terminal import Terminal
+from tests.test_example_scripts import commands_only
+
+PROMPT = r"question: \Z"
+QUICKSTART = ROOT / "quickstart" / "seed-0"
+
+
+@pytest.fixture
+def passages(reference: Path, tmp_path: Path) -> Path:
+    """A copy, because side files are kept beside a collection."""
+    return Path(shutil.copy(reference / "passages.tsv", tmp_path / "passages.tsv"))
+
+
+def reader(reference: Path) -> list:
+    return ["--model_path", reference / "t5", "--n_context", 3, "--text_maxlength", 96]
+
+
+def ways(reference: Path, passages: Path) -> dict[str, tuple[list, list]]:
+    """How the same passages are found by passage_retrieval.py and in a conversation."""
+    path, tokenizer = reference / "legacy_retriever_mask_mean", reference / "bert"
+    vectors = ["--passages", passages, "--passages_embeddings"]
+    vectors += [reference / "legacy_embeddings" / "wiki_*"]
+    named = [*vectors, "--retriever_path", path, "--retriever_tokenizer", tokenizer]
+    vectors += ["--model_path", path, "--tokenizer", tokenizer]
+    words = ["--passages", passages, "--bm25"]
+    codes = ["--index_factory", "PQ8x4"]
+    return {
+        "retriever": (vectors, named),
+        "words": (words, words),
+        "codes": ([*vectors, *codes], [*named, *codes]),
+    }
+
+
+def run_main(main, *arguments) -> None:
+    main([str(word) for word in arguments])
+
+
+# ----------------------------------------------------------------------------------------------
+# Answers
+
+
+@pytest.mark.parametrize("way", ["retriever", "words", "codes"])
+def test_replies_are_what_the_scripts_write(way, reference, passages, tmp_path, monkeypatch):
+    batch, talk = ways(reference, passages)[way]
+    found, runs = tmp_path / "found.json", tmp_path / "runs"
+    questions = json.loads((reference / "questions.json").read_text())[:12]
+    (tmp_path / "data.json").write_text(json.dumps(questions))
+    run_main(
+        passage_retrieval.main, *batch, "--data", tmp_path / "data.json", "--output_path", found,
+        "--n-docs", 3, "--validation_workers", 1,
+    )  # fmt: skip
+    run_main(
+        test_reader.main, *reader(reference), "--eval_data", found, "--checkpoint_dir", runs,
+        "--name", "run", "--write_results", "--write_crossattention_scores", "--num_workers", 0,
+    )  # fmt: skip
+    replies = []
+    monkeypatch.setattr(test_reader, "print_replies", lambda come: replies.extend(come) or 0)
+    asked = "\n".join(row["question"] for row in questions)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(asked.encode())))
+    run_main(test_reader.main, *reader(reference), *talk, "--interactive")
+
+    answers = (runs / "run" / "final_output.txt").read_text().splitlines()
+    assert [" ".join(reply.answer.split()) for reply in replies] == [
+        line.split("\t")[1] for line in answers
+    ]
+    assert len(answers) == 12
+    rows = json.loads((runs / "run" / "dataset_wscores.json").read_text())
+    places = set()
+    for reply, row, before in zip(replies, rows, json.loads(found.read_text()), strict=True):
+        place = {context["id"]: n for n, context in enumerate(before["ctxs"], start=1)}
+        right = [
+            (c["title"], c["text"], c["score"], before["ctxs"][place[c["id"]] - 1]["score"],
+             place[c["id"]])
+            for c in sorted(row["ctxs"], key=lambda c: -c["score"])
+        ]  # fmt: skip
+        assert len(reply.passages) == len(right) == 3
+        for ours, theirs in zip(reply.passages, right, strict=True):
+            assert tuple(ours) == pytest.approx(theirs, abs=1e-5)
+        places.add(tuple(evidence.search_place for evidence in reply.passages))
+    assert len(places) > 1  # the reader's order is not the search's
+
+
+def test_an_index_is_kept_and_loaded(reference, passages, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    shutil.copytree(reference / "legacy_embeddings", shards)
+    _, talk = ways(reference, passages)["codes"]
+    talk[talk.index("--passages_embeddings") + 1] = shards / "wiki_*"
+    printed = []
+    for _ in range(2):
+        run_main(
+            test_reader.main, *reader(reference), *talk, "--save_or_load_index",
+            "--question", "Where is it?",
+        )  # fmt: skip
+        printed.append(capsys.readouterr().out)
+    assert f"saved {shards}/index_PQ8x4" in printed[0]
+    assert f"loaded {shards}/index_PQ8x4" in printed[1]
+    tails = [text[text.index("\n\n") : text.index("done  ")][:-20] for text in printed]
+    assert tails[0] == tails[1]
+
+
+def test_one_question(reference, passages, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, talk = ways(reference, passages)["retriever"]
+    before = set(tmp_path.rglob("*"))
+    long = "where is the river " * 200  # cut, as in retrieval and in reading
+    run_main(test_reader.main, *reader(reference), *talk, "--question", f" {long}\udcff\n")
+    printed = capsys.readouterr().out
+    facts = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (\w+) {2,}(.*)$", printed, re.M)
+    assert [name for name, _ in facts] == [
+        "ask", "device", "passages", "search", "retriever", "model", "done",
+    ]  # fmt: skip
+    facts = dict(facts)
+    assert facts["passages"] == f"120 passages of {passages}, 3 passages for each question"
+    assert re.match(r"120 embeddings of size 32 in 2 shard\(s\); exact sear", facts["search"])
+    assert re.match(r"1 question in 0:\d\d:\d\d$", facts["done"])
+    assert re.search(r"\n1  reader +-?\d+\.\d\d \| search \d+\.\d\d \(#[123]\) \| ", printed)
+    assert "\x1b" not in printed
+    # No run's folder: nothing but what is kept beside every collection.
+    new = {path.name for path in set(tmp_path.rglob("*")) - before}
+    assert new <= {".passages.tsv.offsets", ".passages.tsv.ids"}
+
+
+# ----------------------------------------------------------------------------------------------
+# What is shown
+
+
+def reply(*texts: str, answer: str = "Garøy") -> Reply:
+    return Reply(answer, [Evidence("T", text, -n, 20.0 - n, n + 1) for n, text in enumerate(texts)])
+
+
+def test_the_answer_then_passages_with_scores():
+    passages = [Evidence("Rivers", "It ends.", 1.5, 8.25, 12), Evidence("", "No.", -10.25, 90.0, 1)]
+    assert show(Reply("Garøy", passages), 80, bold=False).splitlines() == [
+        "Garøy",
+        "",
+        "1  reader   1.50 | search 8.25 (#12) | Rivers",
+        "   It ends.",
+        "2  reader -10.25 | search 90.00 (#1)",
+        "   No.",
+    ]
+
+
+def test_answers_are_marked_on_a_terminal_alone():
+    text = reply("From GARØY to Garøyland, past garøy.")
+    assert "   From GARØY to Garøyland, past garøy." in show(text, 80, bold=False)
+    shown = show(text, 80, bold=True)
+    assert shown.startswith("\x1b[1mGarøy\x1b[22m\n")
+    assert "   From \x1b[1mGARØY\x1b[22m to Garøyland, past \x1b[1mgarøy\x1b[22m." in shown
+
+
+def test_a_long_passage_is_shown_around_its_answer():
+    words = [f"word{n}" for n in range(300)]
+    beginning = show(reply(" ".join(words)), 80, bold=False).splitlines()[3:]
+    assert len(beginning) == 3
+    assert beginning[0].startswith("   word0 word1 ")
+    assert beginning[-1].endswith(" ...")
+    for place in (3, 150, 299):  # at the beginning, in the middle, at the end
+        for answer in ("Garøy", "the Garøy of the far and frozen north"):
+            text = " ".join([*words[:place], answer, *words[place:]])
+            shown = show(reply(text, answer=answer), 80, bold=True)
+            lines = shown.splitlines()[3:]
+            assert len(lines) == 3
+            plain = " ".join(line.strip() for line in lines)
+            assert f"word{place - 1} \x1b[1m{answer}\x1b[22m" in plain
+            assert (lines[0][:7] == "   ... ") == (place > 3)
+            assert (lines[-1][-4:] == " ...") == (place < 299)
+            assert shown.count("\x1b[1m") <= shown.count("\x1b[22m")  # nothing stays bold
+
+
+def test_five_passages_are_shown_and_the_rest_counted():
+    shown = show(reply(*["text"] * 8), 80, bold=False).splitlines()
+    assert [line[0] for line in shown[2::2]] == ["1", "2", "3", "4", "5", "a"]
+    assert shown[-1] == "and 3 more"
+    assert "more" not in show(reply(*["text"] * 5), 80, bold=False)
+    assert show(reply(answer=""), 80, bold=False) == "(no answer)\n"
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_lines_fit_the_terminal(width):
+    long = "東京は日本の首都である。" * 40 + " " + "x" * 300 + " é" * 100 + " word" * 100
+    passages = [Evidence(long, long, -123.456, 1234.5, 100), Evidence("T", "y", 0.0, 1.0, 1)]
+    for answer in ("Garøy", long[:200]):
+        for line in show(Reply(answer, passages), width, bold=False).splitlines():
+            n_wide = sum(c in "東京は日本の首都である。" for c in line)
+            n_marks = line.count("\u0301")
+            assert len(line) + n_wide - n_marks <= width, line
+    assert "".join(wrap(long, width)).replace(" ", "") == long.replace(" ", "")
+
+
+def test_no_control_character_reaches_the_terminal():
+    evil = "a\x1b[2J\x07\x9b31m\u202egnp\x00\r\n\tb\u2028c \ud83d\x02d"
+    assert clean(evil) == "a[2J31mgnp b c d"
+    shown = show(Reply(evil, [Evidence(evil, evil, 1.0, 1.0, 1)]), 80, bold=False)
+    assert all(character.isprintable() for character in shown.replace("\n", ""))
+
+
+# ----------------------------------------------------------------------------------------------
+# Bad use
+
+ASK = "--question Who? --passages {passages}"
+BAD = {
+    "two ways to ask": (f"{ASK} --bm25 --interactive", "--interactive and --question: give one"),
+    "nothing asked": ("--question '' --bm25 --passages {passages}", "--question is empty: give it"),
+    "only spaces": ("--question '  ' --bm25 --passages {passages}", "--question is empty: give it"),
+    "no collection": ("--interactive --bm25", "--passages is missing: the collection to find"),
+    "no search": (ASK, "give either --retriever_path and --passages_embeddings, or --bm25"),
+    "two searches": (f"{ASK} --bm25 --retriever_path x", "give either --retriever_path and --pass"),
+    "no embeddings": (f"{ASK} --retriever_path x", "--passages_embeddings is missing, for example"),
+    "words in an index": (f"{ASK} --bm25 --index_factory Flat", "--bm25 searches by words alone: "),
+    "a file of questions": (f"{ASK} --bm25 --eval_data x.json", "--eval_data: for a file of quest"),
+    "results": (
+        f"{ASK} --bm25 --write_results --write_crossattention_scores",
+        "--write_results, --write_crossattention_scores: for a file of questions; leave this out",
+    ),
+    "a search without a question": (
+        "--passages {passages} --bm25 --no_fp16",
+        "--passages, --bm25, --no_fp16: of a conversation; add --interactive, or --question TEXT",
+    ),
+    "a collection that is not there": (
+        "--question Who? --bm25 --passages no.tsv",
+        r"no\.tsv: cannot be read",
+    ),
+    "a retriever without a tokenizer": (
+        f"{ASK} --retriever_path {{retriever}} --passages_embeddings {{shards}}",
+        "bert-base-uncased: no tokenizer .*; give one with --retriever_tokenizer",
+    ),
+    "a retriever of another tokenizer": (
+        f"{ASK} --retriever_path {{retriever}} --passages_embeddings {{shards}} "
+        "--retriever_tokenizer {t5}",
+        "the tokenizer .*t5; give its own with --retriever_tokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_use_is_one_line(case, reference, passages, tmp_path, capsys, monkeypatch):
+    options, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    names = {
+        "passages": passages,
+        "retriever": reference / "legacy_retriever_mask_mean",
+        "shards": reference / "legacy_embeddings" / "wiki_*",
+        "t5": reference / "t5",
+    }
+    options = [word.format(**names) for word in shlex.split(options)]
+    with pytest.raises(SystemExit) as exited:
+        run_main(test_reader.main, "--model_path", reference / "t5", *options)
+    assert exited.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: .*{message}", line), line
+
+
+def test_one_process_alone(reference, passages, capsys, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as exited:
+        run_main(test_reader.main, "--question", "Who?", "--bm25", "--passages", passages)
+    assert exited.value.code == 2
+    assert "a conversation has one process: start it without torchrun" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------
+# Pipes and terminals
+
+
+def test_a_pipe(reference, passages):
+    """Without prompt, bars and control characters, and a line that is no text harms nothing."""
+    _, talk = ways(reference, passages)["words"]
+    done = subprocess.run(
+        [sys.executable, *map(str, ["test_reader.py", *reader(reference), *talk, "--interactive"])],
+        input="Where does the Strömgarwen rise?\n\n \nwhat is \x1b[31m\udcff?".encode(
+            errors="surrogateescape"
+        ),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=False,
+    )
+    printed = done.stdout.decode()
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert re.findall("^question: .*", printed, re.M) == [
+        "question: Where does the Strömgarwen rise?",
+        "question: what is [31m\N{REPLACEMENT CHARACTER}?",
+    ]
+    assert printed.count("\n1  reader ") == 2
+    assert all(character.isprintable() for character in printed.replace("\n", ""))
+    assert re.search(r" done +2 questions in 0:\d\d:\d\d\n\Z", printed)
+
+
+# A search that does not come back: a library computes.
+SLOW = f"""
+import hashlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+import test_reader
+from src import conversation
+def search(self, questions, k):
+    print("searching", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+conversation.search.WordSearch.search = search
+test_reader.main(sys.argv[1:])
+"""
+
+
+def test_a_terminal(reference, passages, tmp_path):
+    _, talk = ways(reference, passages)["words"]
+    command = [*reader(reference), *talk, "--interactive"]
+    environment = {"XDG_STATE_HOME": str(tmp_path / "state"), "TERM": "xterm"}
+    terminal = Terminal("test_reader.py", *command, **environment)
+    terminal.read(until=PROMPT)
+    assert " ready      type a question; Ctrl-D leaves\r\n" in terminal.screen
+    first = terminal.type("Where does the Strömgarwen rise?\n", PROMPT)
+    assert re.search(r"\r\n\r\n\x1b\[1m.*\x1b\[22m\r\n\r\n1  reader ", first)
+    assert "reader" not in terminal.type("  \n", PROMPT)
+    terminal.type("Who was", "Who was")
+    terminal.wait_until_idle()
+    assert "reader" not in terminal.type("\x03", PROMPT)  # Ctrl-C: the line is gone
+    assert "reader" not in terminal.type("\n", PROMPT)
+    up = "\x1b[A"
+    again = terminal.type(f"{up}\n", PROMPT)
+    assert again.split("\r\n", 1)[1] == first.split("\r\n", 1)[1]
+    assert "Where does the Strömgarwen rise?" in again
+    terminal.type("What is Daxka?\n", PROMPT)
+    terminal.type("\x04", "\r\n")
+    assert re.search(
+        r"question: \r\n\S+ \S+ done +3 questions in 0:\d\d:\d\d\r\n\Z", terminal.read()
+    )
+    assert terminal.process.wait() == 0
+
+    # Another day: what was asked then is still there. Ctrl-C, while the machine is busy, leaves.
+    (tmp_path / "slow.py").write_text(SLOW)
+    terminal = Terminal(tmp_path / "slow.py", *command, **environment)
+    terminal.read(until=PROMPT)
+    assert "Strömgarwen rise?" in terminal.type(f"{up}{up}", r"rise\?")
+    terminal.type("\n", "searching")
+    seconds, status, printed = terminal.press_ctrl_c()
+    assert seconds < 2
+    assert status == 128 + signal.SIGINT
+    line = "stopped by Ctrl-C; the same command starts again"
+    assert printed.replace("^C", "").strip() == line
+
+
+def test_a_history_that_cannot_be_kept(tmp_path, monkeypatch):
+    """It is there as long as the conversation is."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    remember = _open_history()
+    before = readline.get_current_history_length()
+    for question in ("Who?", "Where?", "Where?"):
+        remember(question)
+    history = range(before + 1, readline.get_current_history_length() + 1)
+    assert [readline.get_history_item(place) for place in history] == ["Who?", "Where?"]
+
+
+@pytest.mark.skipif(
+    not (QUICKSTART / "runs" / "test_distilled_8" / "final_output.txt").exists(),
+    reason=f"needs what quickstart.sh makes in {QUICKSTART}, in some minutes: run it first",
+)
+def test_the_quickstarts_models_answer(tmp_path):
+    """By the command that quickstart.sh ends with."""
+    out = QUICKSTART.relative_to(ROOT)
+    quickstart = subprocess.run(
+        ["bash", ROOT / "quickstart.sh", "-o", out],
+        env={**commands_only(tmp_path, tmp_path / "commands"), "VIRTUAL_ENV": "active"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    command = shlex.split(quickstart.stdout.splitlines()[-1])
+    assert command[0] == "python"
+    run = QUICKSTART / "runs" / "test_distilled_8" / "final_output.txt"
+    given = dict(line.split("\t") for line in run.read_text().splitlines())
+    test = json.loads((QUICKSTART / "data" / "test.json").read_text())
+    # By far the most are answered rightly; what the reader says is the same here and in the run.
+    right = [e for e in test if exact_match(given[e["id"]], e["answers"])]
+    terminal = Terminal(*command[1:], XDG_STATE_HOME=str(tmp_path), TERM="xterm")
+    terminal.read(until=PROMPT)
+    for example in right[:3]:
+        printed = terminal.type(f"{example['question']}\n", PROMPT)
+        answer = re.search(r"\r\n\r\n\x1b\[1m(.*?)\x1b\[22m\r\n\r\n1  reader ", printed)[1]
+        assert exact_match(answer, example["answers"])
+        first = printed[printed.index("\n1  reader ") : printed.index("\n2  reader ")]
+        assert re.search(rf"\x1b\[1m{answer}\x1b\[22m", first, re.IGNORECASE)
+    terminal.type("\x04", "done +3 questions")
+    terminal.read()
+    assert terminal.process.wait() == 0
