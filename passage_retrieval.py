@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "results", "%s", options.output_path)
 
     # Data
-    data = distributed.together(lambda: load_data(options.data, *part))
+    data = distributed.together(lambda: load_data(options.data, *part, bar=passing_bar))
     of = f"{len(data)} of {count(len(data), 'question')}"
     found_each = f"{count(options.n_docs, 'passage')} for each"
     say(log, "data", "%s of %s, %s", of, options.data, found_each)

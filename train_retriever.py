@@ -82,7 +82,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Data
     load = functools.partial(
-        load_data, rank=rank, world_size=world_size, needs_scores=options.n_context
+        load_data,
+        rank=rank,
+        world_size=world_size,
+        needs_scores=options.n_context,
+        bar=passing_bar,
     )
     train_data = distributed.together(lambda: load(options.train_data))
     passages = f"at most {count(options.n_context, 'passage')} each"
