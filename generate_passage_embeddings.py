@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from src import distributed
 from src.data import passage_text
 from src.device import compile_layers, describe, pick_device
 from src.errors import InputError, reports_input_errors
+from src.lengths import one_ahead
 from src.metrics import passing_bar, progress_bar, start_log
 from src.options import changed, passage_embeddings_parser
 from src.passages import Passages
@@ -31,9 +33,10 @@ from src.shards import ShardWriter, is_finished, shard_path
 from src.slurm import StopRequest, detect_launch
 from src.terminal import count, duration, say, say_next
 
-# Passages between two writes: what is lost at most when a job is killed. Blocks are those of the
-# whole collection, and a block is sorted into batches as a whole, also where a shard begins or ends
-# inside it: so a passage's embedding is the same to the bit in any shard.
+# A process embeds a block at a time; then the blocks of all are written: this much is lost at most
+# when a job is killed. Blocks are those of the whole collection, and a block is sorted into batches
+# as a whole, also where a shard begins or ends inside it: so a passage's embedding is the same to
+# the bit in any shard, and by any number of processes.
 BLOCK_ROWS = 2048
 
 
@@ -126,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
         retriever, tokenizer, "passages", max_length, options.per_gpu_batch_size, device
     )
 
-    # Loop: every process embeds its share of a block's batches, the main one writes
+    # Loop: each process embeds a block, the main one writes those of all
     writer = None
     if distributed.is_main():
         writer = ShardWriter(
@@ -136,30 +139,40 @@ def main(arguments: list[str] | None = None) -> None:
             log.info("beginning anew: %s", writer.discarded)
         elif writer.position:
             log.info("going on after %d passages", writer.position)
-    position = int(distributed.sum_numbers(writer.position if writer else 0)[0])
-    before = position
-    stop_request.include_interrupt(lambda: "goes on after the last finished block")
-    bar = progress_bar(last - first, "passage", initial=position)
-    while position < last - first:
-        start = (first + position) // BLOCK_ROWS * BLOCK_ROWS
+    finished = int(distributed.sum_numbers(writer.position if writer else 0)[0])
+    before = finished
+
+    def read(start: int) -> tuple[slice, list[str], list[list[int]]]:
+        """Of a block: which rows are ours and missing, the ids of these, the tokens of all."""
         block = [passages[row] for row in range(start, min(start + BLOCK_ROWS, len(passages)))]
         texts = [
             passage_text(p.title, p.text, not options.no_title, options.plain_text) for p in block
         ]
-        parts = distributed.gather(embed(texts, part=(rank, world_size)))
-        ours = slice(first + position - start, min(last - start, len(block)))
+        wanted = slice(max(0, first + before - start), max(0, min(len(block), last - start)))
+        return wanted, [passage.id for passage in block[wanted]], embed.tokenize(texts)
 
-        def write(block: list = block, parts: list = parts, ours: slice = ours) -> None:
-            if writer is not None:
-                # Each process has filled the rows of its own batches and left the others 0.
-                writer.append([passage.id for passage in block[ours]], sum(parts)[ours])
+    begin, step = (first + before) // BLOCK_ROWS * BLOCK_ROWS, world_size * BLOCK_ROWS
+    starts = [start + rank * BLOCK_ROWS for start in range(begin, last, step)]
+    stop_request.include_interrupt(lambda: "goes on after the last finished block")
+    bar = progress_bar(last - first, "passage", initial=before)
+    with ThreadPoolExecutor(1) as thread:  # it reads and tokenizes the block that is next
+        blocks = (ready.result() for ready in one_ahead(thread.submit(read, s) for s in starts))
+        begun = ((wanted, ids, embed.begin(tokens)) for wanted, ids, tokens in blocks)
+        # A GPU embeds the next block while this one is written.
+        for wanted, ids, finish in one_ahead(begun) if device.type == "cuda" else begun:
+            parts = distributed.gather((ids, finish()[wanted]))
 
-        distributed.together(write)
-        position += ours.stop - ours.start
-        bar.update(ours.stop - ours.start)
-        if distributed.any_process(stop_request.requested):
-            where = f"after {position} passages"
-            stop_request.leave(log, where, rank == 0, distributed.stop_together)
+            def write(parts: list = parts) -> None:
+                if writer is not None:
+                    ids = [identity for part_ids, _ in parts for identity in part_ids]
+                    writer.append(ids, np.concatenate([rows for _, rows in parts]))
+
+            distributed.together(write)
+            finished = min(last - first, finished + step - (first + finished) % BLOCK_ROWS)
+            bar.update(finished - bar.n)
+            if distributed.any_process(stop_request.requested):
+                where = f"after {finished} passages"
+                stop_request.leave(log, where, rank == 0, distributed.stop_together)
     bar.close()
     if writer is not None:
         writer.finish()

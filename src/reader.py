@@ -35,6 +35,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from src.decoding import Encoded, GreedyDecoder
 from src.device import autocast
 from src.errors import InputError
+from src.lengths import MIN_TOKENS, length_groups, longest_first
 from src.pretrained import (
     build,
     check_shapes,
@@ -47,8 +48,6 @@ from src.pretrained import (
 # T5 under transformers 3.0.2 added a table of relative positions to the decoder's cross-attention.
 # Published and legacy readers were trained with it; today's T5 has no place for it and drops it.
 POSITION_TABLE_KEY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-# Fewer tokens than this are not worth a call of the encoder of their own.
-MIN_TOKENS = {"cpu": 256, "cuda": 8192}
 _LEGACY_ENCODER = "encoder.encoder."  # how the reference's checkpoints begin their encoder's keys
 
 
@@ -75,24 +74,6 @@ class CrossAttentionPositions(nn.Module):
         large = half + ratio.long()
         bucket = torch.where(distance < half, distance, large.clamp(max=self.n_buckets - 1))
         return self.table(bucket).permute(0, 3, 1, 2)
-
-
-def length_groups(lengths: list[int], slack: float, min_tokens: int) -> list[tuple[int, int]]:
-    """Cut a list of lengths, longest first, into groups [start, end) to be padded to their longest.
-
-    Args:
-        slack: the largest share of a text that may be padding ...
-        min_tokens: ... unless the group has fewer tokens than this, and is not worth a call.
-    """
-    groups, start = [], 0
-    for row in range(1, len(lengths) + 1):
-        tokens = (row - start) * lengths[start]
-        if row == len(lengths) or (
-            lengths[row] < (1 - slack) * lengths[start] and tokens >= min_tokens
-        ):
-            groups.append((start, row))
-            start = row
-    return groups
 
 
 class FiDT5(nn.Module):
@@ -142,8 +123,7 @@ class FiDT5(nn.Module):
         first = torch.arange(B, device=ids.device)[:, None] * S + ends - lengths.view(B, N)
         first = first.view(B * N)  # where each passage's tokens go in [B * S]
 
-        order = lengths.argsort(descending=True, stable=True)
-        sorted_lengths = lengths[order].tolist()
+        order, sorted_lengths = longest_first(mask)
         sorted_lengths = sorted_lengths[: B * N - sorted_lengths.count(0)]  # missing passages
         tokens, places = [], []
         for start, end in length_groups(sorted_lengths, 0.1, MIN_TOKENS[ids.device.type]):

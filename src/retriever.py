@@ -7,6 +7,8 @@ towards the softmax of the reader's passage scores.
 Shapes: B questions, N passages of a question, L tokens, D size of an embedding, P passages of all.
 """
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from src.data import TextCollator
 from src.errors import InputError, shorten
+from src.lengths import MIN_TOKENS, length_groups, longest_first, token_batches
 from src.pretrained import build, digest, from_pretrained, load_config
 
 
@@ -104,8 +106,20 @@ class Retriever(PreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Questions [B, L] and their passages [B, N, L'] -> embeddings [B, D] and [B, N, D]."""
         B, N, _ = passage_ids.shape
-        passages = self.embed_passages(passage_ids.flatten(0, 1), passage_mask.flatten(0, 1))
+        ids, mask = passage_ids.flatten(0, 1), passage_mask.flatten(0, 1)
+        if self.config.apply_passage_mask:
+            passages = self._embed_by_length(ids, mask)
+        else:
+            passages = self.embed_passages(ids, mask)
         return self.embed_questions(question_ids, question_mask), passages.view(B, N, -1)
+
+    def _embed_by_length(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        order, lengths = longest_first(mask)
+        parts = []
+        for start, end in length_groups(lengths, 0.1, MIN_TOKENS[ids.device.type]):
+            rows, width = order[start:end], lengths[start]
+            parts.append(self.embed_passages(ids[rows, :width], mask[rows, :width]))
+        return torch.cat(parts)[order.argsort()]
 
 
 def similarities(questions: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
@@ -230,7 +244,9 @@ def fingerprint(retriever: Retriever) -> str:
 
 
 class TextEmbedder:
-    """Embeds texts by the batch, those of like length together, and gives them in their order.
+    """Embeds texts, those of like length together, and gives the embeddings in the texts' order.
+
+    A batch has as many tokens, with its padding, as `batch_size` texts of `max_length`.
 
     Args:
         side: "questions" or "passages".
@@ -255,28 +271,63 @@ class TextEmbedder:
                 f"{max_length}: lower --{side[:-1]}_maxlength"
             )
         self._embed = retriever.embed_questions if is_question else retriever.embed_passages
-        self._collate = TextCollator(tokenizer, max_length, fixed_length=not apply_mask)
-        self._dimension = config.indexing_dimension
-        self._batch_size, self._device = batch_size, device
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self._shortest = 1 if apply_mask else max_length  # a mean over padding needs all of it
+        self._most_tokens = batch_size * max_length
+        self._dimension, self._device = config.indexing_dimension, device
         self._dtype = next(retriever.parameters()).dtype
 
-    @torch.no_grad()
-    def __call__(self, texts: list[str], part: tuple[int, int] = (0, 1)) -> np.ndarray:
-        """Embeddings [len(texts), D] in the model's number format.
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        """Embeddings [len(texts), D] in the model's number format."""
+        return self.begin(self.tokenize(texts))()
 
-        Args:
-            part: (i, n) embeds every n-th batch from the i-th and leaves the other rows 0, so that
-                n processes' results add up to the whole.
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """The texts' tokens. (It can be another thread's work, but not that of two at a time.)"""
+        if not texts:
+            return []
+        tokens = self._tokenizer(texts, truncation=True, max_length=self._max_length)
+        return tokens["input_ids"]
+
+    @torch.no_grad()
+    def begin(self, tokens: list[list[int]]) -> Callable[[], np.ndarray]:
+        """Begin to embed tokenized texts. The function that is returned waits for the embeddings
+        [len(tokens), D]; until it is called, a GPU computes while the caller does something else.
         """
-        rows = np.zeros(
-            (len(texts), self._dimension), torch.empty(0, dtype=self._dtype).numpy().dtype
-        )
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-        for start in range(part[0] * self._batch_size, len(texts), part[1] * self._batch_size):
-            batch = order[start : start + self._batch_size]
-            ids, mask = self._collate([texts[row] for row in batch])
-            rows[batch] = self._embed(ids.to(self._device), mask.to(self._device)).cpu().numpy()
-        return rows
+        order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]), reverse=True)
+        lengths = [max(self._shortest, len(tokens[row])) for row in order]
+        parts = [torch.empty(0, self._dimension, dtype=self._dtype, device=self._device)]
+        for start, end in token_batches(lengths, self._most_tokens):
+            ids, mask = self._pad([tokens[row] for row in order[start:end]], lengths[start])
+            parts.append(self._embed(ids, mask))
+        found, wait = _copy_to_cpu(torch.cat(parts))
+
+        def finish() -> np.ndarray:
+            wait()
+            rows = np.empty(found.shape, found.numpy().dtype)
+            rows[order] = found.numpy()
+            return rows
+
+        return finish
+
+    def _pad(self, tokens: list[list[int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths = torch.tensor([len(text) for text in tokens])
+        mask = torch.arange(length) < lengths[:, None]
+        ids = torch.full((len(tokens), length), self._tokenizer.pad_token_id)
+        ids[mask] = torch.tensor(list(itertools.chain.from_iterable(tokens)))
+        if self._device.type == "cuda":  # from pinned memory, the copies do not wait for the GPU
+            ids, mask = ids.pin_memory(), mask.pin_memory()
+        return ids.to(self._device, non_blocking=True), mask.to(self._device, non_blocking=True)
+
+
+def _copy_to_cpu(rows: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
+    """Begin to copy; gives the copy and a function that waits until it is there."""
+    if rows.device.type != "cuda":
+        return rows, lambda: None
+    copied = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    copied.copy_(rows, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record()
+    return copied, there.synchronize
 
 
 # ----------------------------------------------------------------------------------------------

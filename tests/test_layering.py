@@ -28,8 +28,9 @@ MAY_IMPORT = {
     "bm25": {"errors", "index", "passages"},
     "data": {"examples", "errors"},
     "decoding": set(),
-    "reader": {"decoding", "device", "errors", "pretrained"},
-    "retriever": {"data", "errors", "pretrained"},
+    "lengths": set(),
+    "reader": {"decoding", "device", "errors", "lengths", "pretrained"},
+    "retriever": {"errors", "lengths", "pretrained"},
     "terminal": set(),
     "search": {
         "bm25",

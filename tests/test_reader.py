@@ -1,7 +1,6 @@
 """The reader's numbers equal the reference's, plain T5's, and those of the slow way."""
 
 import json
-import random
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ from src.reader import (
     Encoded,
     FiDT5,
     answer_questions,
-    length_groups,
     load_reader,
     new_reader,
 )
@@ -208,24 +206,6 @@ def test_the_decoder_gets_real_tokens_only(reference, batch):
         encoded.places, encoded.mask, batch["attention_mask"].flatten(1), strict=True
     ):
         assert torch.equal(places[real], mask.nonzero()[:, 0])
-
-
-def test_groups_of_like_length():
-    rng = random.Random(0)
-    for _ in range(200):
-        lengths = sorted((rng.randint(1, 60) for _ in range(rng.randint(1, 30))), reverse=True)
-        slack, min_tokens = rng.choice([0.0, 0.1, 0.5]), rng.choice([1, 100])
-        groups = length_groups(lengths, slack, min_tokens)
-        rows = [row for start, end in groups for row in range(start, end)]
-        assert rows == list(range(len(lengths)))  # each row once, in order
-        for start, end in groups[:-1]:
-            assert lengths[start] * (end - start) >= min_tokens
-            # One more row would have had too much padding.
-            assert lengths[end] < (1 - slack) * lengths[start]
-        for start, end in groups:  # a row with more padding had to fill a small group up
-            for row in range(start + 1, end):
-                if lengths[row] < (1 - slack) * lengths[start]:
-                    assert lengths[start] * (row - start) < min_tokens
 
 
 def slow_scores(reader: FiDT5, batch: dict) -> torch.Tensor:

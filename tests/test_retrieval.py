@@ -110,6 +110,10 @@ def test_retrieval_is_the_same_over_any_shards(reference, passages, tmp_path, mo
 
 
 def test_two_processes_embed_and_retrieve_as_one(reference, passages, tmp_path):
+    header, *rows = passages.read_text().splitlines()
+    n_copies = 2 * generate_passage_embeddings.BLOCK_ROWS // len(rows) + 1  # three blocks
+    copies = [f"{number}-{row}" for number in range(n_copies) for row in rows]
+    passages.write_text("\n".join([header, *copies]) + "\n")
     results = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)

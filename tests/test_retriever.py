@@ -14,6 +14,7 @@ from src.evaluation import count_inversions, last_gold_index, recall_at_k, top_k
 from src.examples import load_data
 from src.pretrained import load_tokenizer
 from src.retriever import (
+    TextEmbedder,
     check_settings,
     distillation_loss,
     gold_ranks,
@@ -116,6 +117,53 @@ def test_masked_padding_does_not_matter(reference, tokenizer):
         alone = retriever.embed_passages(ids[:1, : int(mask[0].sum())], mask[:1, : mask[0].sum()])
     assert torch.allclose(short, long, atol=1e-5)
     assert torch.allclose(short[:1], alone, atol=1e-5)
+
+
+def test_training_embeds_passages_in_groups_of_like_length(reference, tokenizer, monkeypatch):
+    """Embeddings and gradients are those of all passages padded to one length."""
+    texts = [f"title: a context: {'a tidal river ' * n}" for n in (9, 1, 4, 9, 2, 30)]
+    ids, mask = TextCollator(tokenizer, 64, fixed_length=False)(texts)
+    questions = ids[:2, :9], mask[:2, :9]
+    widths, results = [], []
+    for groups in (True, False):
+        retriever = load(reference, "mask_mean").eval()
+        if groups:
+            monkeypatch.setattr("src.retriever.MIN_TOKENS", {"cpu": 1})
+            retriever.model.register_forward_pre_hook(
+                lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]),
+                with_kwargs=True,
+            )
+            passages = retriever(*questions, ids.view(2, 3, -1), mask.view(2, 3, -1))[1]
+        else:
+            passages = retriever.embed_passages(ids, mask).view(2, 3, -1)
+        passages.pow(2).sum().backward()
+        gradients = [p.grad for p in retriever.parameters() if p.grad is not None]
+        results.append([passages.detach(), *gradients])
+    assert widths[:-1] == sorted(set(mask.sum(dim=1).tolist()), reverse=True)
+    for ours, slow in zip(*results, strict=True):
+        assert torch.allclose(ours, slow, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mask_mean", "cls", "nomask_mean"])
+def test_embedder_gives_each_texts_own_embedding_in_order(name, reference, tokenizer):
+    retriever = load(reference, name).eval()
+    texts = [f"title: {n} context: {'a tidal river ' * (n * 7 % 5)}" for n in range(20)]
+    embed = TextEmbedder(retriever, tokenizer, "passages", 32, 3, torch.device("cpu"))
+    sizes = []
+    retriever.model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    embedded = embed(texts)
+    assert embedded.dtype == np.float32
+    assert embed([]).shape == (0, embedded.shape[1])
+    if name == "mask_mean":  # short texts come more at a time
+        assert all(n * length <= 3 * 32 for n, length in sizes)
+        assert max(n for n, _ in sizes) > 3
+    collate = TextCollator(tokenizer, 32, fixed_length=name != "mask_mean")
+    for text, row in zip(texts, embedded, strict=True):
+        with torch.no_grad():
+            alone = retriever.embed_passages(*collate([text]))
+        assert np.abs(row - alone.numpy()).max() < 1e-5
 
 
 def slow_loss(scores, gold, present, negatives=None) -> float:
