@@ -64,8 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
         lambda: load_data(options.eval_data, rank, world_size, bar=passing_bar)
     )
     passages = f"at most {count(options.n_context, 'passage')} each"
-    n, file = len(data), options.eval_data
-    say(log, "data", "using %d of %d examples of %s, %s", n, n, file, passages)
+    n, file = f"{len(data):,}", options.eval_data
+    say(log, "data", "using %s of %s examples of %s, %s", n, n, file, passages)
     base = options.tokenizer if options.tokenizer != "none" else f"t5-{options.model_size}"
     source = options.model_path if options.model_path != "none" else f"t5-{options.model_size}"
     reader = load_reader(source).to(device)

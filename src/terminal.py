@@ -31,6 +31,14 @@ def count(number: int, one: str, many: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
+def size(n_bytes: float) -> str:
+    """Bytes as people read them: "40 kB", "1.6 GB"."""
+    unit = 0
+    while n_bytes >= 999.5 and unit < 3:
+        n_bytes, unit = n_bytes / 1000, unit + 1
+    return f"{n_bytes:.{1 if unit and n_bytes < 9.95 else 0}f} {('B', 'kB', 'MB', 'GB')[unit]}"
+
+
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds: "1:02:03"."""
     return str(datetime.timedelta(seconds=round(seconds)))

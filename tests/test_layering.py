@@ -43,6 +43,7 @@ MAY_IMPORT = {
         "pretrained",
         "retriever",
         "shards",
+        "terminal",
     },
     "watch": set(),
     "distributed": {"errors", "slurm", "watch"},

@@ -154,7 +154,9 @@ def test_the_circle_by_the_commands_that_scripts_end_with(reference, tmp_path, d
         "next",
     ]  # fmt: skip
     assert said["data"] == f"{n} of {n} questions of {data}, 4 passages for each"
-    assert re.match(r"120 embeddings of size 32 in 3 shard\(s\); exact search", said["search"])
+    assert re.match(
+        r"120 embeddings of size 32 in 3 shards; exact search takes about \\d+ kB", said["search"]
+    )
     train, answer = next_commands(printed)
     train[train.index("DEV_DATA.json")] = data
     answer[answer.index("READER")] = runs / "reader" / "checkpoint" / "best_dev"
@@ -218,7 +220,7 @@ def newest(folder: Path) -> Path:
 def test_training_on_a_terminal(reference, tmp_path, capsys):
     command = training(reference, tmp_path, "--total_steps", 100_000)
     terminal = Terminal("train_reader.py", *command)
-    terminal.read(until="examples/s=")
+    terminal.read(until="examples/s, loss")
     assert re.search(r"\d/100000 \[.* update/s", terminal.screen)
     assert "saved" in terminal.read(until="saved")
     assert_left_well(terminal.press_ctrl_c(), r"stopped by Ctrl-C after update \d+; the same comm")
