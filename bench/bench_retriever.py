@@ -5,12 +5,14 @@
 The plain way: eager attention, float32, batches in the file's order, every passage padded to
 `passage_maxlength`, mean over real tokens. `--model` names any BERT; without it, fresh weights in
 the shape of all-MiniLM-L6-v2 and a tokenizer learned from the passages. Ratios are of medians of
-interleaved runs; both ways tokenize, and give the same embeddings to 1e-4.
+interleaved runs; both ways tokenize, and give the same embeddings to 1e-4. Memory is the peak of a
+fresh process, less that of one that only imports what both do.
 """
 
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,10 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from bench.measure import interleaved, matrix_peak, table
+from bench.measure import interleaved, matrix_peak, nothing, peak_memory, table
 from src.data import passage_text
 from src.passages import Passages
+from src.pretrained import quiet_transformers
 from src.retriever import TextEmbedder, load_retriever
 
 MINILM = {
@@ -43,6 +46,47 @@ def make_model(texts: list[str], folder: str) -> None:
     BertModel(BertConfig(**MINILM)).save_pretrained(folder)
 
 
+def read_texts(passages: str) -> list[str]:
+    return [passage_text(passage.title, passage.text) for passage in Passages(passages)]
+
+
+def plain(folder: str, batch: int) -> Callable[[list[str]], np.ndarray]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    bert = BertModel.from_pretrained(folder, attn_implementation="eager").eval()
+
+    @torch.no_grad()
+    def embed(texts: list[str]) -> np.ndarray:
+        rows = []
+        for start in range(0, len(texts), batch):
+            tokens = tokenizer(
+                texts[start : start + batch],
+                padding="max_length",
+                truncation=True,
+                max_length=MAX_LENGTH,
+                return_tensors="pt",
+            )
+            states = bert(**tokens).last_hidden_state
+            mask = tokens["attention_mask"].unsqueeze(2)
+            rows.append((states * mask).sum(dim=1) / mask.sum(dim=1))
+        return torch.cat(rows).numpy()
+
+    return embed
+
+
+def ours(folder: str, batch: int) -> Callable[[list[str]], np.ndarray]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    retriever = load_retriever(folder).eval()
+    return TextEmbedder(retriever, tokenizer, "passages", MAX_LENGTH, batch, torch.device("cpu"))
+
+
+WAYS = {"plain": plain, "ours": ours}
+
+
+def embed_once(way: str, passages: str, folder: str, batch: int) -> None:
+    quiet_transformers()
+    WAYS[way](folder, batch)(read_texts(passages))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--passages", required=True, help="TSV or JSONL")
@@ -50,38 +94,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
-    texts = [passage_text(passage.title, passage.text) for passage in Passages(options.passages)]
+    quiet_transformers()
+    texts = read_texts(options.passages)
     with tempfile.TemporaryDirectory() as made:
         if options.model == "none":
             make_model(texts, made)
         folder = made if options.model == "none" else options.model
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        plain = BertModel.from_pretrained(folder, attn_implementation="eager").eval()
-        retriever = load_retriever(folder).eval()
-    device = torch.device("cpu")
-    embed = TextEmbedder(retriever, tokenizer, "passages", MAX_LENGTH, options.batch, device)
-
-    @torch.no_grad()
-    def embed_plainly() -> np.ndarray:
-        rows = []
-        for start in range(0, len(texts), options.batch):
-            tokens = tokenizer(
-                texts[start : start + options.batch],
-                padding="max_length",
-                truncation=True,
-                max_length=MAX_LENGTH,
-                return_tensors="pt",
-            )
-            states = plain(**tokens).last_hidden_state
-            mask = tokens["attention_mask"].unsqueeze(2)
-            rows.append((states * mask).sum(dim=1) / mask.sum(dim=1))
-        return torch.cat(rows).numpy()
-
-    if np.abs(embed_plainly() - embed(texts)).max() > 1e-4:
-        sys.exit("the two ways embed differently")
-    seconds = interleaved({"plain": embed_plainly, "ours": lambda: embed(texts)}, options.rounds)
-    lengths = [min(MAX_LENGTH, len(ids)) for ids in tokenizer(texts)["input_ids"]]
-    config = plain.config
+        embed = {way: load(folder, options.batch) for way, load in WAYS.items()}
+        if np.abs(embed["plain"](texts) - embed["ours"](texts)).max() > 1e-4:
+            sys.exit("the two ways embed differently")
+        seconds = interleaved(
+            {way: lambda way=way: embed[way](texts) for way in WAYS}, options.rounds
+        )
+        empty = peak_memory(nothing)
+        memory = {
+            way: peak_memory(embed_once, way, options.passages, folder, options.batch) - empty
+            for way in WAYS
+        }
+        config = BertConfig.from_pretrained(folder)
+        tokens = AutoTokenizer.from_pretrained(folder)(texts)["input_ids"]
+    lengths = [min(MAX_LENGTH, len(text)) for text in tokens]
     per_token = 8 * config.hidden_size**2 + 4 * config.hidden_size * config.intermediate_size
     flops = config.num_hidden_layers * sum(
         length * per_token + 4 * config.hidden_size * length**2 for length in lengths
@@ -94,11 +126,13 @@ def main() -> None:
         [
             {
                 "embedding": way,
-                "passages/s": len(texts) / value,
-                "speed": seconds["plain"] / value,
-                "of peak FLOPs": flops / value / peak,
+                "passages/s": len(texts) / seconds[way],
+                "speed": seconds["plain"] / seconds[way],
+                "peak MB": memory[way],
+                "memory": memory[way] / memory["plain"],
+                "of peak FLOPs": flops / seconds[way] / peak,
             }
-            for way, value in seconds.items()
+            for way in WAYS
         ]
     )
 
