@@ -79,8 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
     first = len(passages) * options.shard_id // options.num_shards
     last = len(passages) * (options.shard_id + 1) // options.num_shards
     shard = f"shard {options.shard_id} of {options.num_shards}"
-    n, of, file = last - first, len(passages), options.passages
-    say(log, "data", "%s: %d of %s of %s", shard, n, count(of, "passage"), file)
+    of = f"{last - first:,} of {count(len(passages), 'passage')}"
+    say(log, "data", "%s: %s of %s", shard, of, options.passages)
     retriever = load_retriever(options.model_path)
     base = options.tokenizer if options.tokenizer != "none" else "bert-base-uncased"
     tokenizer = load_tokenizer(options.model_path, base)

@@ -56,8 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "results", "%s", options.output_path)
 
     # Data
-    data = distributed.together(lambda: load_data(options.data, *part))
-    of = f"{len(data)} of {count(len(data), 'question')}"
+    data = distributed.together(lambda: load_data(options.data, *part, bar=passing_bar))
+    of = f"{len(data):,} of {count(len(data), 'question')}"
     found_each = f"{count(options.n_docs, 'passage')} for each"
     say(log, "data", "%s of %s, %s", of, options.data, found_each)
     if distributed.is_main():
@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
             options.allow_mismatch,
             device,
         )
-        say(log, "search", search.describe_search(exact, options.indexing_batch_size, factory))
+        searched = search.describe_search(exact, options.indexing_batch_size, factory)
+        say(log, "search", "%s", searched)
         retriever, tokenizer, made_by["model"] = search.load_checked_retriever(
             options.model_path,
             options.tokenizer if options.tokenizer != "none" else "bert-base-uncased",

@@ -158,10 +158,12 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "results", "%s", run)
 
     # Data and model
-    data = distributed.together(lambda: load_data(options.eval_data, rank, world_size))
+    data = distributed.together(
+        lambda: load_data(options.eval_data, rank, world_size, bar=passing_bar)
+    )
     passages = f"at most {count(options.n_context, 'passage')} each"
-    n, file = len(data), options.eval_data
-    say(log, "data", "using %d of %d examples of %s, %s", n, n, file, passages)
+    n, file = f"{len(data):,}", options.eval_data
+    say(log, "data", "using %s of %s examples of %s, %s", n, n, file, passages)
     model = options.model_path, options.model_size, options.tokenizer
     reader, tokenizer = open_reader(*model, device, options.compile, log)
 

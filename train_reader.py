@@ -72,21 +72,23 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Data
     train_data = distributed.together(
-        lambda: load_data(options.train_data, rank, world_size, needs_target=True)
+        lambda: load_data(options.train_data, rank, world_size, needs_target=True, bar=passing_bar)
     )
     passages = f"at most {count(options.n_context, 'passage')} each"
-    n, file = len(train_data), options.train_data
-    say(log, "data", "training on %d of %d examples of %s, %s", n, n, file, passages)
+    n, file = f"{len(train_data):,}", options.train_data
+    say(log, "data", "training on %s of %s examples of %s, %s", n, n, file, passages)
     eval_data = None
     if options.eval_data != "none":
-        eval_data = distributed.together(lambda: load_data(options.eval_data, rank, world_size))
+        eval_data = distributed.together(
+            lambda: load_data(options.eval_data, rank, world_size, bar=passing_bar)
+        )
         if not any(read_example(eval_data, index).answers for index in range(len(eval_data))):
             raise InputError(
                 f"{options.eval_data}: no example has answers to evaluate on; give another file, "
                 "or --eval_data none"
             )
-        n, file = len(eval_data), options.eval_data
-        say(log, "dev data", "evaluating on %d of %d examples of %s, %s", n, n, file, passages)
+        n, file = f"{len(eval_data):,}", options.eval_data
+        say(log, "dev data", "evaluating on %s of %s examples of %s, %s", n, n, file, passages)
 
     # Model: from this run's own newest checkpoint, else from what the options name
     torch.manual_seed(options.seed)

@@ -82,17 +82,21 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Data
     load = functools.partial(
-        load_data, rank=rank, world_size=world_size, needs_scores=options.n_context
+        load_data,
+        rank=rank,
+        world_size=world_size,
+        needs_scores=options.n_context,
+        bar=passing_bar,
     )
     train_data = distributed.together(lambda: load(options.train_data))
     passages = f"at most {count(options.n_context, 'passage')} each"
-    n, file = len(train_data), options.train_data
-    say(log, "data", "training on %d of %d examples of %s, %s", n, n, file, passages)
+    n, file = f"{len(train_data):,}", options.train_data
+    say(log, "data", "training on %s of %s examples of %s, %s", n, n, file, passages)
     eval_data = None
     if options.eval_data != "none":
         eval_data = distributed.together(lambda: load(options.eval_data))
-        n, file = len(eval_data), options.eval_data
-        say(log, "dev data", "evaluating on %d of %d examples of %s, %s", n, n, file, passages)
+        n, file = f"{len(eval_data):,}", options.eval_data
+        say(log, "dev data", "evaluating on %s of %s examples of %s, %s", n, n, file, passages)
 
     # Model: from this run's own newest checkpoint, else from what the options name
     torch.manual_seed(options.seed)

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from src.errors import InputError, first_line, shorten
+from src.terminal import Bar, no_bar
 
 # ----------------------------------------------------------------------------------------------
 # Files
@@ -571,7 +572,7 @@ def load_data(
     world_size: int = 1,
     needs_target: bool = False,
     needs_scores: int = 0,
-    on_examples: Callable[[int], None] | None = None,
+    bar: Bar = no_bar,
 ) -> Examples:
     """Open a data file and check this process's share of its examples (`rank`, `rank +
     world_size`, ...), so that a broken one is reported now and not in the middle of the night.
@@ -581,7 +582,7 @@ def load_data(
         needs_target: the examples are to train a reader: each must have a target or answers.
         needs_scores: the examples are to distil from: each must have a score on one of its first
             `needs_scores` passages.
-        on_examples: is told, now and then, how many more were checked.
+        bar: for the examples that are checked.
     """
     examples = Examples(path)
 
@@ -599,7 +600,8 @@ def load_data(
     size = os.path.getsize(path) // world_size
     n_processes = min(_cpus(), size // _BYTES_WORTH_A_PROCESS, 16)
     indices = range(rank, len(examples), world_size)
-    _check_all(check, indices, n_processes, on_examples or (lambda count: None))
+    with bar(len(indices), "example", "checking examples") as shown:
+        _check_all(check, indices, n_processes, shown.update)
     return examples
 
 

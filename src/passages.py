@@ -23,12 +23,12 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from types import SimpleNamespace
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from src.errors import InputError, first_line, shorten
+from src.terminal import Bar, no_bar
 
 
 class Passage(NamedTuple):
@@ -37,15 +37,6 @@ class Passage(NamedTuple):
     id: str
     title: str
     text: str
-
-
-# Opens a progress bar, by total, unit and what is done: a context of something with `update(n)`.
-Bar = Callable[[int, str, str], contextlib.AbstractContextManager]
-
-
-def no_bar(total: int, unit: str, what: str) -> contextlib.AbstractContextManager:
-    """A progress bar that shows nothing."""
-    return contextlib.nullcontext(SimpleNamespace(update=lambda n: None))
 
 
 class Passages(Sequence[Passage]):

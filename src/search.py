@@ -26,6 +26,7 @@ from src.passages import Passages
 from src.pretrained import check_vocabulary, load_tokenizer
 from src.retriever import Retriever, TextEmbedder, fingerprint, load_retriever
 from src.shards import check_count, open_shards, require_same
+from src.terminal import count, size
 
 _QUESTIONS_AT_ONCE = 1024  # of a compressed search
 
@@ -106,9 +107,10 @@ def open_embeddings(
 def describe_search(exact: Indexer, block_rows: int, factory: str) -> str:
     """What is searched and what that takes, for the log, before anything is loaded."""
     memory = expected_memory(len(exact), exact.dimension, block_rows, factory)
+    shards = count(len(exact.shards), "shard")
     return (
-        f"{len(exact)} embeddings of size {exact.dimension} in {len(exact.shards)} shard(s); "
-        f"{factory or 'exact'} search takes about {memory.building / 1e9:.1f} GB"
+        f"{len(exact):,} embeddings of size {exact.dimension} in {shards}; "
+        f"{factory or 'exact'} search takes about {size(memory.building)} of memory"
     )
 
 

@@ -1,13 +1,18 @@
 """What a person at a terminal sees of a script: facts in aligned lines, bars, the next command."""
 
+import contextlib
 import datetime
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from tqdm import tqdm
+
+# Opens a progress bar, by total, unit and what is done: a context of something with `update(n)`.
+Bar = Callable[[int, str, str], contextlib.AbstractContextManager]
 
 
 def say(log: logging.Logger, name: str, text: str, *values: object) -> None:
@@ -24,6 +29,14 @@ def say_next(log: logging.Logger, what_for: str, *commands: Sequence[object]) ->
 def count(number: int, one: str, many: str | None = None) -> str:
     """A number with its noun: "1 process", "2 processes"."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def size(n_bytes: float) -> str:
+    """Bytes as people read them: "40 kB", "1.6 GB"."""
+    unit = 0
+    while n_bytes >= 999.5 and unit < 3:
+        n_bytes, unit = n_bytes / 1000, unit + 1
+    return f"{n_bytes:.{1 if unit and n_bytes < 9.95 else 0}f} {('B', 'kB', 'MB', 'GB')[unit]}"
 
 
 def duration(seconds: float) -> str:
@@ -50,3 +63,8 @@ def passing_bar(total: int, unit: str, what: str, shown: bool = True) -> tqdm:
     over a second, and goes away with it. The unit "B" (bytes) is scaled."""
     more = {"desc": what, "leave": False, "delay": 1.0, "unit_scale": unit == "B"}
     return progress_bar(total, unit, shown=shown, **more)
+
+
+def no_bar(total: int, unit: str, what: str) -> contextlib.AbstractContextManager:
+    """A `Bar` that shows nothing."""
+    return contextlib.nullcontext(SimpleNamespace(update=lambda n: None))

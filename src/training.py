@@ -203,7 +203,8 @@ def train(
         if reports or saves or stopped or len(recent) == 10:
             last_loss = report_losses()
             rate = (position.examples_seen - seen) / (time.perf_counter() - since)
-            bar.set_postfix(_shown(last_loss, position, metric, lr, rate), refresh=False)
+            bar.bar_format = _BAR
+            bar.set_postfix_str(_shown(last_loss, position.best, lr, rate), refresh=False)
         # Saved before the evaluation, which can fail or be cut off and is then made on resuming.
         if saves or stopped:
             save(checkpoints.save_step, silently=not saves, periodic=saves)
@@ -222,10 +223,14 @@ def train(
     return position
 
 
-def _shown(loss: float, position: Position, metric: str, lr: float, rate: float) -> dict[str, str]:
-    """What the progress bar says behind its numbers."""
-    best = {} if position.best is None else {f"best {metric}": _short(position.best)}
-    return {"loss": f"{loss:.3f}", **best, "lr": f"{lr:.2g}", "examples/s": f"{rate:.1f}"}
+# Once there is a rate in examples, it takes the place of that in updates: 80 columns are few.
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+
+def _shown(loss: float, best: float | None, lr: float, rate: float) -> str:
+    """What the progress bar says behind its numbers; where it is cut off, by what matters most."""
+    shown_best = "" if best is None else f"best {_short(best)}, "
+    return f"{rate:.1f} examples/s, loss {loss:.3f}, {shown_best}lr {lr:.2g}"
 
 
 def _short(value: float) -> str:

@@ -14,20 +14,23 @@ from tests.conftest import ROOT
 
 
 class Terminal:
-    """A script that runs in a terminal of its own, 100 columns wide.
+    """A script that runs in a terminal of its own.
 
     Its standard output and standard error are both the terminal, as they are for a person.
     """
 
-    def __init__(self, *command: str | Path, processes: int = 1, **environment: str):
+    def __init__(
+        self, *command: str | Path, processes: int = 1, columns: int = 100, **environment: str
+    ):
         start = [sys.executable]
         if processes > 1:
             start += ["-m", "torch.distributed.run", "--standalone"]
             start += [f"--nproc_per_node={processes}"]
         self._ours, theirs = pty.openpty()
-        termios.tcsetwinsize(theirs, (40, 100))
+        termios.tcsetwinsize(theirs, (40, columns))
         self.process = subprocess.Popen(
-            ["setsid", "--ctty", "--wait", *start, *map(str, command)],
+            # (A script that ran in this process may have left signals ignored.)
+            ["env", "--default-signal", "setsid", "--ctty", "--wait", *start, *map(str, command)],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             stdin=theirs,

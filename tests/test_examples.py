@@ -1,5 +1,6 @@
 """Data files: the same examples as `json` reads, whatever their layout; what is broken is named."""
 
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -8,6 +9,7 @@ import pickle
 import random
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -269,6 +271,27 @@ def test_each_process_checks_its_share(tmp_path):
 
 
 @pytest.fixture
+def counting():
+    """A progress bar that counts: how it was opened, by how much it moved, and itself."""
+    opened, counts = [], []
+
+    def bar(*how: object) -> contextlib.AbstractContextManager:
+        opened.append(how)
+        return contextlib.nullcontext(SimpleNamespace(update=counts.append))
+
+    return opened, counts, bar
+
+
+def test_a_bar_counts_the_examples_of_its_process(tmp_path, counting):
+    opened, counts, bar = counting
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join([line()] * 5))
+    load_data(file, rank=1, world_size=2, bar=bar)
+    assert opened == [(2, "example", "checking examples")]
+    assert counts == [1, 1]
+
+
+@pytest.fixture
 def several_processes(monkeypatch):
     """Files of any size are checked by three processes."""
     monkeypatch.setattr(module, "_BYTES_WORTH_A_PROCESS", 1)
@@ -277,23 +300,24 @@ def several_processes(monkeypatch):
 
 @pytest.mark.usefixtures("several_processes")
 @pytest.mark.parametrize("broken", [[], [700], [3], [699, 250, 701]])
-def test_examples_checked_by_several_processes(broken, tmp_path):
+def test_examples_checked_by_several_processes(broken, tmp_path, counting):
     """As by one: all of them, or the error of the first broken one, whoever finds it."""
     path = tmp_path / "data.jsonl"
     lines = [json.dumps({"question": f"{i}?", "answers": ["a"]}) for i in range(702)]
     for index in broken:
         lines[index] = json.dumps({"question": index})
     path.write_text("\n".join(lines))
-    counts = []
+    opened, counts, bar = counting
     if broken:
         with pytest.raises(InputError) as error:
-            load_data(path, needs_target=True, on_examples=counts.append)
+            load_data(path, needs_target=True, bar=bar)
         first = min(broken)
         assert str(error.value) == (
             f'{path}, example {first + 1} (line {first + 1}): "question" must be text, not {first}'
         )
     else:
-        assert len(load_data(path, needs_target=True, on_examples=counts.append)) == 702
+        assert len(load_data(path, needs_target=True, bar=bar)) == 702
+        assert opened == [(702, "example", "checking examples")]
         assert sum(counts) == 702
         assert max(counts) <= 100
     assert not multiprocessing.active_children()

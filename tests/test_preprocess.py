@@ -160,12 +160,12 @@ def test_it_goes_on_where_it_was_stopped(folder, monkeypatch, capsys):
     def stopped(questions: JsonItems, row: int, position: int) -> dict:
         seen.append(row)
         if len(seen) == 15:  # in the middle of dev
-            raise KeyboardInterrupt
+            raise RuntimeError("stopped")
         return read(questions, row, position)
 
     dataset = preprocess.DATASETS["tqa"]._replace(read=stopped)
     monkeypatch.setitem(preprocess.DATASETS, "tqa", dataset)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="stopped"):
         preprocess.main([str(folder)])
     written = {str(path.relative_to(folder)) for path in folder.glob("*QA/*")}
     assert written == {"TQA/train.json"}

@@ -92,7 +92,7 @@ def test_bars_stay_out_of_pipes(reference, tmp_path):
 
 def test_training_without_evaluation_and_testing_without_answers(reference, tmp_path):
     command = training(reference, tmp_path, "--total_steps", 2, "--eval_data", "none")
-    assert "dev" not in run_well(*command).replace(str(tmp_path), "")
+    assert not re.search("dev(?!ice)", run_well(*command).replace(str(tmp_path), ""))
     (tmp_path / "q.jsonl").write_text('{"question": "Who?"}\n{"question": "Where?", "id": "w"}\n')
     log = run_well(
         "test_reader.py", "--eval_data", tmp_path / "q.jsonl", "--write_results",

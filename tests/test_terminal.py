@@ -1,6 +1,7 @@
 """What a person at a terminal sees: first and last lines, the next command, bars, Ctrl-C."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -154,7 +155,10 @@ def test_the_circle_by_the_commands_that_scripts_end_with(reference, tmp_path, d
         "next",
     ]  # fmt: skip
     assert said["data"] == f"{n} of {n} questions of {data}, 4 passages for each"
-    assert re.match(r"120 embeddings of size 32 in 3 shard\(s\); exact search", said["search"])
+    assert re.match(
+        r"120 embeddings of size 32 in 3 shards; exact search takes about \d+ kB of memory$",
+        said["search"],
+    )
     train, answer = next_commands(printed)
     train[train.index("DEV_DATA.json")] = data
     answer[answer.index("READER")] = runs / "reader" / "checkpoint" / "best_dev"
@@ -218,7 +222,7 @@ def newest(folder: Path) -> Path:
 def test_training_on_a_terminal(reference, tmp_path, capsys):
     command = training(reference, tmp_path, "--total_steps", 100_000)
     terminal = Terminal("train_reader.py", *command)
-    terminal.read(until="examples/s=")
+    terminal.read(until="examples/s, loss")
     assert re.search(r"\d/100000 \[.* update/s", terminal.screen)
     assert "saved" in terminal.read(until="saved")
     assert_left_well(terminal.press_ctrl_c(), r"stopped by Ctrl-C after update \d+; the same comm")
@@ -316,6 +320,126 @@ def test_ctrl_c_in_embedding_and_in_retrieval(reference, tmp_path, capsys):
     assert not list(tmp_path.glob("*out.json*"))
     passage_retrieval.main([str(word) for word in command])
     assert (tmp_path / "out.json").exists()
+
+
+def ctrl_c_cases(reference: Path, folder: Path) -> dict[str, tuple[str, list, str, str]]:
+    """By what a script does: the script, its options, the function in which Ctrl-C comes, and what
+    the line says of the same command."""
+    passages = shutil.copy(reference / "passages.tsv", folder / "passages.tsv")
+    scored = small_data(reference, folder)
+    bert = ["--model_path", reference / "legacy_retriever_mask_mean"]
+    bert += ["--tokenizer", reference / "bert"]
+    collection = ["--passages", passages, "--output_path"]
+    generate_passage_embeddings.main(
+        [str(word) for word in [*bert, *collection, folder / "embeddings"]]
+    )
+    search = [*bert, "--passages_embeddings", folder / "embeddings_00", "--data", scored]
+    search += [*collection, folder / "found.json"]
+
+    def reader(name: str) -> list:
+        return training(reference, folder / name, "--total_steps", 4, "--eval_freq", 2)
+
+    def retriever(name: str) -> list:
+        return [
+            "--train_data", scored, "--eval_data", scored, *bert, "--n_context", 2,
+            "--total_steps", 4, "--save_freq", 2, "--checkpoint_dir", folder, "--name", name,
+        ]  # fmt: skip
+
+    answers = [
+        "--eval_data", scored, "--model_path", reference / "t5", "--text_maxlength", 48,
+        "--generation_max_length", 4, "--checkpoint_dir", folder, "--name", "answers",
+        "--write_results", "--write_crossattention_scores",
+    ]  # fmt: skip
+    again = "starts again"
+    from_step_2 = r"goes on from .*/checkpoint/step-2"
+    from_block = "goes on after the last finished block"
+    from_batch = "goes on after the last finished batch"
+    embed = "generate_passage_embeddings"
+    return {
+        "checks data": ("train_reader", reader("a"), "src.examples:parse_example", again),
+        "loads a reader": ("train_reader", reader("b"), "train_reader:load_reader", again),
+        "evaluates": ("train_reader", reader("d"), "train_reader:answer_questions", from_step_2),
+        "trains a retriever": (
+            "train_retriever", retriever("e"), "train_retriever:retriever_loss", again,
+        ),
+        "saves the first": ("train_retriever", retriever("f"), "torch:save", again),
+        "evaluates a retriever": (
+            "train_retriever", [*retriever("g"), "--eval_freq", 3], "train_retriever:embed",
+            from_step_2,
+        ),
+        "answers": ("test_reader", answers, "test_reader:answer_questions", from_batch),
+        "writes scores": ("test_reader", answers, "test_reader:write_scores", from_batch),
+        "opens passages": (embed, [*bert, *collection, folder / "x"], "src.passages:_open", again),
+        "embeds": (embed, [*bert, *collection, folder / "y"], "src.retriever:TextEmbedder.begin",
+                   from_block),
+        "tokenizes, in a thread": (embed, [*bert, *collection, folder / "w"],
+                                   "src.retriever:TextEmbedder.tokenize", from_block),
+        "writes embeddings": (embed, [*bert, *collection, folder / "z"],
+                              f"{embed}:ShardWriter.append", from_block),
+        "embeds questions": (
+            "passage_retrieval", search, "src.retriever:TextEmbedder.begin", again,
+        ),
+        "searches": ("passage_retrieval", search, "src.index:_search_block", again),
+        "builds an index": (
+            "passage_retrieval", [*search, "--index_factory", "SQ8", "--save_or_load_index"],
+            "src.compressed:CompressedIndexer.build", again,
+        ),
+        "builds BM25": (
+            "passage_retrieval", ["--bm25", "--data", scored, *collection, folder / "words.json"],
+            "bm25s:tokenize", again,
+        ),
+        "looks for answers": (
+            "passage_retrieval", search, "passage_retrieval:write_retrieved", again,
+        ),
+    }  # fmt: skip
+
+
+def test_ctrl_c_whatever_a_script_does(reference, tmp_path):
+    """A library does not come back: the script leaves all the same."""
+    cases = ctrl_c_cases(reference, tmp_path)
+    words = [[script, list(map(str, options)), at] for script, options, at, _ in cases.values()]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ctrl_c"],
+        input=json.dumps(words),
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    for does, left in zip(cases, json.loads(done.stdout), strict=True):
+        print(does, left)  # for who reads of a failure
+        assert_left_well(left, rf"^stopped by Ctrl-C; the same command {cases[does][-1]}$")
+    # What is not complete is not there.
+    for unfinished in ("answers/dataset_wscores.json", "x_00", "y_00", "w_00", "found.json"):
+        assert not (tmp_path / unfinished).exists(), unfinished
+    assert not list(tmp_path.glob("**/index_*"))
+    assert not list(tmp_path.glob("**/*.bm25"))
+    assert not (tmp_path / "f" / "checkpoint" / "latest").exists()
+
+
+def test_ctrl_c_among_the_imports():
+    """Before a script has read its options there is nothing to say."""
+    terminal = Terminal("train_reader.py")
+    while b"/torch/" not in Path(f"/proc/{terminal.process.pid}/maps").read_bytes():
+        assert terminal.process.poll() is None
+    seconds, status, printed = terminal.press_ctrl_c()
+    assert seconds < PROMISE
+    assert (status, printed.strip()) == (-signal.SIGINT, "^C")
+
+
+def test_ctrl_c_under_torchrun(reference, tmp_path):
+    """torchrun says what it likes, and we one line."""
+    command = training(reference, tmp_path, "--total_steps", 100_000)
+    terminal = Terminal("train_reader.py", *command, processes=2)
+    terminal.read(until="saved")
+    seconds, status, printed = terminal.press_ctrl_c()
+    assert seconds < 3 * PROMISE  # torchrun has its own way out
+    assert status != 0
+    (step,) = re.findall(r"stopped by Ctrl-C after update (\d+); the same command goes on", printed)
+    assert len(re.findall("stopped by", terminal.screen)) == 1
+    assert "error" not in re.sub("torch/.*", "", printed)
+    assert newest(tmp_path).name == f"step-{step}"
 
 
 @pytest.mark.parametrize(
