@@ -128,7 +128,7 @@ def undisturbed(running_cluster, tmp_path_factory) -> Path:
     nodes = ["--nodes=2", "--ntasks-per-node=1"]
     job = train(running_cluster, "train_several_nodes.sbatch", folder, *nodes)
     assert finish(running_cluster, job) == "COMPLETED", (folder / "job.log").read_text()
-    assert ", 2 process(es)" in (folder / "run" / "run.log").read_text()
+    assert "; 2 processes" in (folder / "run" / "run.log").read_text()
     assert running_cluster.show(job)["Restarts"] == "0"
     return folder
 
