@@ -96,16 +96,18 @@ def main(arguments: list[str] | None = None) -> None:
         size = sum(p.numel() for p in retriever.parameters()) / 1e6
         say(log, "model", "%.1fM parameters, from %s", size, options.model_path)
         made_by["embeddings"] = exact.shards[0].metadata
-        embed = search.question_embedder(
-            retriever,
-            tokenizer,
-            options.question_maxlength,
-            options.per_gpu_batch_size,
-            device,
-            device.type == "cuda" and not options.no_fp16,
-            options.plain_text,
-        )
-        queries = embed(questions)
+        with passing_bar(len(questions), "question", "embedding questions") as bar:
+            embed = search.question_embedder(
+                retriever,
+                tokenizer,
+                options.question_maxlength,
+                options.per_gpu_batch_size,
+                device,
+                device.type == "cuda" and not options.no_fp16,
+                options.plain_text,
+                bar.update,
+            )
+            queries = embed(questions)
         index = search.VectorSearch(exact, passages)
         if factory:
             with passing_bar(len(exact), "passage", "building the index") as bar:

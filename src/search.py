@@ -28,7 +28,7 @@ from src.retriever import Retriever, TextEmbedder, fingerprint, load_retriever
 from src.shards import check_count, open_shards, require_same
 from src.terminal import count, size
 
-_QUESTIONS_AT_ONCE = 1024  # of a compressed search
+_QUESTIONS_AT_ONCE = 1024  # that are embedded, and searched in a compressed index
 
 
 class FoundPlaces(NamedTuple):
@@ -153,15 +153,28 @@ def question_embedder(
     device: torch.device,
     half: bool,
     plain_text: bool,
+    on_questions: Callable[[int], None] | None = None,
 ) -> Callable[[list[str]], np.ndarray]:
     """From questions to their embeddings [q, d], computed on the device.
 
-    Args: max_length: tokens of a question; None: as many as the retriever was made for.
+    Args:
+        max_length: tokens of a question; None: as many as the retriever was made for.
+        on_questions: is told how many more are embedded.
     """
     retriever = (retriever.half() if half else retriever).to(device).eval()
     max_length = max_length or retriever.config.question_maxlength
     embed = TextEmbedder(retriever, tokenizer, "questions", max_length, batch_size, device)
-    return lambda questions: embed([question_text(text, plain_text) for text in questions])
+
+    def embed_all(questions: list[str]) -> np.ndarray:
+        parts = []
+        for start in range(0, len(questions), _QUESTIONS_AT_ONCE):
+            some = questions[start : start + _QUESTIONS_AT_ONCE]
+            parts.append(embed([question_text(text, plain_text) for text in some]))
+            if on_questions:
+                on_questions(len(some))
+        return np.concatenate(parts)
+
+    return embed_all
 
 
 class VectorSearch:

@@ -5,6 +5,7 @@ munge`); without them these tests are skipped. The job files are submitted as th
 sbatch take the place of their partitions and numbers, and options of the scripts that of theirs.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -228,11 +229,21 @@ def test_an_array_of_shards(cluster, tmp_path):
         assert ours.read_bytes() == theirs.read_bytes()
 
 
+def runs_python(folder: Path) -> bool:
+    """Whether Python has been started with a path in the folder among its arguments."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            program, *arguments = file.read_text(errors="replace").split("\0")
+            if Path(program).name.startswith("python") and f"{folder}/x" in arguments:
+                return True
+    return False
+
+
 def test_a_signal_while_python_is_starting(cluster, tmp_path):
     """Nothing listens to signals yet: the job file itself puts the job back into the queue."""
     write_passages(tmp_path / "passages.tsv", 10)
     job = embed(cluster, tmp_path, "0", shards=1)
-    wait_for("the job's step", lambda: ".0" in cluster.command("squeue", "-h", "-s", "-j", job))
+    wait_for("the job's Python", lambda: runs_python(tmp_path))  # SLURM lists a step before it runs
     cluster.command("scancel", "--signal=USR1", f"{job}_0")
     assert finish(cluster, f"{job}_0") == "COMPLETED"
     assert cluster.show(f"{job}_0")["Restarts"] == "1"
