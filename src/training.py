@@ -210,6 +210,7 @@ def train(
             save(checkpoints.save_step, silently=not saves, periodic=saves)
         if position.evaluation_due and not stopped:
             stopped = not evaluate_now(lr, rate)
+            bar.set_postfix_str(_shown(last_loss, position.best, lr, rate), refresh=False)
             if stopped and not saves:
                 save(checkpoints.save_step, silently=True, periodic=False)
             elif is_end and not stopped:
