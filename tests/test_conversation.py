@@ -132,7 +132,7 @@ def test_one_question(reference, passages, tmp_path, capsys, monkeypatch):
     ]  # fmt: skip
     facts = dict(facts)
     assert facts["passages"] == f"120 passages of {passages}, 3 passages for each question"
-    assert re.match(r"120 embeddings of size 32 in 2 shard\(s\); exact sear", facts["search"])
+    assert re.match(r"120 embeddings of size 32 in 2 shards; exact sear", facts["search"])
     assert re.match(r"1 question in 0:\d\d:\d\d$", facts["done"])
     assert re.search(r"\n1  reader +-?\d+\.\d\d \| search \d+\.\d\d \(#[123]\) \| ", printed)
     assert "\x1b" not in printed
