@@ -69,7 +69,7 @@ def find_by_retriever(
         half: questions are embedded in half precision.
     """
     exact = search.open_embeddings(embeddings, passages, block_rows, allow_mismatch, device)
-    say(log, "search", search.describe_search(exact, block_rows, factory))
+    say(log, "search", "%s", search.describe_search(exact, block_rows, factory))
     retriever, own_tokenizer, _ = search.load_checked_retriever(
         path, tokenizer, passages, exact, plain_text, allow_mismatch, "--retriever_tokenizer"
     )
