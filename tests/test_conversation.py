@@ -17,13 +17,10 @@ import pytest
 import passage_retrieval
 import test_reader
 from src.conversation import Evidence, Reply, _open_history, clean, show, wrap
-from src.evaluation import exact_match
 from tests.conftest import ROOT
 from tests.terminal import Terminal
-from tests.test_example_scripts import commands_only
 
 PROMPT = r"question: \Z"
-QUICKSTART = ROOT / "quickstart" / "seed-0"
 
 
 @pytest.fixture
@@ -370,35 +367,3 @@ def test_a_history_that_cannot_be_kept(tmp_path, monkeypatch):
         remember(question)
     history = range(before + 1, readline.get_current_history_length() + 1)
     assert [readline.get_history_item(place) for place in history] == ["Who?", "Where?"]
-
-
-@pytest.mark.skipif(
-    not (QUICKSTART / "runs" / "test_distilled_8" / "final_output.txt").exists(),
-    reason=f"needs what quickstart.sh makes in {QUICKSTART}, in some minutes: run it first",
-)
-def test_the_quickstarts_models_answer(tmp_path):
-    """By the command that quickstart.sh ends with."""
-    out = QUICKSTART.relative_to(ROOT)
-    quickstart = subprocess.run(
-        ["bash", ROOT / "quickstart.sh", "-o", out],
-        env={**commands_only(tmp_path, tmp_path / "commands"), "VIRTUAL_ENV": "active"},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    command = shlex.split(quickstart.stdout.splitlines()[-1])
-    assert command[0] == "python"
-    run = QUICKSTART / "runs" / "test_distilled_8" / "final_output.txt"
-    given = dict(line.split("\t") for line in run.read_text().splitlines())
-    test = json.loads((QUICKSTART / "data" / "test.json").read_text())
-    # By far the most are answered rightly; what the reader says is the same here and in the run.
-    right = [e for e in test if exact_match(given[e["id"]], e["answers"])]
-    terminal = Terminal(*command[1:], XDG_STATE_HOME=str(tmp_path), TERM="xterm")
-    terminal.read(until=PROMPT)
-    for example in right[:3]:
-        printed = terminal.type(f"{example['question']}\n", PROMPT)
-        answer = re.search(r"\r\n\r\n\x1b\[1m(.*?)\x1b\[22m\r\n\r\n1  reader ", printed)[1]
-        assert exact_match(answer, example["answers"])
-        first = printed[printed.index("\n1  reader ") : printed.index("\n2  reader ")]
-        assert re.search(rf"\x1b\[1m{answer}\x1b\[22m", first, re.IGNORECASE)
-    terminal.type("\x04", "done +3 questions")
-    terminal.read()
-    assert terminal.process.wait() == 0
