@@ -33,10 +33,7 @@ def make_t5(shape: str, attention: str) -> T5ForConditionalGeneration:
     torch.manual_seed(0)
     config = T5Config(**SHAPES[shape], vocab_size=32128, decoder_start_token_id=0)
     config._attn_implementation = attention
-    t5 = T5ForConditionalGeneration(config)
-    # A head of its own: fresh weights with a tied one repeat the token that they begin with.
-    t5.lm_head.weight = torch.nn.Parameter(0.05 * torch.randn_like(t5.shared.weight))
-    return t5
+    return T5ForConditionalGeneration(config)
 
 
 def make_batch(batch: int, passages: int) -> dict:
@@ -156,6 +153,9 @@ def main() -> None:
     table(rows)
 
     plain, ours = made["plain"][0].eval(), made["ours"][0].eval()
+    # A head of their own: fresh weights with a tied one repeat the token that they begin with.
+    plain.t5.lm_head.weight = torch.nn.Parameter(0.05 * torch.randn_like(plain.t5.shared.weight))
+    ours.t5.lm_head.weight = plain.t5.lm_head.weight
     ours.t5.load_state_dict(plain.t5.state_dict())
     ids, mask = batch["input_ids"], batch["attention_mask"]
 
