@@ -98,6 +98,10 @@ def run(arguments: list[str], folder: str, environment: dict[str, str]) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    # Python's own were made for the files of the server.
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     if arguments[0] == "-m":
         sys.path[0], sys.argv = folder, arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
