@@ -29,6 +29,6 @@ train=("${run[@]}" train_reader.py --train_data "$TRAIN" --eval_data "$DEV" --te
     --per_gpu_batch_size 1 --accumulation_steps "$ACCUMULATE" --checkpoint_dir "$OUT")
 
 "${train[@]}" --model_path "$MODEL" --n_context "$FEW" --total_steps "$FEW_STEPS" --name "read_$FEW"
-# --use_checkpoint needs less memory and a quarter more time (bench/RESULTS.md): leave it out if you can.
+# --use_checkpoint needs less memory and a third more time (bench/RESULTS.md): leave it out if you can.
 "${train[@]}" --model_path "$OUT/read_$FEW/checkpoint/best_dev" --n_context "$MANY" \
     --total_steps "$MANY_STEPS" --use_checkpoint --name "read_$MANY"
