@@ -17,14 +17,16 @@ REFERENCE = ROOT / "tests" / "reference"
 XQUAD = ROOT.parent / "shared" / "data" / "xquad"
 
 
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_HANDLERS = {number: signal.getsignal(number) for number in _SIGNALS}
+
+
 @pytest.fixture(autouse=True)
 def signals_as_they_were() -> Iterator[None]:
     """A script that runs in this process leaves signals ignored, as it should at its end; what is
-    started after it would inherit that."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    started after it would inherit that. (The script can have been run by a module's fixture.)"""
     yield
-    for number, handler in handlers.items():
+    for number, handler in _HANDLERS.items():
         signal.signal(number, handler)
 
 

@@ -55,7 +55,7 @@ def warm_python(folder: Path, environment: dict[str, str]) -> Iterator[dict[str,
             time.sleep(0.05)
         yield {**environment, "PATH": f"{binaries}{os.pathsep}{environment['PATH']}"}
     finally:
-        server.terminate()
+        server.kill()
         server.wait()
 
 
