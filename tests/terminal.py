@@ -57,15 +57,17 @@ class Terminal:
         return self.screen
 
     def type(self, keys: str, until: str) -> str:
-        """Type keys, and read until what is printed from now on matches; gives that."""
+        """Type keys when the script waits for them, and read until what is printed from now on
+        matches; gives that."""
+        self.wait_until_idle()
         before = len(self.screen)
         os.write(self._ours, keys.encode())
         self.read(until=rf"(?s)\A.{{{before}}}.*?{until}")
         return self.screen[before:]
 
     def wait_until_idle(self) -> None:
-        """Until the script waits for a key: Python's readline passes over a Ctrl-C that comes while
-        it is still busy with one."""
+        """Until the script waits for a key: Python's readline can pass over what comes while it is
+        still busy with one."""
         status = Path(f"/proc/{self.process.pid}/stat")
         while status.read_text().rsplit(")", 1)[1].split()[0] != "S":
             time.sleep(0.01)

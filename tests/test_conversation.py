@@ -330,7 +330,6 @@ def test_a_terminal(reference, passages, tmp_path):
     assert re.search(r"\r\n\r\n\x1b\[1m.*\x1b\[22m\r\n\r\n1  reader ", first)
     assert "reader" not in terminal.type("  \n", PROMPT)
     terminal.type("Who was", "Who was")
-    terminal.wait_until_idle()
     assert "reader" not in terminal.type("\x03", PROMPT)  # Ctrl-C: the line is gone
     assert "reader" not in terminal.type("\n", PROMPT)
     up = "\x1b[A"
