@@ -82,7 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     parser = test_reader_parser()
     options = parser.parse_args(arguments)
-    is_conversation = check_conversation(parser, vars(options))
+    is_conversation = options.interactive or options.question is not None
+    check_conversation(parser, vars(options), is_conversation)
 
     # Environment
     quiet_transformers()

@@ -443,12 +443,11 @@ def test_reader_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_conversation(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> bool:
-    """Whether options of test_reader.py ask for a conversation, and not for a test.
-
-    Errors: as of a wrong option, when some are given that are for the other of the two.
-    """
-    talks = values["interactive"] or values["question"] is not None
+def check_conversation(
+    parser: argparse.ArgumentParser, values: Mapping[str, Any], talks: bool
+) -> None:
+    """Errors: as of a wrong option, when test_reader.py is given some of a test for a conversation
+    (`talks`), or the other way round."""
     if values["interactive"] and values["question"] is not None:
         parser.error("--interactive and --question: give one of them")
     if values["question"] is not None and not values["question"].strip():
@@ -464,7 +463,6 @@ def check_conversation(parser: argparse.ArgumentParser, values: Mapping[str, Any
         parser.error(f"{names}: for a file of questions; leave this out of a conversation")
     if names:
         parser.error(f"{names}: of a conversation; add --interactive, or --question TEXT")
-    return talks
 
 
 def train_retriever_parser() -> argparse.ArgumentParser:
