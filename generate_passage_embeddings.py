@@ -171,6 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
             finished = min(last - first, finished + step - (first + finished) % BLOCK_ROWS)
             bar.update(finished - bar.n)
             if distributed.any_process(stop_request.requested):
+                bar.close()
                 where = f"after {finished} passages"
                 stop_request.leave(log, where, rank == 0, distributed.stop_together)
     bar.close()
