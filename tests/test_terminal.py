@@ -468,7 +468,11 @@ def test_ctrl_c_without_a_terminal(does, line, tmp_path):
         "main()\n"
     )
     process = subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        # (Tests can be run in the background, where shells have Ctrl-C ignored.)
+        ["env", "--default-signal", sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while process.stdout.readline() != ("looping\n" if "loop" in does else "ready\n"):
         pass
