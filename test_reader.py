@@ -41,6 +41,7 @@ from src.data import (
     make_loader,
 )
 from src.device import compile_layers, describe, pick_device, resolve_precision
+from src.encoder import parts_to_compile
 from src.errors import InputError, reports_input_errors
 from src.evaluation import SCORES, exact_match, f1
 from src.examples import load_data, read_example
@@ -71,7 +72,7 @@ def open_reader(
     own_tokenizer = load_tokenizer(source, tokenizer if tokenizer != "none" else base)
     check_vocabulary(reader.config, own_tokenizer)
     if compiled:
-        compile_layers(reader.t5.encoder.block)
+        compile_layers(parts_to_compile(reader.t5.encoder))
     n_parameters = sum(p.numel() for p in reader.parameters()) / 1e6
     say(log, "model", "%.1fM parameters, from %s", n_parameters, source)
     return reader, own_tokenizer

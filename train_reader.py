@@ -27,6 +27,7 @@ from src.data import (
     training_places,
 )
 from src.device import compile_layers, describe, pick_device, resolve_precision
+from src.encoder import parts_to_compile
 from src.errors import InputError, reports_input_errors
 from src.evaluation import exact_match, f1
 from src.examples import load_data, read_example
@@ -108,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer = load_tokenizer(source, base)
     check_vocabulary(reader.config, tokenizer)
     if options.compile:
-        compile_layers(reader.t5.encoder.block)
+        compile_layers(parts_to_compile(reader.t5.encoder))
     if options.use_checkpoint:
         reader.checkpoint_encoder()
     reader.to(device)

@@ -1,9 +1,13 @@
 """Greedy decoding over encoded passages: T5's decoder, one token of every answer at a time.
 
-Transformers' `generate` gives the same tokens (the tests hold the two equal); this one spends less
-on a step. Weights are laid out once, for many batches, as a product with a few rows reads them
-fastest; keys and values of the passages are computed once a question; and when half of a batch's
-answers are finished, the others go on without them.
+Transformers' `generate` gives the same tokens (the tests hold the two equal); this one spends less.
+Weights are laid out once, for many batches, as a product with a few rows reads them fastest; and
+when half of a batch's answers are finished, the others go on without them.
+
+Keys and values of the passages are never computed. A query's product with a key, W_k h, is the
+product of W_k^T q with the hidden state h; and a weighted sum of values, W_v h, is W_v times the
+weighted sum of the h. So each layer looks at the hidden states themselves, and projects a few
+queries and sums where it would have projected the tokens of a hundred passages.
 
 Shapes: B questions (of those, the unfinished ones), S tokens of a question's passages, T tokens of
 an answer, D model, H heads, K size of a head, V vocabulary.
@@ -15,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from transformers import T5ForConditionalGeneration
 
 
@@ -41,28 +46,59 @@ class _Layer(NamedTuple):
     self_out: torch.Tensor
     cross_norm: nn.Module
     query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
     cross_out: torch.Tensor
     wide_norm: nn.Module
     wide: list[torch.Tensor]
     activation: nn.Module
     narrow: torch.Tensor
-    key_of: nn.Linear
-    value_of: nn.Linear
 
 
 @dataclasses.dataclass
 class _Memory:
-    """What a layer's attention looks at: keys [B, H, K, S] and values [B, H, S, K] of the passages,
-    and keys [B, H, K, T] and values [B, H, T, K] of the answers so far, filled step by step."""
+    """A layer's keys [B, H, K, T] and values [B, H, T, K] of the answers so far, filled step by
+    step."""
 
-    passage_keys: torch.Tensor
-    passage_values: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
 
     def keep(self, rows: torch.Tensor) -> None:
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, getattr(self, field.name)[rows])
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+class _Passages:
+    """The hidden states of the passages' tokens, for attention to look at.
+
+    They are cut into `n_parts` parts [B * parts, S / parts, D] of each question: a product of a few
+    queries with one long matrix runs in one thread of a CPU, several products in as many.
+    """
+
+    def __init__(self, encoded: Encoded, n_parts: int, dtype: torch.dtype):
+        B, S, D = encoded.hidden.shape
+        missing = -S % n_parts
+        self.n_parts, self.n_tokens = n_parts, S + missing
+        self.hidden = pad(encoded.hidden.to(dtype), (0, 0, 0, missing)).view(B, n_parts, -1, D)
+        self.places = pad(encoded.places, (0, missing))
+        self.mask: torch.Tensor | None = None  # what to add to attention scores, [B, 1, S]
+        real = pad(encoded.mask, (0, missing))
+        if not real.all():
+            mask = torch.zeros(real.shape, device=real.device)
+            self.mask = mask.masked_fill(~real, torch.finfo(mask.dtype).min)[:, None]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.hidden, self.places = self.hidden[rows], self.places[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
+
+    def scores(self, queries: torch.Tensor) -> torch.Tensor:
+        """Queries [B, H, D] -> their products with all tokens [B, H, S]."""
+        products = queries[:, None] @ self.hidden.transpose(2, 3)  # [B, parts, H, S / parts]
+        return products.transpose(1, 2).flatten(2)
+
+    def mix(self, weights: torch.Tensor) -> torch.Tensor:
+        """Weights [B, H, S] -> the weighted sums of all tokens [B, H, D]."""
+        weights = weights.to(self.hidden.dtype).unflatten(2, (self.n_parts, -1)).transpose(1, 2)
+        return (weights @ self.hidden).sum(dim=1)
 
 
 class GreedyDecoder:
@@ -78,7 +114,7 @@ class GreedyDecoder:
     ):
         config = t5.config
         self._config, self._embed, self._positions = config, t5.decoder.embed_tokens, positions
-        self._n_heads, self._head_size = config.num_heads, config.d_kv
+        self._n_heads, self._head_size, self._dtype = config.num_heads, config.d_kv, dtype
         self._first_attention = t5.decoder.block[0].layer[0].SelfAttention  # has the position bias
         self._final_norm = t5.decoder.final_layer_norm
         self._scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
@@ -91,6 +127,10 @@ class GreedyDecoder:
             # in memory are the short ones.
             copy = turned.device.type == "cpu" and turned.shape[1] > turned.shape[0]
             return turned.contiguous() if copy else turned
+
+        def by_head(weight: torch.Tensor) -> torch.Tensor:
+            """[H * K, D] -> [H, K, D]"""
+            return weight.detach().to(dtype).unflatten(0, (config.num_heads, config.d_kv))
 
         self._layers = []
         for block in t5.decoder.block:
@@ -105,13 +145,13 @@ class GreedyDecoder:
                     self_out=lay_out(attention.o.weight),
                     cross_norm=cross.layer_norm,
                     query=lay_out(across.q.weight),
+                    key=by_head(across.k.weight),
+                    value=by_head(across.v.weight).transpose(1, 2),
                     cross_out=lay_out(across.o.weight),
                     wide_norm=feed_forward.layer_norm,
                     wide=[lay_out(linear.weight) for linear in wide],
                     activation=dense.act,
                     narrow=lay_out(dense.wo.weight),
-                    key_of=across.k,
-                    value_of=across.v,
                 )
             )
         self._head = lay_out(t5.lm_head.weight)
@@ -126,13 +166,12 @@ class GreedyDecoder:
         """
         config, device = self._config, encoded.hidden.device
         B = len(encoded.hidden)
-        memories = [self._remember(layer, encoded.hidden, max_length) for layer in self._layers]
+        n_parts = torch.get_num_threads() if device.type == "cpu" else 1
+        passages = _Passages(encoded, n_parts, self._dtype)
+        own = torch.zeros(B, self._n_heads, self._head_size, max_length, device=device)
+        own = own.to(self._dtype)
+        memories = [_Memory(own.clone(), own.transpose(2, 3).contiguous()) for _ in self._layers]
         own_bias = self._first_attention.compute_bias(max_length, max_length, device)
-        mask = None
-        if not encoded.mask.all():
-            mask = torch.zeros(encoded.mask.shape, device=device)
-            mask = mask.masked_fill(~encoded.mask, torch.finfo(mask.dtype).min)[:, None, None]
-        places = encoded.places
 
         tokens = torch.full((B, max_length), config.pad_token_id, device=device)
         tokens[:, 0] = config.decoder_start_token_id
@@ -140,12 +179,18 @@ class GreedyDecoder:
         finished = torch.zeros(B, dtype=torch.bool, device=device)  # of these
         first_queries: list[torch.Tensor] = []
         for place in range(max_length - 1):
-            bias = mask
+            bias = passages.mask
             if self._positions is not None:
                 here = torch.tensor([place], device=device)
-                bias = self._positions(here, places) + (0.0 if mask is None else mask)
+                bias = self._positions(here, passages.places)[:, :, 0]
+                bias = bias if passages.mask is None else bias + passages.mask
             logits, queries = self._step(
-                tokens[rows, place], place, memories, own_bias[:, :, place, : place + 1], bias
+                tokens[rows, place],
+                place,
+                memories,
+                passages,
+                own_bias[:, :, place, : place + 1],
+                bias,
             )
             first_queries = first_queries or queries
             chosen = logits.argmax(dim=1).masked_fill(finished, config.pad_token_id)
@@ -156,27 +201,17 @@ class GreedyDecoder:
                 return tokens[:, : place + 2], first_queries
             if 2 * n_finished >= len(rows):
                 going_on = (~finished).nonzero()[:, 0]
-                rows, places, finished = rows[going_on], places[going_on], finished[going_on]
-                mask = None if mask is None else mask[going_on]
-                for memory in memories:
-                    memory.keep(going_on)
+                rows, finished = rows[going_on], finished[going_on]
+                for kept in (passages, *memories):
+                    kept.keep(going_on)
         return tokens, first_queries
-
-    def _remember(self, layer: _Layer, hidden: torch.Tensor, max_length: int) -> _Memory:
-        B, S, _ = hidden.shape
-        shape = (B, S, self._n_heads, self._head_size)
-        keys = layer.key_of(hidden).view(shape).permute(0, 2, 3, 1).contiguous()
-        values = layer.value_of(hidden).view(shape).transpose(1, 2).contiguous()
-        own = (B, self._n_heads, self._head_size, max_length)
-        return _Memory(
-            keys, values, keys.new_zeros(own), keys.new_zeros(own).transpose(2, 3).contiguous()
-        )
 
     def _step(
         self,
         tokens: torch.Tensor,
         place: int,
         memories: list[_Memory],
+        passages: _Passages,
         own_bias: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -190,14 +225,17 @@ class GreedyDecoder:
             memory.keys[..., place] = key.view(heads)
             memory.values[:, :, place] = value.view(heads)
             scores = query.view(heads)[:, :, None] @ memory.keys[..., : place + 1]
-            weights = (scores + own_bias[:, :, None]).softmax(dim=3)
-            hidden = hidden + self._mix(weights, memory.values[:, :, : place + 1], layer.self_out)
+            weights = (scores + own_bias[:, :, None]).softmax(dim=3).to(value.dtype)
+            mixed = (weights @ memory.values[:, :, : place + 1]).flatten(1)
+            hidden = hidden + mixed @ layer.self_out
 
             query = layer.cross_norm(hidden) @ layer.query
             queries.append(query)
-            scores = query.view(heads)[:, :, None] @ memory.passage_keys
-            weights = (scores if bias is None else scores + bias).softmax(dim=3)
-            hidden = hidden + self._mix(weights, memory.passage_values, layer.cross_out)
+            queries_by_head = query.view(heads).transpose(0, 1)  # [H, B, K]
+            scores = passages.scores((queries_by_head @ layer.key).transpose(0, 1))
+            weights = (scores if bias is None else scores + bias).softmax(dim=2)
+            mixed = passages.mix(weights).transpose(0, 1) @ layer.value  # [H, B, K]
+            hidden = hidden + mixed.transpose(0, 1).flatten(1) @ layer.cross_out
 
             normed = layer.wide_norm(hidden)
             wide = layer.activation(normed @ layer.wide[0])
@@ -205,8 +243,3 @@ class GreedyDecoder:
                 wide = wide * (normed @ gate)
             hidden = hidden + wide @ layer.narrow
         return (self._final_norm(hidden) * self._scale) @ self._head, queries
-
-    @staticmethod
-    def _mix(weights: torch.Tensor, values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Attention weights [B, H, 1, S] and values [B, H, S, K] -> [B, D]."""
-        return (weights.to(values.dtype) @ values).flatten(1) @ out

@@ -40,6 +40,13 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=_AUTOCAST_TYPES[precision])
 
 
+def number_format(tensor: torch.Tensor) -> torch.dtype:
+    """What matrix products with this tensor come out in: its own format or, inside `autocast`,
+    the latter's."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
 def compile_layers(layers: Iterable[nn.Module], backend: str = "inductor") -> None:
     """Let PyTorch compile like layers, in place, on their first calls. Layer by layer, because a
     layer is compiled once for all of them, and for any number of texts and tokens."""

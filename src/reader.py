@@ -5,8 +5,8 @@ them, concatenated (Izacard and Grave, 2020, https://arxiv.org/abs/2007.01282, s
 cross-attention tells how much each passage mattered: the passage scores that the retriever learns
 from (Izacard and Grave, 2021, https://arxiv.org/abs/2012.04584, section 3.2).
 
-Passages come padded to one length, and nothing is spent on the padding: they are encoded in groups
-of like length, and the decoder gets their real tokens only, one passage's after the other's.
+Passages come padded to one length, and nothing is spent on the padding: `encoder.py` packs their
+real tokens, and the decoder gets these only, one passage's after the other's.
 
 Shapes: B questions, N passages of a question, L tokens of a padded passage, S real tokens of a
 question's passages (as many as the longest of the batch has), T tokens of an answer, D model,
@@ -32,9 +32,9 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from src.decoding import Encoded, GreedyDecoder
-from src.device import autocast
+from src.device import autocast, number_format
+from src.encoder import encode_packed
 from src.errors import InputError
-from src.lengths import MIN_TOKENS, length_groups, longest_first
 from src.pretrained import (
     build,
     check_shapes,
@@ -84,6 +84,10 @@ class FiDT5(nn.Module):
     def __init__(self, t5: T5ForConditionalGeneration, position_table: torch.Tensor | None = None):
         super().__init__()
         self.t5 = t5
+        self.use_checkpoint = False
+        for module in t5.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = True  # nothing else reads the product that it is applied to
         self.positions: CrossAttentionPositions | None = None
         self._places: torch.Tensor | None = None  # [B, S] of the passages encoded last
         if position_table is not None:
@@ -110,37 +114,24 @@ class FiDT5(nn.Module):
 
     def checkpoint_encoder(self) -> None:
         """Recompute the encoder's activations in the backward pass instead of keeping them."""
-        self.t5.encoder.activation_checkpointing_enable()
+        self.use_checkpoint = True
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Encoded:
         """Passages [B, N, L], their real tokens first, and the mask of these -> `Encoded`."""
         B, N, L = input_ids.shape
-        ids, mask = input_ids.reshape(B * N, L), attention_mask.reshape(B * N, L)
-        lengths = mask.sum(dim=1)
-        ends = lengths.view(B, N).cumsum(dim=1)  # of each passage among the question's tokens
-        S = int(ends[:, -1].max())
-        first = torch.arange(B, device=ids.device)[:, None] * S + ends - lengths.view(B, N)
-        first = first.view(B * N)  # where each passage's tokens go in [B * S]
+        ids, mask = input_ids.flatten(0, 1), attention_mask.flatten(0, 1)
+        tokens, places = encode_packed(self.t5.encoder, ids, mask, self.use_checkpoint)
 
-        order, sorted_lengths = longest_first(mask)
-        sorted_lengths = sorted_lengths[: B * N - sorted_lengths.count(0)]  # missing passages
-        tokens, places = [], []
-        for start, end in length_groups(sorted_lengths, 0.1, MIN_TOKENS[ids.device.type]):
-            rows, width = order[start:end], sorted_lengths[start]
-            group_mask = mask[rows, :width]
-            hidden = self.t5.encoder(
-                input_ids=ids[rows, :width],
-                # Without padding there is nothing to mask.
-                attention_mask=None if sorted_lengths[end - 1] == width else group_mask,
-            ).last_hidden_state
-            tokens.append(hidden[group_mask])
-            places.append((first[rows, None] + torch.arange(width, device=ids.device))[group_mask])
-        flat, where = torch.cat(tokens), torch.cat(places)
-        hidden = flat.new_zeros(B * S, flat.shape[1]).index_copy(0, where, flat)
-
-        real = torch.arange(S, device=ids.device)[None, :] < ends[:, -1:]
-        self._places = torch.zeros(B, S, dtype=torch.long, device=ids.device)
-        self._places[real] = mask.view(B, N * L).nonzero()[:, 1]
+        lengths = attention_mask.sum(dim=(1, 2))  # of the questions
+        S = int(lengths.max())
+        # A token stands in [B * S] as many places before that of the padded layout as there is
+        # padding before it; but each question begins anew.
+        row = places // (N * L)
+        rank = attention_mask.flatten(1).cumsum(dim=1).flatten()[places] - 1
+        where = row * S + rank
+        real = torch.arange(S, device=ids.device) < lengths[:, None]
+        hidden = tokens.new_zeros(B * S, tokens.shape[1]).index_copy(0, where, tokens)
+        self._places = places.new_zeros(B * S).index_copy(0, where, places % (N * L)).view(B, S)
         return Encoded(hidden.view(B, S, -1), real, self._places)
 
     def forward(
@@ -160,11 +151,7 @@ class FiDT5(nn.Module):
     def decoder(self) -> GreedyDecoder:
         """The decoder laid out for generation with the weights as they are now, to be handed to
         `generate` batch by batch. Inside autocast, in its number format."""
-        weight = self.t5.shared.weight
-        device = weight.device.type
-        autocasts = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocasts else weight.dtype
-        return GreedyDecoder(self.t5, self.positions, dtype)
+        return GreedyDecoder(self.t5, self.positions, number_format(self.t5.shared.weight))
 
     def generate(
         self,

@@ -1,6 +1,6 @@
 """Compiled layers compute and save what they are compiled from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -8,19 +8,20 @@ import torch
 from torch import nn
 
 from src.device import compile_layers, resolve_precision
+from src.encoder import parts_to_compile
 from src.reader import load_reader
 from src.retriever import load_retriever
 
 
-def reader_task(reference: Path) -> tuple[nn.Module, nn.ModuleList, Callable]:
+def reader_task(reference: Path) -> tuple[nn.Module, Iterable[nn.Module], Callable]:
     reader = load_reader(str(reference / "legacy_reader/checkpoint/step-20"), dropout=0.0)
     mask = torch.arange(12) < torch.tensor([[[12], [7]], [[5], [12]]])
     ids = torch.randint(3, 90, (2, 2, 12), generator=torch.Generator().manual_seed(0)) * mask
     labels = torch.tensor([[5, 1, -100], [9, 8, 1]])
-    return reader, reader.t5.encoder.block, lambda: reader(ids, mask, labels)[0]
+    return reader, parts_to_compile(reader.t5.encoder), lambda: reader(ids, mask, labels)[0]
 
 
-def retriever_task(reference: Path) -> tuple[nn.Module, nn.ModuleList, Callable]:
+def retriever_task(reference: Path) -> tuple[nn.Module, Iterable[nn.Module], Callable]:
     retriever = load_retriever(str(reference / "legacy_retriever_mask_mean"), dropout=0.0)
     mask = torch.arange(12) < torch.tensor([[12], [7], [3]])
     ids = torch.randint(3, 90, (3, 12), generator=torch.Generator().manual_seed(0)) * mask

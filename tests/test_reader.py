@@ -9,6 +9,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
+import src.encoder
 from src.data import ReaderCollator, ReaderDataset, make_loader
 from src.errors import InputError
 from src.evaluation import exact_match
@@ -162,6 +163,10 @@ def test_greedy_generation_is_the_likeliest_token_again_and_again(decoder_layers
     assert torch.equal(tokens, expected)
 
 
+# (Share of padding, tokens) of the encoder's groups.
+GROUPINGS = {"equal lengths": (0.0, 1), "like lengths": (0.3, 8), "one group": (1.0, 1)}
+
+
 def padded_encode(reader: FiDT5, batch: dict) -> Encoded:
     """The slow twin of `encode`: every passage at its full padded length, missing ones too."""
     B, N, L = batch["input_ids"].shape
@@ -172,8 +177,9 @@ def padded_encode(reader: FiDT5, batch: dict) -> Encoded:
     return Encoded(hidden.view(B, N * L, -1), mask.view(B, N * L), places)
 
 
+@pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("name", ["t5", "legacy"])
-def test_nothing_changes_by_leaving_out_the_padding(name, reference, batch, monkeypatch):
+def test_nothing_changes_by_leaving_out_the_padding(name, grouping, reference, batch, monkeypatch):
     """Loss, gradients, logits and answers, with passages of many lengths and some missing."""
     reader = load(reference, name)
     B, N, L = batch["input_ids"].shape
@@ -181,7 +187,7 @@ def test_nothing_changes_by_leaving_out_the_padding(name, reference, batch, monk
     cut = changed_passages(batch, [5, 1, 3, 5, 2, 4, 5, 5])
     cut["attention_mask"] &= kept
     cut["input_ids"] = cut["input_ids"].masked_fill(~cut["attention_mask"], 0)
-    monkeypatch.setattr("src.reader.MIN_TOKENS", {"cpu": 8})  # many groups
+    monkeypatch.setattr("src.encoder.GROUPING", {"cpu": GROUPINGS[grouping]})
     results = []
     for encode in (reader.encode, lambda *_: padded_encode(reader, cut)):
         with monkeypatch.context() as patch:
@@ -271,16 +277,19 @@ def test_missing_passages_do_not_matter(name, reference, batch):
         assert torch.equal(own, tokens[question, : len(own)])
 
 
-def test_checkpointing_the_encoder_changes_memory_only(reference, batch):
-    gradients = []
+def test_checkpointing_the_encoder_changes_memory_only(reference, batch, monkeypatch):
+    calls, gradients = [], []
+    layer = src.encoder._layer
+    monkeypatch.setattr(src.encoder, "_layer", lambda *given: calls.append(0) or layer(*given))
     for use_checkpoint in (False, True):
         reader = load(reference, "t5").train()
         if use_checkpoint:
             reader.checkpoint_encoder()
-            assert reader.t5.encoder.is_activation_checkpointing
-            assert not reader.t5.decoder.gradient_checkpointing
+        calls.clear()
         loss, _ = reader(batch["input_ids"], batch["attention_mask"], batch["labels"])
+        assert len(calls) == reader.config.num_layers
         loss.backward()
+        assert len(calls) == (1 + use_checkpoint) * reader.config.num_layers
         gradients.append({name: p.grad for name, p in reader.named_parameters()})
     for name, gradient in gradients[0].items():
         assert gradient is not None, name  # DDP waits for every parameter
