@@ -25,7 +25,8 @@ from src import distributed, search
 from src.compressed import factory_string
 from src.device import describe, pick_device
 from src.errors import reports_input_errors
-from src.examples import check_place, load_data
+from src.examples import load_data
+from src.files import check_place
 from src.metrics import passing_bar, start_log
 from src.options import passage_retrieval_parser
 from src.passages import Passages

@@ -3,18 +3,22 @@
 Everything that a user can cause (a missing file, a broken line, an impossible option) is raised as
 `InputError` with one line that names the file, the value and the cure. A script prints that line
 and exits with status 2; any other exception is a fault of ours and keeps its traceback. Ctrl-C ends
-a script with one line too (`src/interrupt.py`).
+a script with one line too (`src/interrupt.py`), and a reader that has seen enough (`| head`) with
+none.
 """
 
 import errno
 import functools
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from src import interrupt
 
+_STDOUT = 1  # its file descriptor
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, quota or file size limit
 
 
@@ -35,14 +39,19 @@ def first_line(error: BaseException, width: int = 300) -> str:
 
 
 def reports_input_errors(main: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a script's `main` so that an `InputError` becomes one line and exit status 2, and Ctrl-C
-    one line and status 130."""
+    """Wrap a script's `main` so that an `InputError` becomes one line and exit status 2, Ctrl-C one
+    line and status 130, and output that nobody reads any more status 141 (as shells have it)."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> None:
         try:
             with interrupt.Interrupts():
-                main(*args, **kwargs)
+                try:
+                    main(*args, **kwargs)
+                except SystemExit:  # from --help, for one
+                    sys.stdout.flush()
+                    raise
+                sys.stdout.flush()
         except KeyboardInterrupt:
             interrupt.leave()
         except Exception as error:
@@ -59,9 +68,24 @@ def _report(error: Exception) -> None:
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         where = f"{error.filename}: " if error.filename else ""
         _end(f"{where}{error.strerror}; make room, and the same command goes on")
+    if isinstance(error, BrokenPipeError) and let_nobody_read():
+        sys.exit(128 + signal.SIGPIPE)
     if isinstance(error, InputError):
         # A data-loading worker hands on its traceback; the message is on its last line.
         _end(str(error).strip().split("\n")[-1].removeprefix("src.errors.InputError: "))
+
+
+def let_nobody_read() -> bool:
+    """If nobody reads what we print any more, print to nowhere from now on. Returns whether it is
+    so."""
+    output = select.poll()
+    output.register(_STDOUT, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, _STDOUT)
+    os.close(nowhere)
+    return True
 
 
 def _end(message: str) -> NoReturn:
@@ -69,4 +93,5 @@ def _end(message: str) -> NoReturn:
     rank = interrupt.process_number(os.environ)
     prefix = "error: " if rank == "0" else f"error (process {rank}): "
     print(prefix + message, file=sys.stderr, flush=True)
+    let_nobody_read()  # or Python ends with a status of its own for what is still to be printed
     sys.exit(2)

@@ -14,15 +14,20 @@ from typing import Any
 from tqdm import tqdm
 
 from src import distributed, terminal
-from src.errors import InputError
+from src.errors import InputError, let_nobody_read
 
 
 class _BesideTheBar(logging.Handler):
-    """Prints log lines so that they do not tear a progress bar apart."""
+    """Prints log lines so that they do not tear a progress bar apart. A run goes on when they
+    cannot be printed: nobody reads them any more, or the disk that they go to is full."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:
+            let_nobody_read()
+            self.handleError(record)
 
 
 def start_log(file: Path | None) -> logging.Logger:

@@ -6,28 +6,22 @@ passage begins; the places are kept in a side file, `.NAME.offsets`, which later
 processes map. So memory does not grow with the collection: 21 million passages open like a hundred.
 """
 
-import contextlib
 import csv
-import fcntl
-import glob
-import gzip
 import itertools
 import json
-import logging
 import mmap
 import operator
 import os
 import re
-import tempfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from src.errors import InputError, first_line, shorten
+from src.files import kept, open_source, unpacked
 from src.terminal import Bar, no_bar
 
 
@@ -55,8 +49,8 @@ class Passages(Sequence[Passage]):
 
     def __init__(self, path: str | Path, bar: Bar = no_bar):
         self.path, self._bar = str(path), bar
-        self._source = _unpacked(self.path, bar)
-        with _open(self._source, self.path) as file:
+        self._source = unpacked(self.path, bar)
+        with open_source(self._source, self.path) as file:
             self._stat = os.fstat(file.fileno())
             if self._stat.st_size == 0:
                 raise InputError(f"{self.path}: the file is empty; give one with passages")
@@ -68,7 +62,7 @@ class Passages(Sequence[Passage]):
         self[0]  # a file of the wrong kind is reported now
 
     def _kept(self, suffix: str, make: Callable[[], Iterator[np.ndarray]]) -> np.ndarray:
-        return _kept(self._source, self._stat, suffix, make)
+        return kept(self._source, self._stat, suffix, make)
 
     def _find_passages(self) -> Iterator[np.ndarray]:
         """As the function of this name, with a progress bar."""
@@ -403,108 +397,3 @@ def _line_number(data: mmap.mmap, position: int) -> int:
     buffer = np.frombuffer(data, dtype=np.uint8, count=position)
     chunks = range(0, position, _WINDOW)
     return 1 + sum(np.count_nonzero(buffer[c : c + _WINDOW] == _NEWLINE) for c in chunks)
-
-
-# ----------------------------------------------------------------------------------------------
-# Files that are made once and kept
-
-_FORMAT = 1  # of side files: raise it when what they hold changes
-
-
-def _open(source: str, path: str) -> BinaryIO:
-    try:
-        return open(source, "rb")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-
-
-@contextlib.contextmanager
-def _replaced(target: Path, mode: int) -> Iterator[BinaryIO]:
-    """A file that takes its place whole or not at all, whoever else writes the same at once."""
-    handle, partial = tempfile.mkstemp(".partial", target.name, target.parent)
-    try:
-        with open(handle, "w+b") as file:
-            yield file
-            file.flush()
-            os.fchmod(handle, mode & 0o666)  # for all who may read the source
-            os.fsync(handle)
-        os.replace(partial, target)
-    except BaseException:
-        os.unlink(partial)
-        raise
-
-
-def _kept(
-    source: str, stat: os.stat_result, suffix: str, make: Callable[[], Iterator[np.ndarray]]
-) -> np.ndarray:
-    """The int64 arrays of `make()`, joined and mapped from a side file, which is made if it is not
-    there, not whole, or not that of the source as it is now. It lies beside the source, or, where
-    that cannot be written, in the user's cache folder, or is this process's own.
-
-    The arrays are followed by the format, the source's size and time, and the side file's length.
-    """
-    stamp = [_FORMAT, stat.st_size, stat.st_mtime_ns]
-
-    def write(file: BinaryIO) -> np.ndarray:
-        for array in make():
-            file.write(array.astype(np.int64, copy=False))
-        file.write(np.array([*stamp, file.tell() // 8 + 4], dtype=np.int64))
-        file.flush()
-        return np.asarray(np.memmap(file, np.int64, "r"))[:-4]
-
-    path = Path(source).absolute()
-    name = f".{path.name.lstrip('.')}{suffix}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    owner = blake2b(os.fsencode(path), digest_size=8).hexdigest()
-    places = [path.with_name(name), cache / "fusion-in-decoder" / f"{owner}{name}"]
-    for place in places:
-        with contextlib.suppress(OSError, ValueError):  # not there; not a whole number of numbers
-            kept = np.asarray(np.memmap(place, np.int64, "r"))
-            if kept[-4:].tolist() == [*stamp, len(kept)]:
-                return kept[:-4]
-    for place in places:
-        with contextlib.suppress(OSError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with _replaced(place, stat.st_mode) as file:
-                return write(file)
-    with tempfile.TemporaryFile() as file:
-        return write(file)
-
-
-def _unpacked(path: str, bar: Bar) -> str:
-    """The path itself, or that of a gzipped file's plain text, which lies beside it and is made if
-    it is not there: a place in an archive cannot be read without all that stands before it."""
-    with _open(path, path) as file:
-        if file.read(2) != b"\x1f\x8b":
-            return path
-        with contextlib.suppress(OSError):  # where the file system can lock, one process unpacks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        stat, archive = os.fstat(file.fileno()), Path(path)
-        stamp = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
-        target = archive.with_name(f".{archive.name}.{stamp}.unpacked")
-        if target.exists():
-            return str(target)
-        logging.getLogger("fid").warning("unpacking %s to %s, once", path, target)
-        try:
-            with (
-                _replaced(target, stat.st_mode) as plain,
-                gzip.open(file) as packed,
-                bar(stat.st_size, "B", "unpacking") as shown,
-            ):
-                position = 0
-                while piece := packed.read(_WINDOW):
-                    plain.write(piece)
-                    shown.update(file.tell() - position)
-                    position = file.tell()
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            problem = f"the archive is cut off or damaged ({first_line(error)}); fetch it again"
-            raise InputError(f"{path}: {problem}") from None
-        except OSError as error:
-            problem = f"cannot be unpacked beside itself ({error.strerror})"
-            cure = "run gunzip -k on a copy where there is room, and give the result"
-            raise InputError(f"{path}: {problem}; {cure}") from None
-    for old in archive.parent.glob(glob.escape(f".{archive.name}.") + "*.unpacked*"):
-        if not old.name.startswith(target.name):  # that of the archive as it was before
-            old.unlink(missing_ok=True)
-    return str(target)

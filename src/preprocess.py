@@ -19,16 +19,9 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from src.errors import InputError, reports_input_errors, shorten
-from src.examples import (
-    Examples,
-    JsonFile,
-    JsonItems,
-    JsonLists,
-    check_characters,
-    json_list,
-    read_example,
-    write_whole,
-)
+from src.examples import Examples, read_example
+from src.files import write_whole
+from src.json_files import JsonFile, JsonItems, JsonLists, check_characters, json_list
 from src.metrics import progress_bar, start_log
 from src.options import preprocess_parser
 from src.passages import Passages

@@ -21,7 +21,8 @@ from typing import Any
 from src.charts import Group, Line, bar_chart, legend, line_chart, number
 from src.errors import InputError, reports_input_errors, shorten
 from src.evaluation import ANSWERS, SCORES, read_answers
-from src.examples import check_place, load_data, write_whole
+from src.examples import load_data
+from src.files import check_place, write_whole
 from src.options import report_parser
 from src.survey import (
     Ranking,

@@ -16,7 +16,9 @@ import numpy as np
 
 from src.errors import InputError, shorten
 from src.evaluation import ANSWERS, SCORES, has_answer, recall_at_k
-from src.examples import Examples, json_list, parse_example, read_example, write_whole
+from src.examples import Examples, parse_example, read_example
+from src.files import write_whole
+from src.json_files import json_list
 from src.passages import Passages
 from src.reader import Answer
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from src import examples as module
+from src import json_files
 from src.errors import InputError
 from src.examples import Examples, load_data, parse_example, read_example
 
@@ -21,7 +22,7 @@ from src.examples import Examples, load_data, parse_example, read_example
 @pytest.fixture(params=[1 << 24, 64, 5])
 def chunk(request, monkeypatch):
     """Small chunks put every kind of boundary in the middle of every kind of thing."""
-    monkeypatch.setattr(module, "_CHUNK", request.param)
+    monkeypatch.setattr(json_files, "_CHUNK", request.param)
 
 
 def random_text(rng: random.Random) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from src import files
 from src import passages as module
 from src.errors import InputError
 from src.passages import Passage, Passages
@@ -395,7 +396,7 @@ def test_a_broken_side_file_is_made_anew(broken, tmp_path, monkeypatch):
     }  # fmt: skip
     side.write_bytes(changed[broken])
     if broken == "another version's":
-        monkeypatch.setattr(module, "_FORMAT", module._FORMAT + 1)
+        monkeypatch.setattr(files, "_FORMAT", files._FORMAT + 1)
         good = None
     assert list(Passages(path)) == wanted
     assert good is None or side.read_bytes() == good
@@ -475,7 +476,7 @@ def test_an_archive_that_cannot_be_unpacked(tmp_path, monkeypatch):
     def fill_up(*_) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.gzip.GzipFile, "read", fill_up)
+    monkeypatch.setattr(gzip.GzipFile, "read", fill_up)
     with pytest.raises(InputError, match=r"No space left.*run gunzip -k"):
         Passages(path)
     assert side_files(path) == []

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from src import examples as module
-from src import preprocess
+from src import json_files, preprocess
 from src.errors import InputError
-from src.examples import Examples, JsonItems, JsonLists
+from src.examples import Examples
+from src.json_files import JsonItems, JsonLists
 from tests.conftest import ROOT, run
 from tests.test_examples import random_text, random_value
 
@@ -22,7 +22,7 @@ from tests.test_examples import random_text, random_value
 @pytest.fixture(params=[1 << 24, 64, 5])
 def chunk(request, monkeypatch):
     """Small chunks put every kind of boundary in the middle of every kind of thing."""
-    monkeypatch.setattr(module, "_CHUNK", request.param)
+    monkeypatch.setattr(json_files, "_CHUNK", request.param)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -369,7 +369,8 @@ def ctrl_c_cases(reference: Path, folder: Path) -> dict[str, tuple[str, list, st
         ),
         "answers": ("test_reader", answers, "test_reader:answer_questions", from_batch),
         "writes scores": ("test_reader", answers, "test_reader:write_scores", from_batch),
-        "opens passages": (embed, [*bert, *collection, folder / "x"], "src.passages:_open", again),
+        "opens passages": (embed, [*bert, *collection, folder / "x"],
+                           "src.passages:open_source", again),
         "embeds": (embed, [*bert, *collection, folder / "y"], "src.retriever:TextEmbedder.begin",
                    from_block),
         "tokenizes, in a thread": (embed, [*bert, *collection, folder / "w"],
@@ -482,6 +483,46 @@ def test_ctrl_c_without_a_terminal(does, line, tmp_path):
     assert time.monotonic() - since < PROMISE
     assert process.returncode == 128 + signal.SIGINT
     assert errors == f"stopped by Ctrl-C; {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("does", "status"),
+    [
+        ("print('a result')", 141),
+        ("print('a result', flush=True)", 141),
+        ("from src import options; options.test_reader_parser().parse_args(['--help'])", 141),
+        # A run goes on.
+        ("from src.metrics import start_log; start_log(None).info('said')", 0),
+        ("print('a result'); raise InputError('x.json: empty')", 2),
+    ],
+)
+def test_output_that_nobody_reads(does, status, tmp_path):
+    script, done = tmp_path / "script.py", tmp_path / "done"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from src.errors import InputError, reports_input_errors\n"
+        "@reports_input_errors\n"
+        "def main():\n"
+        f"    {does}\n"
+        f"    open({str(done)!r}, 'w')\n"
+        "main()\n"
+    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = subprocess.run(
+        [sys.executable, script],
+        stdin=subprocess.DEVNULL,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert process.returncode == status
+    assert done.exists() == ("log" in does or does == "print('a result')")
+    assert process.stderr == ("error: x.json: empty\n" if status == 2 else "")
 
 
 def test_a_bar_shows_rate_and_time_left_on_a_terminal_alone(monkeypatch, capsys):
