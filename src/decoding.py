@@ -22,6 +22,8 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers import T5ForConditionalGeneration
 
+from src.encoder import normalize
+
 
 class Encoded(NamedTuple):
     """A batch's passages for the decoder: hidden states [B, S, D] of real tokens, `mask` [B, S]
@@ -221,7 +223,7 @@ class GreedyDecoder:
         heads = (len(tokens), self._n_heads, self._head_size)
         queries = []
         for layer, memory in zip(self._layers, memories, strict=True):
-            query, key, value = (layer.self_norm(hidden) @ layer.qkv).chunk(3, dim=1)
+            query, key, value = (normalize(layer.self_norm, hidden) @ layer.qkv).chunk(3, dim=1)
             memory.keys[..., place] = key.view(heads)
             memory.values[:, :, place] = value.view(heads)
             scores = query.view(heads)[:, :, None] @ memory.keys[..., : place + 1]
@@ -229,7 +231,7 @@ class GreedyDecoder:
             mixed = (weights @ memory.values[:, :, : place + 1]).flatten(1)
             hidden = hidden + mixed @ layer.self_out
 
-            query = layer.cross_norm(hidden) @ layer.query
+            query = normalize(layer.cross_norm, hidden) @ layer.query
             queries.append(query)
             queries_by_head = query.view(heads).transpose(0, 1)  # [H, B, K]
             scores = passages.scores((queries_by_head @ layer.key).transpose(0, 1))
@@ -237,9 +239,9 @@ class GreedyDecoder:
             mixed = passages.mix(weights).transpose(0, 1) @ layer.value  # [H, B, K]
             hidden = hidden + mixed.transpose(0, 1).flatten(1) @ layer.cross_out
 
-            normed = layer.wide_norm(hidden)
+            normed = normalize(layer.wide_norm, hidden)
             wide = layer.activation(normed @ layer.wide[0])
             for gate in layer.wide[1:]:
                 wide = wide * (normed @ gate)
             hidden = hidden + wide @ layer.narrow
-        return (self._final_norm(hidden) * self._scale) @ self._head, queries
+        return (normalize(self._final_norm, hidden) * self._scale) @ self._head, queries

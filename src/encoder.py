@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from src.device import number_format
@@ -62,13 +62,18 @@ def encode_packed(
             hidden = checkpoint(_layer, block, hidden, groups, use_reentrant=False)
         else:
             hidden = _layer(block, hidden, groups)
-    return encoder.dropout(encoder.final_layer_norm(hidden)), places
+    return encoder.dropout(normalize(encoder.final_layer_norm, hidden)), places
 
 
 def parts_to_compile(encoder: nn.Module) -> list[nn.Module]:
-    """The modules of an encoder that gain by being compiled: many small steps, token by token."""
-    norms = [block.layer[0].layer_norm for block in encoder.block]
-    return norms + [block.layer[-1] for block in encoder.block]
+    """The modules of an encoder that gain by being compiled: those of several steps, token by
+    token."""
+    return [block.layer[-1].DenseReluDense for block in encoder.block]
+
+
+def normalize(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """T5's layer norm, in one kernel on a GPU instead of six."""
+    return rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
 def _make_groups(encoder: nn.Module, lengths: list[int], device: torch.device) -> list[_Group]:
@@ -94,7 +99,7 @@ def _layer(block: nn.Module, hidden: torch.Tensor, groups: list[_Group]) -> torc
     """One layer of the encoder over packed tokens, [P, D] -> [P, D]."""
     own, feed_forward = block.layer
     attention = own.SelfAttention
-    normed = own.layer_norm(hidden)
+    normed = normalize(own.layer_norm, hidden)
     queries, keys, values = attention.q(normed), attention.k(normed), attention.v(normed)
     sizes = [group.n_tokens for group in groups]
     dropout = attention.dropout if attention.training else 0.0
@@ -105,7 +110,8 @@ def _layer(block: nn.Module, hidden: torch.Tensor, groups: list[_Group]) -> torc
         )
     ]
     hidden = hidden + own.dropout(attention.o(torch.cat(mixed)))
-    return feed_forward(hidden)
+    normed = normalize(feed_forward.layer_norm, hidden)
+    return hidden + feed_forward.dropout(feed_forward.DenseReluDense(normed))
 
 
 def _attend(

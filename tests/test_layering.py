@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "compressed": {"errors", "index", "shards"},
     "bm25": {"errors", "index", "passages"},
     "data": {"examples", "errors"},
-    "decoding": set(),
+    "decoding": {"encoder"},
     "encoder": {"device", "lengths"},
     "lengths": set(),
     "reader": {"decoding", "device", "encoder", "errors", "pretrained"},
