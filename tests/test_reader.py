@@ -11,6 +11,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 import src.encoder
 from src.data import ReaderCollator, ReaderDataset, make_loader
+from src.device import autocast
 from src.errors import InputError
 from src.evaluation import exact_match
 from src.examples import load_data
@@ -201,6 +202,23 @@ def test_nothing_changes_by_leaving_out_the_padding(name, grouping, reference, b
     for ours, slow in zip(*results, strict=True):
         for one, other in zip(ours, slow, strict=True):
             assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_half_precision_is_near(grouping, reference, batch, monkeypatch):
+    """bf16 autocast, as on a GPU: other numbers, by no more than its 8 bits."""
+    reader = load(reference, "legacy")
+    monkeypatch.setattr("src.encoder.GROUPING", {"cpu": GROUPINGS[grouping]})
+    results = []
+    for precision in ("fp32", "bf16"):
+        with autocast(torch.device("cpu"), precision):
+            loss, logits = reader(batch["input_ids"], batch["attention_mask"], batch["labels"])
+            passages = batch["input_ids"], batch["attention_mask"]
+            _, scores = reader.generate_with_scores(*passages, 4)
+        results.append([loss.detach(), logits.detach().float(), scores])
+    for full, half in zip(*results, strict=True):
+        assert not torch.equal(full, half)
+        assert torch.allclose(full, half, atol=0.02 * full.abs().max().item())
 
 
 def test_the_decoder_gets_real_tokens_only(reference, batch):
