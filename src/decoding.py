@@ -72,14 +72,13 @@ class _Memory:
 class _Passages:
     """The hidden states of the passages' tokens, for attention to look at.
 
-    They are cut into `n_parts` parts [B * parts, S / parts, D] of each question: a product of a few
-    queries with one long matrix runs in one thread of a CPU, several products in as many.
+    Each question's are cut into parts, [B, parts, S / parts, D]: a product of a few queries with
+    one long matrix runs in one thread of a CPU, several products in as many.
     """
 
     def __init__(self, encoded: Encoded, n_parts: int, dtype: torch.dtype):
         B, S, D = encoded.hidden.shape
         missing = -S % n_parts
-        self.n_parts, self.n_tokens = n_parts, S + missing
         self.hidden = pad(encoded.hidden.to(dtype), (0, 0, 0, missing)).view(B, n_parts, -1, D)
         self.places = pad(encoded.places, (0, missing))
         self.mask: torch.Tensor | None = None  # what to add to attention scores, [B, 1, S]
@@ -99,7 +98,7 @@ class _Passages:
 
     def mix(self, weights: torch.Tensor) -> torch.Tensor:
         """Weights [B, H, S] -> the weighted sums of all tokens [B, H, D]."""
-        weights = weights.to(self.hidden.dtype).unflatten(2, (self.n_parts, -1)).transpose(1, 2)
+        weights = weights.to(self.hidden.dtype).unflatten(2, self.hidden.shape[1:3]).transpose(1, 2)
         return (weights @ self.hidden).sum(dim=1)
 
 
@@ -170,9 +169,13 @@ class GreedyDecoder:
         B = len(encoded.hidden)
         n_parts = torch.get_num_threads() if device.type == "cpu" else 1
         passages = _Passages(encoded, n_parts, self._dtype)
-        own = torch.zeros(B, self._n_heads, self._head_size, max_length, device=device)
-        own = own.to(self._dtype)
-        memories = [_Memory(own.clone(), own.transpose(2, 3).contiguous()) for _ in self._layers]
+        empty = encoded.hidden.new_zeros(
+            B, self._n_heads, self._head_size, max_length, dtype=self._dtype
+        )
+        memories = [
+            _Memory(empty.clone(), empty.mT.clone(memory_format=torch.contiguous_format))
+            for _ in self._layers
+        ]
         own_bias = self._first_attention.compute_bias(max_length, max_length, device)
 
         tokens = torch.full((B, max_length), config.pad_token_id, device=device)

@@ -2,8 +2,8 @@
 
 All that an encoder does but attention it does to each token on its own: so it does it to all
 passages' tokens at once, and none is padding. Attention runs in groups of passages: on a CPU of
-equal length, elsewhere of like length, padded to their longest for the length of that call. T5's
-own modules compute it all; what is new is which tokens they are given together.
+equal length, elsewhere of like length, padded to their longest for the length of that call. The
+weights and the modules that hold them are those of Transformers' T5.
 
 Shapes: R passages, L tokens of a padded one, P real tokens of all, D model, H heads, K size of a
 head; G passages of a group, W tokens of its longest.

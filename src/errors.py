@@ -68,16 +68,15 @@ def _report(error: Exception) -> None:
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         where = f"{error.filename}: " if error.filename else ""
         _end(f"{where}{error.strerror}; make room, and the same command goes on")
-    if isinstance(error, BrokenPipeError) and let_nobody_read():
+    if isinstance(error, BrokenPipeError) and drop_unread_output():
         sys.exit(128 + signal.SIGPIPE)
     if isinstance(error, InputError):
         # A data-loading worker hands on its traceback; the message is on its last line.
         _end(str(error).strip().split("\n")[-1].removeprefix("src.errors.InputError: "))
 
 
-def let_nobody_read() -> bool:
-    """If nobody reads what we print any more, print to nowhere from now on. Returns whether it is
-    so."""
+def drop_unread_output() -> bool:
+    """If nobody reads what is printed any more, print to nowhere from now on, and return True."""
     output = select.poll()
     output.register(_STDOUT, 0)
     if not any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0)):
@@ -93,5 +92,5 @@ def _end(message: str) -> NoReturn:
     rank = interrupt.process_number(os.environ)
     prefix = "error: " if rank == "0" else f"error (process {rank}): "
     print(prefix + message, file=sys.stderr, flush=True)
-    let_nobody_read()  # or Python ends with a status of its own for what is still to be printed
+    drop_unread_output()  # or Python ends with a status of its own for what is still to be printed
     sys.exit(2)

@@ -5,6 +5,7 @@ import fcntl
 import glob
 import gzip
 import logging
+import mmap
 import os
 import tempfile
 import zlib
@@ -59,7 +60,7 @@ def write_whole(path: Path, pieces: Iterable[str]) -> Path:
 # Made once and kept
 
 _FORMAT = 1  # of side files: raise it when what they hold changes
-_PIECE = 1 << 20  # bytes unpacked at a time
+_PIECE = 1 << 20  # bytes looked at, or unpacked, at a time
 
 
 def open_source(source: str, path: str) -> BinaryIO:
@@ -68,6 +69,13 @@ def open_source(source: str, path: str) -> BinaryIO:
         return open(source, "rb")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def line_number(data: mmap.mmap, position: int) -> int:
+    """The number of the line, from 1, that holds a byte position."""
+    buffer = np.frombuffer(data, dtype=np.uint8, count=int(position))
+    pieces = range(0, len(buffer), _PIECE)
+    return 1 + sum(int(np.count_nonzero(buffer[p : p + _PIECE] == ord("\n"))) for p in pieces)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from src.errors import InputError, first_line, shorten
+from src.files import line_number
 
 
 class JsonFile:
@@ -63,7 +64,7 @@ class JsonFile:
         return json.loads(text)
 
     def _line(self, position: int) -> int:
-        return _line_number(self._bytes, position)
+        return line_number(self._bytes, position)
 
     # A memory map cannot be sent to a data-loading worker; the worker opens the file again.
     def __getstate__(self) -> dict:
@@ -242,7 +243,7 @@ _OBJECT_OF_LISTS = 'must hold an object of lists, {"0": ["17", "4"], ...}'
 
 
 def _not_a_list(data: mmap.mmap, begin: int, end: int, path: str) -> InputError:
-    where, found = _line_number(data, begin), data[begin:end].strip().decode(errors="replace")
+    where, found = line_number(data, begin), data[begin:end].strip().decode(errors="replace")
     return InputError(f"{path}, line {where}: {_OBJECT_OF_LISTS}, not {shorten(found, 40)}")
 
 
@@ -317,7 +318,7 @@ def _check_gaps(data: mmap.mmap, spans: np.ndarray, begin: int, list_end: int, p
         between = data[begin:end].strip()
         if between != (b"," if inner else b""):
             raise InputError(
-                f"{path}, line {_line_number(data, begin)}: bad JSON (the list must hold objects "
+                f"{path}, line {line_number(data, begin)}: bad JSON (the list must hold objects "
                 f"with one comma between two, not {shorten(between.decode(errors='replace'), 40)})"
             )
         begin = spans[number, 1] if number < len(spans) else end
@@ -327,13 +328,6 @@ def _check_end(data: mmap.mmap, end: int, path: str) -> None:
     """Nothing follows the list or object that closes at a place of a file."""
     rest = re.compile(rb"\S").search(data, end + 1)
     if rest:
-        where = _line_number(data, rest.start())
+        where = line_number(data, rest.start())
         kind = "list" if data[end] == ord("]") else "object"
         raise InputError(f"{path}, line {where}: bad JSON (text after the {kind}'s end)")
-
-
-def _line_number(data: mmap.mmap, position: int) -> int:
-    """The number of the line, from 1, that holds a byte position."""
-    buffer = np.frombuffer(data, dtype=np.uint8, count=int(position))
-    chunks = range(0, len(buffer), _CHUNK)
-    return 1 + sum(int((buffer[c : c + _CHUNK] == _NEWLINE).sum()) for c in chunks)

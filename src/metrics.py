@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from src import distributed, terminal
-from src.errors import InputError, let_nobody_read
+from src.errors import InputError, drop_unread_output
 
 
 class _BesideTheBar(logging.Handler):
@@ -26,7 +26,7 @@ class _BesideTheBar(logging.Handler):
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
         except OSError:
-            let_nobody_read()
+            drop_unread_output()
             self.handleError(record)
 
 

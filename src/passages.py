@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from src.errors import InputError, first_line, shorten
-from src.files import kept, open_source, unpacked
+from src.files import kept, line_number, open_source, unpacked
 from src.terminal import Bar, no_bar
 
 
@@ -182,7 +182,7 @@ class Passages(Sequence[Passage]):
         for at in np.flatnonzero(hashes[1:] == hashes[:-1]):
             one, other = places[at : at + 2].tolist()
             if self._id(one) == self._id(other):
-                line = _line_number(self._bytes, int(self._offsets[one]))
+                line = line_number(self._bytes, int(self._offsets[one]))
                 problem = f"the id {shorten(self._id(one))} is that of line {line} too; change one"
                 raise self._error(int(self._offsets[other]), problem)
         yield hashes
@@ -389,11 +389,4 @@ def _row_ends(marks: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _error(data: mmap.mmap, path: str, position: int, problem: str) -> InputError:
-    return InputError(f"{path}, line {_line_number(data, position)}: {problem}")
-
-
-def _line_number(data: mmap.mmap, position: int) -> int:
-    """The number of the line, from 1, that holds a byte position."""
-    buffer = np.frombuffer(data, dtype=np.uint8, count=position)
-    chunks = range(0, position, _WINDOW)
-    return 1 + sum(np.count_nonzero(buffer[c : c + _WINDOW] == _NEWLINE) for c in chunks)
+    return InputError(f"{path}, line {line_number(data, position)}: {problem}")

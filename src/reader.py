@@ -124,11 +124,9 @@ class FiDT5(nn.Module):
 
         lengths = attention_mask.sum(dim=(1, 2))  # of the questions
         S = int(lengths.max())
-        # A token stands in [B * S] as many places before that of the padded layout as there is
-        # padding before it; but each question begins anew.
-        row = places // (N * L)
-        rank = attention_mask.flatten(1).cumsum(dim=1).flatten()[places] - 1
-        where = row * S + rank
+        # Where a token goes: as many places into its question as real tokens are before it there.
+        before = attention_mask.flatten(1).cumsum(dim=1).flatten()[places] - 1
+        where = places // (N * L) * S + before
         real = torch.arange(S, device=ids.device) < lengths[:, None]
         hidden = tokens.new_zeros(B * S, tokens.shape[1]).index_copy(0, where, tokens)
         self._places = places.new_zeros(B * S).index_copy(0, where, places % (N * L)).view(B, S)

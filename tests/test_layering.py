@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "device": {"errors", "terminal"},
     "slurm": {"errors", "interrupt"},
     "files": {"errors", "terminal"},
-    "json_files": {"errors"},
+    "json_files": {"errors", "files"},
     "examples": {"errors", "json_files", "terminal"},
     "evaluation": {"errors", "examples", "options"},
     "passages": {"errors", "files", "terminal"},
