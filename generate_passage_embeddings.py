@@ -7,7 +7,7 @@ Writes one shard (wikipedia_embeddings/wiki_00); as many jobs as there are shard
 side. Started again with the same command, it goes on from the last finished block.
 """
 
-from src.interrupt import die_quietly
+from src.runtime.interrupt import die_quietly
 
 if __name__ == "__main__":
     die_quietly()  # while the packages load
@@ -19,19 +19,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from src import distributed
-from src.data import passage_text
-from src.device import compile_layers, describe, pick_device
-from src.errors import InputError, reports_input_errors
-from src.lengths import one_ahead
-from src.metrics import passing_bar, progress_bar, start_log
+from src.data.batches import passage_text
+from src.data.passages import Passages
+from src.models.lengths import one_ahead
+from src.models.pretrained import check_vocabulary, load_tokenizer, quiet_transformers
+from src.models.retriever import TextEmbedder, fingerprint, load_retriever
 from src.options import changed, passage_embeddings_parser
-from src.passages import Passages
-from src.pretrained import check_vocabulary, load_tokenizer, quiet_transformers
-from src.retriever import TextEmbedder, fingerprint, load_retriever
-from src.shards import ShardWriter, is_finished, shard_path
-from src.slurm import StopRequest, detect_launch
-from src.terminal import count, duration, say, say_next
+from src.runtime import distributed
+from src.runtime.device import compile_layers, describe, pick_device
+from src.runtime.errors import InputError, reports_input_errors
+from src.runtime.launch import StopRequest, detect_launch
+from src.runtime.terminal import count, duration, say, say_next
+from src.search.shards import ShardWriter, is_finished, shard_path
+from src.training.metrics import passing_bar, progress_bar, start_log
 
 # A process embeds a block at a time; then the blocks of all are written: this much is lost at most
 # when a job is killed. Blocks are those of the whole collection, and a block is sorted into batches

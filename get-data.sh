@@ -123,9 +123,9 @@ done
 if wants NQ || wants TQA; then
     cd "$fid_root"
     if [ "$only" = all ]; then
-        python -m src.preprocess "$out"
+        python -m src.tools.preprocess "$out"
     else
-        python -m src.preprocess "$out" --only "$only"
+        python -m src.tools.preprocess "$out" --only "$only"
     fi
 fi
 if [ $keep = no ]; then

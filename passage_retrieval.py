@@ -11,7 +11,7 @@ Writes the questions with their passages as `ctxs`, which the reader reads, or a
 and keeps beside them, how many questions have an answer in their first 1, 5, 20 and 100 passages.
 """
 
-from src.interrupt import die_quietly
+from src.runtime.interrupt import die_quietly
 
 if __name__ == "__main__":
     die_quietly()  # while the packages load
@@ -21,19 +21,20 @@ import shlex
 import time
 from pathlib import Path
 
-from src import distributed, search
-from src.compressed import factory_string
-from src.device import describe, pick_device
-from src.errors import reports_input_errors
-from src.examples import load_data
-from src.files import check_place
-from src.metrics import passing_bar, start_log
+from src.data.examples import load_data
+from src.data.files import check_place
+from src.data.passages import Passages
+from src.evaluation.results import check_trec_ids, write_recall, write_retrieved
+from src.models.pretrained import quiet_transformers
 from src.options import passage_retrieval_parser
-from src.passages import Passages
-from src.pretrained import quiet_transformers
-from src.results import check_trec_ids, write_recall, write_retrieved
-from src.slurm import detect_launch
-from src.terminal import count, duration, has_bars, say, say_next
+from src.runtime import distributed
+from src.runtime.device import describe, pick_device
+from src.runtime.errors import reports_input_errors
+from src.runtime.launch import detect_launch
+from src.runtime.terminal import count, duration, has_bars, say, say_next
+from src.search import retrieve
+from src.search.faiss_index import factory_string
+from src.training.metrics import passing_bar, start_log
 
 
 @reports_input_errors
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     options = passage_retrieval_parser().parse_args(arguments)
     factory = factory_string(options.index_factory, options.n_subquantizers, options.n_bits)
-    search.check_way(options.bm25, options.model_path, options.passages_embeddings, factory)
+    retrieve.check_way(options.bm25, options.model_path, options.passages_embeddings, factory)
     check_place(options.output_path)
 
     # Environment
@@ -74,19 +75,19 @@ def main(arguments: list[str] | None = None) -> None:
     # Search
     if options.bm25:
         shown = distributed.is_main() and has_bars()
-        words = search.WordSearch(passages, options.save_or_load_index, log, shown)
+        words = retrieve.WordSearch(passages, options.save_or_load_index, log, shown)
         found = words.search(questions, options.n_docs)
     else:
-        exact = search.open_embeddings(
+        exact = retrieve.open_embeddings(
             options.passages_embeddings,
             passages,
             options.indexing_batch_size,
             options.allow_mismatch,
             device,
         )
-        searched = search.describe_search(exact, options.indexing_batch_size, factory)
+        searched = retrieve.describe_search(exact, options.indexing_batch_size, factory)
         say(log, "search", "%s", searched)
-        retriever, tokenizer, made_by["model"] = search.load_checked_retriever(
+        retriever, tokenizer, made_by["model"] = retrieve.load_checked_retriever(
             options.model_path,
             options.tokenizer if options.tokenizer != "none" else "bert-base-uncased",
             passages,
@@ -98,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         say(log, "model", "%.1fM parameters, from %s", size, options.model_path)
         made_by["embeddings"] = exact.shards[0].metadata
         with passing_bar(len(questions), "question", "embedding questions") as bar:
-            embed = search.question_embedder(
+            embed = retrieve.question_embedder(
                 retriever,
                 tokenizer,
                 options.question_maxlength,
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
                 bar.update,
             )
             queries = embed(questions)
-        index = search.VectorSearch(exact, passages)
+        index = retrieve.VectorSearch(exact, passages)
         if factory:
             with passing_bar(len(exact), "passage", "building the index") as bar:
                 index.open_index(

@@ -127,7 +127,7 @@ echo
 python -m examples.quickstart_table "$out"
 echo
 echo "To look into it in a browser: passages as the reader saw them, and what went wrong:"
-python -m src.report "$runs/test_distilled_8" --retrieved "$out/bm25_test.jsonl" "$out/distilled_test.jsonl"
+python -m src.tools.report "$runs/test_distilled_8" --retrieved "$out/bm25_test.jsonl" "$out/distilled_test.jsonl"
 echo
 echo "Everything is in $out; the README says what each step does on your own data. To ask it yourself"
 echo "(in the words of $data/test.json):"

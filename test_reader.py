@@ -13,7 +13,7 @@ passage scores (dataset_wscores.json) into `--checkpoint_dir/--name`, in the inp
 Answers what you ask from the passages that are found for it, and shows them; keeps no results.
 """
 
-from src.interrupt import die_quietly
+from src.runtime.interrupt import die_quietly
 
 if __name__ == "__main__":
     die_quietly()  # while the packages load
@@ -26,34 +26,40 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from src import distributed
-from src.conversation import (
+from src.data.batches import (
+    ReaderCollator,
+    ReaderDataset,
+    evaluation_places,
+    make_loader,
+)
+from src.data.examples import load_data, read_example
+from src.data.passages import Passages
+from src.evaluation.answers import SCORES, exact_match, f1
+from src.evaluation.results import (
+    AnswerFile,
+    check_results,
+    remove_parts,
+    write_answers,
+    write_scores,
+)
+from src.models.encoder import parts_to_compile
+from src.models.pretrained import check_vocabulary, digest, load_tokenizer, quiet_transformers
+from src.models.reader import Answer, FiDT5, answer_questions, load_reader
+from src.options import changed, check_conversation, test_reader_parser
+from src.runtime import distributed
+from src.runtime.device import compile_layers, describe, pick_device, resolve_precision
+from src.runtime.errors import InputError, reports_input_errors
+from src.runtime.launch import StopRequest, detect_launch
+from src.runtime.terminal import count, duration, say, say_next
+from src.search.retrieve import check_way
+from src.tools.ask import (
     converse,
     find_by_retriever,
     find_by_words,
     print_replies,
     questions,
 )
-from src.data import (
-    ReaderCollator,
-    ReaderDataset,
-    evaluation_places,
-    make_loader,
-)
-from src.device import compile_layers, describe, pick_device, resolve_precision
-from src.encoder import parts_to_compile
-from src.errors import InputError, reports_input_errors
-from src.evaluation import SCORES, exact_match, f1
-from src.examples import load_data, read_example
-from src.metrics import Average, passing_bar, progress_bar, start_log, write_options
-from src.options import changed, check_conversation, test_reader_parser
-from src.passages import Passages
-from src.pretrained import check_vocabulary, digest, load_tokenizer, quiet_transformers
-from src.reader import Answer, FiDT5, answer_questions, load_reader
-from src.results import AnswerFile, check_results, remove_parts, write_answers, write_scores
-from src.search import check_way
-from src.slurm import StopRequest, detect_launch
-from src.terminal import count, duration, say, say_next
+from src.training.metrics import Average, passing_bar, progress_bar, start_log, write_options
 
 
 def open_reader(
@@ -259,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
         command += changed(parser, vars(options), ["n_context", "no_title", "checkpoint_dir"])
         say_next(log, "train a retriever on the scores", command)
     elif options.write_results:
-        say_next(log, "look at the answers in a browser", ["-m", "src.report", run])
+        say_next(log, "look at the answers in a browser", ["-m", "src.tools.report", run])
     else:
         values = {**vars(options), "write_results": True, "write_crossattention_scores": True}
         command = ["test_reader.py", *changed(parser, values)]

@@ -6,7 +6,7 @@ Reads questions with passages and answers; writes checkpoints, log and metrics i
 `--checkpoint_dir/--name`. Started again with the same command, it goes on where it stopped.
 """
 
-from src.interrupt import die_quietly
+from src.runtime.interrupt import die_quietly
 
 if __name__ == "__main__":
     die_quietly()  # while the packages load
@@ -17,28 +17,28 @@ from pathlib import Path
 
 import torch
 
-from src import distributed
-from src.checkpoint import Checkpoints, goes_on_from, load_state, resume_point
-from src.data import (
+from src.data.batches import (
     ReaderCollator,
     ReaderDataset,
     evaluation_places,
     make_loader,
     training_places,
 )
-from src.device import compile_layers, describe, pick_device, resolve_precision
-from src.encoder import parts_to_compile
-from src.errors import InputError, reports_input_errors
-from src.evaluation import exact_match, f1
-from src.examples import load_data, read_example
-from src.metrics import Average, Metrics, passing_bar, start_log, write_options
-from src.optim import build_optimizer, build_scheduler
+from src.data.examples import load_data, read_example
+from src.evaluation.answers import exact_match, f1
+from src.models.encoder import parts_to_compile
+from src.models.pretrained import check_vocabulary, hide_bars, load_tokenizer, quiet_transformers
+from src.models.reader import answer_questions, load_reader, new_reader, reader_loss
 from src.options import changed, train_reader_parser
-from src.pretrained import check_vocabulary, hide_bars, load_tokenizer, quiet_transformers
-from src.reader import answer_questions, load_reader, new_reader, reader_loss
-from src.slurm import StopRequest, detect_launch
-from src.terminal import count, duration, say, say_next
-from src.training import Position, restore, train
+from src.runtime import distributed
+from src.runtime.device import compile_layers, describe, pick_device, resolve_precision
+from src.runtime.errors import InputError, reports_input_errors
+from src.runtime.launch import StopRequest, detect_launch
+from src.runtime.terminal import count, duration, say, say_next
+from src.training.checkpoint import Checkpoints, goes_on_from, load_state, resume_point
+from src.training.loop import Position, restore, train
+from src.training.metrics import Average, Metrics, passing_bar, start_log, write_options
+from src.training.optim import build_optimizer, build_scheduler
 
 
 @reports_input_errors

@@ -7,7 +7,7 @@ Reads what `test_reader.py --write_crossattention_scores` wrote; writes checkpoi
 into `--checkpoint_dir/--name`. Started again with the same command, it goes on where it stopped.
 """
 
-from src.interrupt import die_quietly
+from src.runtime.interrupt import die_quietly
 
 if __name__ == "__main__":
     die_quietly()  # while the packages load
@@ -19,9 +19,7 @@ from pathlib import Path
 
 import torch
 
-from src import distributed
-from src.checkpoint import Checkpoints, goes_on_from, load_state, resume_point
-from src.data import (
+from src.data.batches import (
     RetrieverCollator,
     RetrieverDataset,
     TextCollator,
@@ -29,15 +27,10 @@ from src.data import (
     make_loader,
     training_places,
 )
-from src.device import autocast, compile_layers, describe, pick_device, resolve_precision
-from src.errors import InputError, reports_input_errors
-from src.evaluation import count_inversions, last_gold_index, top_k_overlap
-from src.examples import load_data
-from src.metrics import Average, Metrics, passing_bar, start_log, write_options
-from src.optim import build_optimizer, build_scheduler
-from src.options import changed, train_retriever_parser
-from src.pretrained import check_vocabulary, hide_bars, load_tokenizer, quiet_transformers
-from src.retriever import (
+from src.data.examples import load_data
+from src.evaluation.rankings import count_inversions, last_gold_index, top_k_overlap
+from src.models.pretrained import check_vocabulary, hide_bars, load_tokenizer, quiet_transformers
+from src.models.retriever import (
     check_settings,
     distillation_loss,
     embed,
@@ -47,9 +40,16 @@ from src.retriever import (
     similarities,
     start_retriever,
 )
-from src.slurm import StopRequest, detect_launch
-from src.terminal import count, duration, say, say_next
-from src.training import Position, move_to, restore, train
+from src.options import changed, train_retriever_parser
+from src.runtime import distributed
+from src.runtime.device import autocast, compile_layers, describe, pick_device, resolve_precision
+from src.runtime.errors import InputError, reports_input_errors
+from src.runtime.launch import StopRequest, detect_launch
+from src.runtime.terminal import count, duration, say, say_next
+from src.training.checkpoint import Checkpoints, goes_on_from, load_state, resume_point
+from src.training.loop import Position, move_to, restore, train
+from src.training.metrics import Average, Metrics, passing_bar, start_log, write_options
+from src.training.optim import build_optimizer, build_scheduler
 
 
 @reports_input_errors

@@ -37,10 +37,10 @@ from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import table
-from src.data import ReaderCollator, ReaderDataset, make_loader, training_places
-from src.evaluation import has_answer, tokenize
-from src.examples import load_data, read_example
-from src.passages import Passages
+from src.data.batches import ReaderCollator, ReaderDataset, make_loader, training_places
+from src.data.examples import load_data, read_example
+from src.data.passages import Passages
+from src.evaluation.answers import has_answer, tokenize
 
 
 def naive_has_answer(answers: list[str], text: str) -> bool:

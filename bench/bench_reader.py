@@ -19,8 +19,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import interleaved, matrix_peak, nothing, peak_memory, table
-from src.optim import build_optimizer
-from src.reader import FiDT5, reader_loss
+from src.models.reader import FiDT5, reader_loss
+from src.training.optim import build_optimizer
 
 SHAPES = {  # of T5: width, head size, feed-forward, layers, heads
     "small": {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8},

@@ -22,10 +22,10 @@ from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import interleaved, matrix_peak, nothing, peak_memory, table
-from src.data import passage_text
-from src.passages import Passages
-from src.pretrained import quiet_transformers
-from src.retriever import TextEmbedder, load_retriever
+from src.data.batches import passage_text
+from src.data.passages import Passages
+from src.models.pretrained import quiet_transformers
+from src.models.retriever import TextEmbedder, load_retriever
 
 MINILM = {
     "hidden_size": 384,

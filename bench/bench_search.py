@@ -33,9 +33,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import matrix_peak, table
-from src.gpu_search import GpuIndexer
-from src.index import Found, Indexer, merge
-from src.shards import ShardWriter, open_shards
+from src.search.exact import Found, Indexer, merge
+from src.search.gpu import GpuIndexer
+from src.search.shards import ShardWriter, open_shards
 
 
 def anonymous_memory() -> float:

@@ -103,5 +103,5 @@ tests=() answers=()
 for ((round = 0; round <= ROUNDS; round++)); do
     tests+=("$OUT/round-$round/test.jsonl") answers+=("$OUT/round-$round/runs/test/final_output.txt")
 done
-python -m src.evaluation "${tests[@]}"
-python -m src.evaluation --data "$TEST" "${answers[@]}"
+python -m src.tools.evaluate "${tests[@]}"
+python -m src.tools.evaluate --data "$TEST" "${answers[@]}"

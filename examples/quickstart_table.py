@@ -3,9 +3,10 @@
 import sys
 from pathlib import Path
 
-from src.errors import reports_input_errors
-from src.evaluation import measure_answers, measure_retrieval
-from src.examples import load_data
+from src.data.examples import load_data
+from src.evaluation.answers import measure_answers
+from src.evaluation.rankings import measure_retrieval
+from src.runtime.errors import reports_input_errors
 
 
 @reports_input_errors

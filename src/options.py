@@ -618,11 +618,11 @@ def passage_retrieval_parser() -> argparse.ArgumentParser:
 
 
 def evaluation_parser() -> argparse.ArgumentParser:
-    """Options of `python -m src.evaluation`."""
+    """Options of `python -m src.tools.evaluate`."""
     parser = _Parser(
         "Recall@k of data files with passages; exact match of files with answers.",
         needs="FILE ... ",
-        program="-m src.evaluation",
+        program="-m src.tools.evaluate",
     )
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -633,11 +633,11 @@ def evaluation_parser() -> argparse.ArgumentParser:
 
 
 def report_parser() -> argparse.ArgumentParser:
-    """Options of `python -m src.report`."""
+    """Options of `python -m src.tools.report`."""
     parser = _Parser(
         "Show a run as a page for a browser: curves, recall, questions and passages.",
         needs="FOLDER ",
-        program="-m src.report",
+        program="-m src.tools.report",
     )
     group = parser.add_argument_group("data")
     group.add_argument("run", help="the run's folder, of training, of testing, or both")
@@ -672,11 +672,11 @@ def report_parser() -> argparse.ArgumentParser:
 
 
 def preprocess_parser() -> argparse.ArgumentParser:
-    """Options of `python -m src.preprocess`."""
+    """Options of `python -m src.tools.preprocess`."""
     parser = _Parser(
         "Make data files of what get-data.sh has fetched.",
         needs="FOLDER ",
-        program="-m src.preprocess",
+        program="-m src.tools.preprocess",
     )
     group = parser.add_argument_group("data")
     group.add_argument(

@@ -25,10 +25,11 @@ import passage_retrieval
 import test_reader
 import train_reader
 import train_retriever
-from src import evaluation, preprocess, report
-from src.pretrained import load_tokenizer
-from src.reader import load_reader
-from src.retriever import load_retriever
+from src.models.pretrained import load_tokenizer
+from src.models.reader import load_reader
+from src.models.retriever import load_retriever
+from src.tools import evaluate, preprocess
+from src.tools.report import page as report
 from tests.conftest import REFERENCE, ROOT, run
 from tests.test_preprocess import change, make_folder
 
@@ -40,7 +41,7 @@ MAINS: dict[str, Callable] = {
     "retrieve": passage_retrieval.main,
     "bm25": passage_retrieval.main,
     "bare retrieve": passage_retrieval.main,
-    "evaluation": evaluation.main,
+    "evaluate": evaluate.main,
     "report": report.main,
     "preprocess": preprocess.main,
 }

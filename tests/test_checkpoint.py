@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.checkpoint import (
+from src.runtime.errors import InputError
+from src.training.checkpoint import (
     Checkpoints,
     changed_options,
     find_newest,
@@ -16,7 +17,6 @@ from src.checkpoint import (
     read_meta,
     tidy,
 )
-from src.errors import InputError
 
 
 def save_model(folder: Path) -> None:

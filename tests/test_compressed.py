@@ -11,16 +11,16 @@ import faiss
 import numpy as np
 import pytest
 
-from src.compressed import (
+from src.runtime.errors import InputError
+from src.search.exact import Indexer
+from src.search.faiss_index import (
     CompressedIndexer,
     expected_memory,
     factory_string,
     read_description,
     recall,
 )
-from src.errors import InputError
-from src.index import Indexer
-from src.shards import ShardWriter, open_shards
+from src.search.shards import ShardWriter, open_shards
 
 ROWS, DIMENSION = 3000, 16
 FACTORIES = [

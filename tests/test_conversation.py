@@ -16,7 +16,7 @@ import pytest
 
 import passage_retrieval
 import test_reader
-from src.conversation import Evidence, Reply, _open_history, clean, show, wrap
+from src.tools.ask import Evidence, Reply, _open_history, clean, show, wrap
 from tests.conftest import ROOT
 from tests.terminal import Terminal
 
@@ -310,7 +310,7 @@ SLOW = f"""
 import hashlib, sys
 sys.path.insert(0, {str(ROOT)!r})
 import test_reader
-from src import conversation
+from src.tools import ask as conversation
 def search(self, questions, k):
     print("searching", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from src.data import (
+from src.data.batches import (
     ReaderCollator,
     ReaderDataset,
     draw_target,
@@ -17,8 +17,8 @@ from src.data import (
     reader_texts,
     training_places,
 )
-from src.examples import load_data, parse_example
-from src.pretrained import load_tokenizer
+from src.data.examples import load_data, parse_example
+from src.models.pretrained import load_tokenizer
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_different_numbers_of_passages(tokenizer):
         example = parse_example({"question": "Who?", "ctxs": contexts}, n, "")
         return reader_texts(example, 5)
 
-    from src.data import ReaderItem
+    from src.data.batches import ReaderItem
 
     items = [ReaderItem(n, item(n), None) for n in (0, 3, 1)]
     batch = ReaderCollator(tokenizer, 16)(items)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from src.decoding import Encoded, GreedyDecoder
-from src.reader import FiDT5, load_reader, new_reader
+from src.models.decoder import Encoded, GreedyDecoder
+from src.models.reader import FiDT5, load_reader, new_reader
 from tests.make_models import make_t5_config
 
 SHAPES = {

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from src.device import compile_layers, resolve_precision
-from src.encoder import parts_to_compile
-from src.reader import load_reader
-from src.retriever import load_retriever
+from src.models.encoder import parts_to_compile
+from src.models.reader import load_reader
+from src.models.retriever import load_retriever
+from src.runtime.device import compile_layers, resolve_precision
 
 
 def reader_task(reference: Path) -> tuple[nn.Module, Iterable[nn.Module], Callable]:

@@ -126,10 +126,10 @@ def test_collectives(tmp_path):
             import os, sys
             sys.path.insert(0, {str(ROOT)!r})
             import torch
-            from src import distributed
-            from src.errors import InputError
-            from src.metrics import Average
-            from src.slurm import detect_launch
+            from src.runtime import distributed
+            from src.runtime.errors import InputError
+            from src.training.metrics import Average
+            from src.runtime.launch import detect_launch
 
             distributed.start(detect_launch(os.environ), timeout=60)
             rank = distributed.rank()

@@ -19,14 +19,10 @@ import test_reader
 import train_reader
 import train_retriever
 from src import options
-from src.checkpoint import read_meta
-from src.compressed import read_description
-from src.evaluation import measure_answers
-from src.examples import Examples, load_data, read_example
-from src.metrics import Metrics, write_options
-from src.passages import Passage, Passages
-from src.reader import Answer
-from src.results import (
+from src.data.examples import Examples, load_data, read_example
+from src.data.passages import Passage, Passages
+from src.evaluation.answers import measure_answers
+from src.evaluation.results import (
     AnswerFile,
     read_parts,
     write_answers,
@@ -34,7 +30,11 @@ from src.results import (
     write_retrieved,
     write_scores,
 )
-from src.shards import ShardWriter
+from src.models.reader import Answer
+from src.search.faiss_index import read_description
+from src.search.shards import ShardWriter
+from src.training.checkpoint import read_meta
+from src.training.metrics import Metrics, write_options
 from tests.conftest import REFERENCE, ROOT
 
 FORMATS = (ROOT / "docs" / "formats.md").read_text()

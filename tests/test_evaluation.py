@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import regex
 
-from src.evaluation import (
+from src.evaluation.answers import (
     answer_spans,
     exact_match,
     f1,
     has_answer,
-    main,
     normalize_answer,
     tokenize,
 )
+from src.tools.evaluate import main
 
 
 @pytest.fixture

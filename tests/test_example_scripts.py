@@ -13,8 +13,8 @@ import pytest
 from transformers import BertConfig, BertModel
 
 from src import options
-from src.pretrained import load_tokenizer
-from src.reader import load_reader
+from src.models.pretrained import load_tokenizer
+from src.models.reader import load_reader
 from tests.conftest import REFERENCE, ROOT
 from tests.test_seed import LARGE_READER
 from tests.warm_python import warm_python
@@ -151,7 +151,7 @@ def test_rounds_of_distillation(environment, tmp_path):
     variables = {name: value for name, value in environment.items() if name != "PATH"}
     run_script("iterate_distillation.sh", **{**recorded, **variables, **small})
     assert [line.split()[:2] for line in log.read_text().splitlines()] == [
-        ["-m", "src.evaluation"]
+        ["-m", "src.tools.evaluate"]
     ] * 2
     log.unlink()
     run_script("iterate_distillation.sh", **{**recorded, **variables, **small, "ROUNDS": "2"})
@@ -203,7 +203,7 @@ PARSERS = {
     "train_retriever.py": options.train_retriever_parser,
     "generate_passage_embeddings.py": options.passage_embeddings_parser,
     "passage_retrieval.py": options.passage_retrieval_parser,
-    "src.report": options.report_parser,
+    "src.tools.report": options.report_parser,
 }
 
 
@@ -230,7 +230,7 @@ def test_the_quickstarts_commands(tmp_path):
     assert len(parsed) == len(commands) - 3  # besides: pip, the corpus, the table
     # The report is of a run that has answers and scores, beside both ways to find passages.
     script, report = parsed[-2]
-    assert script == "src.report"
+    assert script == "src.tools.report"
     (tested,) = [o for _, o in parsed[:-2] if f"{out}/runs/{o.get('name')}" == report["run"]]
     assert tested["write_results"]
     assert tested["write_crossattention_scores"]

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from src import examples as module
-from src import json_files
-from src.errors import InputError
-from src.examples import Examples, load_data, parse_example, read_example
+from src.data import examples as module
+from src.data import json_files
+from src.data.examples import Examples, load_data, parse_example, read_example
+from src.runtime.errors import InputError
 
 
 @pytest.fixture(params=[1 << 24, 64, 5])

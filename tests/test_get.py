@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from src.passages import Passages
+from src.data.passages import Passages
 from tests.conftest import REFERENCE, ROOT, on_small_disk
 
 FETCHERS = ["curl", "wget"]

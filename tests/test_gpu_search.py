@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from src import gpu_search as module
-from src.errors import InputError
-from src.gpu_search import GpuIndexer
-from src.index import Found, Indexer, merge
+from src.runtime.errors import InputError
+from src.search import gpu as module
+from src.search.exact import Found, Indexer, merge
+from src.search.gpu import GpuIndexer
 from tests.test_index import assert_same, brute_force, random, shards_of, whole_numbers
 
 CPU = torch.device("cpu")

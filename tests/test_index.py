@@ -10,10 +10,10 @@ import faiss
 import numpy as np
 import pytest
 
-from src import index as module
-from src.errors import InputError
-from src.index import Found, Indexer, merge
-from src.shards import Shard, ShardWriter, open_shards
+from src.runtime.errors import InputError
+from src.search import exact as module
+from src.search.exact import Found, Indexer, merge
+from src.search.shards import Shard, ShardWriter, open_shards
 
 
 def shards_of(vectors: np.ndarray, *borders: int) -> list[Shard]:

@@ -1,4 +1,4 @@
-"""Imports between the modules only go down (the README's map), and scripts stay apart."""
+"""The structure: layers of src import only their own layer or lower ones."""
 
 import ast
 from pathlib import Path
@@ -7,92 +7,30 @@ import pytest
 
 from tests.conftest import ROOT
 
-# Each module of src, and what it may import from src. A new room gets a line here and in README.md.
-MAY_IMPORT = {
-    "__init__": set(),
-    "interrupt": set(),
-    "errors": {"interrupt"},
-    "options": set(),
-    "optim": set(),
-    "device": {"errors", "terminal"},
-    "slurm": {"errors", "interrupt"},
-    "files": {"errors", "terminal"},
-    "json_files": {"errors", "files"},
-    "examples": {"errors", "json_files", "terminal"},
-    "evaluation": {"errors", "examples", "options"},
-    "passages": {"errors", "files", "terminal"},
-    "pretrained": {"errors"},
-    "legacy_pickle": {"errors"},
-    "shards": {"errors", "legacy_pickle"},
-    "index": {"errors", "shards"},
-    "gpu_search": {"errors", "index", "shards"},
-    "compressed": {"errors", "index", "shards"},
-    "bm25": {"errors", "index", "passages"},
-    "data": {"examples", "errors"},
-    "decoding": {"encoder"},
-    "encoder": {"device", "lengths"},
-    "lengths": set(),
-    "reader": {"decoding", "device", "encoder", "errors", "pretrained"},
-    "retriever": {"errors", "lengths", "pretrained"},
-    "terminal": set(),
-    "search": {
-        "bm25",
-        "compressed",
-        "data",
-        "distributed",
-        "errors",
-        "gpu_search",
-        "index",
-        "passages",
-        "pretrained",
-        "retriever",
-        "shards",
-        "terminal",
-    },
-    "watch": set(),
-    "distributed": {"errors", "slurm", "watch"},
-    "checkpoint": {"distributed", "errors"},
-    "metrics": {"distributed", "errors", "terminal"},
-    "training": {"checkpoint", "device", "distributed", "errors", "metrics"},
-    "charts": set(),
-    "survey": {"errors", "evaluation", "examples"},
-    "report": {"charts", "errors", "evaluation", "examples", "files", "options", "survey"},
-    "results": {
-        "errors",
-        "evaluation",
-        "examples",
-        "files",
-        "json_files",
-        "passages",
-        "reader",
-    },
-    "conversation": {
-        "data",
-        "evaluation",
-        "examples",
-        "interrupt",
-        "passages",
-        "reader",
-        "search",
-        "terminal",
-    },
-    "preprocess": {
-        "errors",
-        "examples",
-        "files",
-        "json_files",
-        "metrics",
-        "options",
-        "passages",
-    },
-}
-SCRIPTS = [
+LAYERS = [
+    {"options", "runtime"},
+    {"data", "models", "training"},
+    {"search", "evaluation"},
+    {"tools"},
+]
+LAYER = {folder: number for number, layer in enumerate(LAYERS) for folder in layer}
+SCRIPTS = {
     "train_reader",
     "test_reader",
     "train_retriever",
     "generate_passage_embeddings",
     "passage_retrieval",
-]
+}
+FILES = sorted(path for path in (ROOT / "src").rglob("*.py") if path.parent != ROOT / "src")
+FILES.append(ROOT / "src" / "options.py")
+
+
+def name_of(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def folder_of(file: Path) -> str:
+    return file.relative_to(ROOT / "src").parts[0].removesuffix(".py")
 
 
 def imported(file: Path) -> set[str]:
@@ -107,42 +45,71 @@ def imported(file: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "src").glob("*.py")), ids=lambda file: file.stem)
-def test_modules_import_only_what_lies_below(file: Path):
-    from_src = {name.split(".")[1] for name in imported(file) if name.startswith("src.")}
-    from_src &= {path.stem for path in (ROOT / "src").glob("*.py")}
-    assert from_src <= MAY_IMPORT[file.stem]
-    assert not imported(file) & set(SCRIPTS)
+def imported_folders(file: Path) -> set[str]:
+    return {name.split(".")[1] for name in imported(file) if name.startswith("src.")}
 
 
-def test_the_layers_have_no_circle():
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_imports_go_down_or_sideways(file: Path):
+    assert {LAYER[folder] for folder in imported_folders(file)} <= set(
+        range(LAYER[folder_of(file)] + 1)
+    )
+    assert not imported(file) & SCRIPTS
+    if folder_of(file) != "tools":
+        assert "tools" not in imported_folders(file)
+
+
+def test_folders_do_not_import_each_other():
+    below: dict[str, set[str]] = {folder: set() for folder in LAYER}
+    for file in FILES:
+        below[folder_of(file)] |= imported_folders(file) - {folder_of(file)}
     done: set[str] = set()
-    while len(done) < len(MAY_IMPORT):
-        ready = {name for name, below in MAY_IMPORT.items() if below <= done} - done
-        assert ready, f"a circle among {set(MAY_IMPORT) - done}"
+    while len(done) < len(below):
+        ready = {folder for folder in below if below[folder] <= done} - done
+        assert ready, f"a cycle among {set(below) - done}"
         done |= ready
 
 
+def test_every_folder_has_a_layer():
+    assert {folder_of(file) for file in FILES} == set(LAYER)
+    assert {path.name for path in (ROOT / "src").glob("*.py")} == {"__init__.py", "options.py"}
+
+
 def test_scripts_do_not_import_one_another():
-    assert sorted(SCRIPTS) == sorted(path.stem for path in ROOT.glob("*.py"))
+    assert {path.stem for path in ROOT.glob("*.py")} == SCRIPTS
     for script in SCRIPTS:
-        assert not imported(ROOT / f"{script}.py") & set(SCRIPTS)
+        assert not imported(ROOT / f"{script}.py") & SCRIPTS
+
+
+def module_file(name: str) -> Path | None:
+    path = ROOT.joinpath(*name.split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.exists()), None)
 
 
 @pytest.mark.parametrize(
-    "module", ["evaluation", "examples", "passages", "index", "report", "shards"]
+    "module",
+    [
+        "src.options",
+        "src.data.examples",
+        "src.data.passages",
+        "src.evaluation.answers",
+        "src.evaluation.rankings",
+        "src.search.exact",
+        "src.tools.evaluate",
+        "src.tools.report.page",
+    ],
 )
-def test_what_needs_no_torch_imports_none(module):
-    seen, waiting = set(), {module}
+def test_what_needs_no_torch_imports_none(module: str):
+    seen: set[Path] = set()
+    waiting = {module_file(module)}
     while waiting:
         seen |= waiting
-        waiting = {below for name in waiting for below in MAY_IMPORT[name]} - seen
-    for name in seen:
-        packages = {path.split(".")[0] for path in imported(ROOT / "src" / f"{name}.py")}
-        assert not packages & {"torch", "transformers"}, name
+        names = {name for file in waiting for name in imported(file)}
+        assert not {name.split(".")[0] for name in names} & {"torch", "transformers"}, waiting
+        waiting = {module_file(name) for name in names if name.startswith("src.")} - seen - {None}
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "src").glob("*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_nothing_happens_at_import(file: Path):
     """A module's top level holds definitions and constants, no statements that act."""
     for node in ast.parse(file.read_text()).body:

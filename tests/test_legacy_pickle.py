@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from src.errors import InputError
-from src.legacy_pickle import read_legacy_embeddings
+from src.runtime.errors import InputError
+from src.search.legacy_pickle import read_legacy_embeddings
 
 VECTORS = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
 IDS = ["1", "wiki:2", "ü3", "", "x" * 300, "日本"]

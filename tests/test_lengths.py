@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from src.lengths import length_groups, longest_first, one_ahead, token_batches
+from src.models.lengths import length_groups, longest_first, one_ahead, token_batches
 
 
 def many_lengths() -> list[list[int]]:

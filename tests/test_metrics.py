@@ -2,7 +2,7 @@
 
 import json
 
-from src.metrics import Average, Metrics, start_log, write_options
+from src.training.metrics import Average, Metrics, start_log, write_options
 
 
 def test_a_resumed_run_writes_its_numbers_once(tmp_path):

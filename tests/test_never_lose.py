@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 import test_reader
-from src.errors import InputError
-from src.slurm import StopRequest
+from src.runtime.errors import InputError
+from src.runtime.launch import StopRequest
 from tests.conftest import ROOT, on_small_disk, run, run_well
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -105,8 +105,8 @@ def test_going_on_with_another_number_of_processes(reference, tmp_path):
 
 def test_a_second_signal_ends_at_once_unless_it_is_an_echo(monkeypatch):
     ended, now = [], [100.0]
-    monkeypatch.setattr("src.slurm.os._exit", ended.append)
-    monkeypatch.setattr("src.slurm.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("src.runtime.launch.os._exit", ended.append)
+    monkeypatch.setattr("src.runtime.launch.time.monotonic", lambda: now[0])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         request = StopRequest()
@@ -149,7 +149,7 @@ def test_a_stopped_job_is_requeued(state, task, tmp_path):
     script.write_text(
         "import logging, signal, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from src.slurm import StopRequest\n"
+        "from src.runtime.launch import StopRequest\n"
         "logging.basicConfig(level=logging.INFO, stream=sys.stdout)\n"
         "request = StopRequest()\n"
         "signal.raise_signal(signal.SIGUSR1)\n"
@@ -357,7 +357,7 @@ def test_hostile_pickles_are_refused(place, case, reference, tmp_path):
 
 
 def test_state_errors_are_ours(tmp_path):
-    from src.checkpoint import load_state
+    from src.training.checkpoint import load_state
 
     with pytest.raises(InputError, match=r"training_state\.pt"):
         load_state(tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.optim import build_optimizer, build_scheduler
+from src.training.optim import build_optimizer, build_scheduler
 
 
 def learning_rates(scheduler_name: str, n: int, lr: float, **kwargs) -> list[float]:

@@ -23,12 +23,12 @@ import generate_passage_embeddings
 import passage_retrieval
 import test_reader
 import train_reader
-from src import evaluation
-from src.errors import InputError
-from src.examples import load_data
-from src.passages import Passages
-from src.retriever import load_retriever
-from src.shards import open_shards
+from src.data.examples import load_data
+from src.data.passages import Passages
+from src.evaluation import answers as evaluation
+from src.models.retriever import load_retriever
+from src.runtime.errors import InputError
+from src.search.shards import open_shards
 
 SHAPE = {
     "vocab_size": 700, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from src import files
-from src import passages as module
-from src.errors import InputError
-from src.passages import Passage, Passages
+from src.data import files
+from src.data import passages as module
+from src.data.passages import Passage, Passages
+from src.runtime.errors import InputError
 
 HEADER = "id\ttext\ttitle\n"
 

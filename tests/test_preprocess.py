@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from src import json_files, preprocess
-from src.errors import InputError
-from src.examples import Examples
-from src.json_files import JsonItems, JsonLists
+from src.data import json_files
+from src.data.examples import Examples
+from src.data.json_files import JsonItems, JsonLists
+from src.runtime.errors import InputError
+from src.tools import preprocess
 from tests.conftest import ROOT, run
 from tests.test_examples import random_text, random_value
 
@@ -262,7 +263,7 @@ def test_half_a_character_in_what_is_not_used(folder):
 
 
 def test_from_a_shell_without_files(tmp_path):
-    done = run("-m", "src.preprocess", tmp_path)
+    done = run("-m", "src.tools.preprocess", tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert re.match(r"error: .*/download/NQ-open\.dev\.jsonl: cannot be read .No such file", line)
@@ -274,7 +275,7 @@ def test_from_a_shell_without_files(tmp_path):
 PEAK = """
 import re, sys
 from pathlib import Path
-from src import preprocess
+from src.tools import preprocess
 if len(sys.argv) > 1:
     preprocess.main(sys.argv[1:])
 status = Path("/proc/self/status").read_text()

@@ -10,8 +10,9 @@ import subprocess
 
 import pytest
 
-from src.evaluation import exact_match, measure_answers, measure_retrieval
-from src.examples import load_data
+from src.data.examples import load_data
+from src.evaluation.answers import exact_match, measure_answers
+from src.evaluation.rankings import measure_retrieval
 from tests.chromium import Chromium
 from tests.conftest import ROOT
 from tests.terminal import Terminal

@@ -9,14 +9,12 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
-import src.encoder
-from src.data import ReaderCollator, ReaderDataset, make_loader
-from src.device import autocast
-from src.errors import InputError
-from src.evaluation import exact_match
-from src.examples import load_data
-from src.pretrained import load_tokenizer
-from src.reader import (
+import src.models.encoder
+from src.data.batches import ReaderCollator, ReaderDataset, make_loader
+from src.data.examples import load_data
+from src.evaluation.answers import exact_match
+from src.models.pretrained import load_tokenizer
+from src.models.reader import (
     POSITION_TABLE_KEY,
     CrossAttentionPositions,
     Encoded,
@@ -25,6 +23,8 @@ from src.reader import (
     load_reader,
     new_reader,
 )
+from src.runtime.device import autocast
+from src.runtime.errors import InputError
 from tests.make_models import make_t5_config
 
 
@@ -188,7 +188,7 @@ def test_nothing_changes_by_leaving_out_the_padding(name, grouping, reference, b
     cut = changed_passages(batch, [5, 1, 3, 5, 2, 4, 5, 5])
     cut["attention_mask"] &= kept
     cut["input_ids"] = cut["input_ids"].masked_fill(~cut["attention_mask"], 0)
-    monkeypatch.setattr("src.encoder.GROUPING", {"cpu": GROUPINGS[grouping]})
+    monkeypatch.setattr("src.models.encoder.GROUPING", {"cpu": GROUPINGS[grouping]})
     results = []
     for encode in (reader.encode, lambda *_: padded_encode(reader, cut)):
         with monkeypatch.context() as patch:
@@ -208,7 +208,7 @@ def test_nothing_changes_by_leaving_out_the_padding(name, grouping, reference, b
 def test_half_precision_is_near(grouping, reference, batch, monkeypatch):
     """bf16 autocast, as on a GPU: other numbers, by no more than its 8 bits."""
     reader = load(reference, "legacy")
-    monkeypatch.setattr("src.encoder.GROUPING", {"cpu": GROUPINGS[grouping]})
+    monkeypatch.setattr("src.models.encoder.GROUPING", {"cpu": GROUPINGS[grouping]})
     results = []
     for precision in ("fp32", "bf16"):
         with autocast(torch.device("cpu"), precision):

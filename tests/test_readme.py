@@ -255,8 +255,6 @@ def test_options_files_and_links_of_the_pages_exist(page):
 
 def test_the_tree_names_every_module():
     tree = (ROOT / "README.md").read_text().split("## What is where")[1]
-    modules = [
-        f"src/{path.name}" for path in (ROOT / "src").glob("*.py") if path.stem != "__init__"
-    ]
+    modules = [path.name for path in (ROOT / "src").rglob("*.py") if "__" not in path.stem]
     shell = [path.name for path in itertools.chain(ROOT.glob("*.py"), ROOT.glob("*.sh"))]
     assert [name for name in modules + shell if name not in tree] == []

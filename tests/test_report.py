@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from src.charts import Line, line_chart, ticks
-from src.evaluation import exact_match, f1, has_answer, measure_answers, measure_retrieval
-from src.examples import Examples, load_data, read_example
-from src.report import main
-from src.survey import curve_places, excerpt, read_metrics, thin, wilson
+from src.data.examples import Examples, load_data, read_example
+from src.evaluation.answers import exact_match, f1, has_answer, measure_answers
+from src.evaluation.rankings import measure_retrieval
+from src.tools.report.charts import Line, line_chart, ticks
+from src.tools.report.page import main
+from src.tools.report.survey import curve_places, excerpt, read_metrics, thin, wilson
 from tests.chromium import PACKAGE, Chromium, program
 
 N_QUESTIONS, N_PASSAGES, N_READ = 60, 12, 8

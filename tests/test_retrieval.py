@@ -9,9 +9,9 @@ import pytest
 
 import generate_passage_embeddings
 import passage_retrieval
-from src import search as search_room
-from src.passages import Passages
-from src.shards import open_shards
+from src.data.passages import Passages
+from src.search import retrieve as search_room
+from src.search.shards import open_shards
 from tests.conftest import run_well
 
 N_DOCS = 10
@@ -357,7 +357,7 @@ def bm25_by_hand(question: str, texts: list[str]) -> np.ndarray:
 
 
 def test_bm25_scores_are_bm25s(reference, passages, tmp_path):
-    from src.bm25 import BM25
+    from src.search.bm25 import BM25
 
     collection = Passages(passages)
     texts = [f"{passage.title} {passage.text}" for passage in collection]
@@ -372,7 +372,7 @@ def test_bm25_scores_are_bm25s(reference, passages, tmp_path):
 
 
 def test_answers_are_looked_for_alike_by_one_process_and_many(reference, passages, monkeypatch):
-    from src import results
+    from src.evaluation import results
 
     data = json.loads((reference / "retrieved.json").read_text())["retrieved"]
     tasks = [(row["answers"], [c["text"] for c in row["ctxs"]]) for row in data] * 3

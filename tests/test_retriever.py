@@ -8,12 +8,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from src.data import RetrieverCollator, RetrieverDataset, RetrieverItem, TextCollator
-from src.errors import InputError
-from src.evaluation import count_inversions, last_gold_index, recall_at_k, top_k_overlap
-from src.examples import load_data
-from src.pretrained import load_tokenizer
-from src.retriever import (
+from src.data.batches import RetrieverCollator, RetrieverDataset, RetrieverItem, TextCollator
+from src.data.examples import load_data
+from src.evaluation.rankings import count_inversions, last_gold_index, recall_at_k, top_k_overlap
+from src.models.pretrained import load_tokenizer
+from src.models.retriever import (
     TextEmbedder,
     check_settings,
     distillation_loss,
@@ -24,6 +23,7 @@ from src.retriever import (
     similarities,
     start_retriever,
 )
+from src.runtime.errors import InputError
 
 NAMES = ["mask_mean", "cls", "nomask_mean"]
 
@@ -128,7 +128,7 @@ def test_training_embeds_passages_in_groups_of_like_length(reference, tokenizer,
     for groups in (True, False):
         retriever = load(reference, "mask_mean").eval()
         if groups:
-            monkeypatch.setattr("src.retriever.MIN_TOKENS", {"cpu": 1})
+            monkeypatch.setattr("src.models.retriever.MIN_TOKENS", {"cpu": 1})
             retriever.model.register_forward_pre_hook(
                 lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]),
                 with_kwargs=True,

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from transformers import BertConfig, BertModel
 
-from src.pretrained import load_tokenizer
-from src.reader import load_reader
+from src.models.pretrained import load_tokenizer
+from src.models.reader import load_reader
 from tests.conftest import ROOT
 
 READER = """

@@ -13,9 +13,9 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file
 
-from src import shards as module
-from src.errors import InputError
-from src.shards import ShardWriter, is_finished, open_shards, read_shard, shard_path
+from src.runtime.errors import InputError
+from src.search import shards as module
+from src.search.shards import ShardWriter, is_finished, open_shards, read_shard, shard_path
 
 IDS = ["1", "wiki:2", "", "日本", "x" * 300, "a b\tc", "\ud800", "7", "8", "9", "10"]
 ROWS, DIMENSION = len(IDS), 5

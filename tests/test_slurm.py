@@ -2,8 +2,8 @@
 
 import pytest
 
-from src.errors import InputError
-from src.slurm import Launch, detect_launch
+from src.runtime.errors import InputError
+from src.runtime.launch import Launch, detect_launch
 
 
 def test_no_launcher_is_one_process_whatever_the_machine_has():

@@ -9,9 +9,9 @@ from transformers import AutoTokenizer, ByT5Tokenizer, T5Config, T5ForConditiona
 
 import test_reader
 import train_reader
-from src.data import reader_texts
-from src.examples import load_data, read_example
-from src.reader import load_reader, new_reader
+from src.data.batches import reader_texts
+from src.data.examples import load_data, read_example
+from src.models.reader import load_reader, new_reader
 from tests.make_models import make_t5_config, make_tokenizer
 
 V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}

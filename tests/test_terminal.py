@@ -20,7 +20,7 @@ import test_reader
 import train_reader
 import train_retriever
 from src import options as all_options
-from src import report
+from src.tools.report import page as report
 from tests.conftest import ROOT
 from tests.terminal import Terminal
 
@@ -30,7 +30,7 @@ PROGRAMS = {
     "train_retriever.py": train_retriever.main,
     "generate_passage_embeddings.py": generate_passage_embeddings.main,
     "passage_retrieval.py": passage_retrieval.main,
-    "-m src.report": report.main,
+    "-m src.tools.report": report.main,
 }
 PROMISE = 2.0  # seconds from Ctrl-C to a script's end
 
@@ -356,7 +356,7 @@ def ctrl_c_cases(reference: Path, folder: Path) -> dict[str, tuple[str, list, st
     from_batch = "goes on after the last finished batch"
     embed = "generate_passage_embeddings"
     return {
-        "checks data": ("train_reader", reader("a"), "src.examples:parse_example", again),
+        "checks data": ("train_reader", reader("a"), "src.data.examples:parse_example", again),
         "loads a reader": ("train_reader", reader("b"), "train_reader:load_reader", again),
         "evaluates": ("train_reader", reader("d"), "train_reader:answer_questions", from_step_2),
         "trains a retriever": (
@@ -370,20 +370,20 @@ def ctrl_c_cases(reference: Path, folder: Path) -> dict[str, tuple[str, list, st
         "answers": ("test_reader", answers, "test_reader:answer_questions", from_batch),
         "writes scores": ("test_reader", answers, "test_reader:write_scores", from_batch),
         "opens passages": (embed, [*bert, *collection, folder / "x"],
-                           "src.passages:open_source", again),
-        "embeds": (embed, [*bert, *collection, folder / "y"], "src.retriever:TextEmbedder.begin",
-                   from_block),
+                           "src.data.passages:open_source", again),
+        "embeds": (embed, [*bert, *collection, folder / "y"],
+                   "src.models.retriever:TextEmbedder.begin", from_block),
         "tokenizes, in a thread": (embed, [*bert, *collection, folder / "w"],
-                                   "src.retriever:TextEmbedder.tokenize", from_block),
+                                   "src.models.retriever:TextEmbedder.tokenize", from_block),
         "writes embeddings": (embed, [*bert, *collection, folder / "z"],
                               f"{embed}:ShardWriter.append", from_block),
         "embeds questions": (
-            "passage_retrieval", search, "src.retriever:TextEmbedder.begin", again,
+            "passage_retrieval", search, "src.models.retriever:TextEmbedder.begin", again,
         ),
-        "searches": ("passage_retrieval", search, "src.index:_search_block", again),
+        "searches": ("passage_retrieval", search, "src.search.exact:_search_block", again),
         "builds an index": (
             "passage_retrieval", [*search, "--index_factory", "SQ8", "--save_or_load_index"],
-            "src.compressed:CompressedIndexer.build", again,
+            "src.search.faiss_index:CompressedIndexer.build", again,
         ),
         "builds BM25": (
             "passage_retrieval", ["--bm25", "--data", scored, *collection, folder / "words.json"],
@@ -456,8 +456,8 @@ def test_ctrl_c_without_a_terminal(does, line, tmp_path):
     script.write_text(
         "import hashlib, sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from src.errors import reports_input_errors\n"
-        "from src.slurm import StopRequest\n"
+        "from src.runtime.errors import reports_input_errors\n"
+        "from src.runtime.launch import StopRequest\n"
         "def loop():\n"
         "    StopRequest().include_interrupt(lambda: 'goes on after what is finished')\n"
         "    print('looping', flush=True)\n"
@@ -492,7 +492,7 @@ def test_ctrl_c_without_a_terminal(does, line, tmp_path):
         ("print('a result', flush=True)", 141),
         ("from src import options; options.test_reader_parser().parse_args(['--help'])", 141),
         # A run goes on.
-        ("from src.metrics import start_log; start_log(None).info('said')", 0),
+        ("from src.training.metrics import start_log; start_log(None).info('said')", 0),
         ("print('a result'); raise InputError('x.json: empty')", 2),
     ],
 )
@@ -501,7 +501,7 @@ def test_output_that_nobody_reads(does, status, tmp_path):
     script.write_text(
         "import sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from src.errors import InputError, reports_input_errors\n"
+        "from src.runtime.errors import InputError, reports_input_errors\n"
         "@reports_input_errors\n"
         "def main():\n"
         f"    {does}\n"
@@ -526,10 +526,10 @@ def test_output_that_nobody_reads(does, status, tmp_path):
 
 
 def test_a_bar_shows_rate_and_time_left_on_a_terminal_alone(monkeypatch, capsys):
-    from src.terminal import passing_bar, progress_bar
+    from src.runtime.terminal import passing_bar, progress_bar
 
     for shown in (False, True):
-        monkeypatch.setattr("src.terminal.has_bars", lambda shown=shown: shown)
+        monkeypatch.setattr("src.runtime.terminal.has_bars", lambda shown=shown: shown)
         with progress_bar(10, "update") as bar:
             bar.update(5)
             bar.refresh()
@@ -550,9 +550,9 @@ PARSERS = {
     "train_retriever.py": all_options.train_retriever_parser,
     "generate_passage_embeddings.py": all_options.passage_embeddings_parser,
     "passage_retrieval.py": all_options.passage_retrieval_parser,
-    "-m src.evaluation": all_options.evaluation_parser,
-    "-m src.report": all_options.report_parser,
-    "-m src.preprocess": all_options.preprocess_parser,
+    "-m src.tools.evaluate": all_options.evaluation_parser,
+    "-m src.tools.report": all_options.report_parser,
+    "-m src.tools.preprocess": all_options.preprocess_parser,
 }
 
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from src.checkpoint import Checkpoints, find_newest, load_state
-from src.data import ReaderCollator, ReaderDataset, make_loader, training_places
-from src.errors import InputError
-from src.examples import load_data
-from src.metrics import Metrics
-from src.optim import build_optimizer, build_scheduler
-from src.pretrained import load_tokenizer
-from src.reader import load_reader, reader_loss
-from src.training import Position, restore, train
+from src.data.batches import ReaderCollator, ReaderDataset, make_loader, training_places
+from src.data.examples import load_data
+from src.models.pretrained import load_tokenizer
+from src.models.reader import load_reader, reader_loss
+from src.runtime.errors import InputError
+from src.training.checkpoint import Checkpoints, find_newest, load_state
+from src.training.loop import Position, restore, train
+from src.training.metrics import Metrics
+from src.training.optim import build_optimizer, build_scheduler
 
 LOG = logging.getLogger("tests")
 CPU = torch.device("cpu")

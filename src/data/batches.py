@@ -1,0 +1,319 @@
+"""From examples to batches: the reader's texts, datasets, collators, and who reads what when."""
+
+import hashlib
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from src.data.examples import Example, Examples, Passage, read_example
+
+# ----------------------------------------------------------------------------------------------
+# Text and tokens of the reader
+
+
+def reader_texts(example: Example, n_context: int, use_title: bool = True) -> list[str]:
+    """The texts that the reader encodes for a question, one a passage (Izacard and Grave, 2020,
+    section 3): its first `n_context` passages, or the question alone when it has none."""
+    question = f"question: {example.question}"
+    if use_title:
+        texts = [
+            f"{question} title: {passage.title} context: {passage.text}"
+            for passage in example.passages[:n_context]
+        ]
+    else:
+        texts = [f"{question} context: {passage.text}" for passage in example.passages[:n_context]]
+    return texts or [question]
+
+
+def draw_target(example: Example, seed: int, epoch: int) -> str:
+    """The text to train on: `target`, else one of the answers at random.
+
+    The draw depends on the seed, the epoch and the example alone, so a resumed run repeats it.
+    """
+    if example.target is not None:
+        return example.target
+    return random.Random(f"{seed} {epoch} {example.index}").choice(example.answers)
+
+
+class ReaderItem(NamedTuple):
+    """What the collator needs of an example. `target` is None when only answers are wanted."""
+
+    index: int
+    texts: list[str]
+    target: str | None
+
+
+class ReaderDataset(Dataset):
+    """Reader texts of the examples of a file, asked for by (epoch, index)."""
+
+    def __init__(
+        self,
+        examples: Examples,
+        n_context: int,
+        use_title: bool = True,
+        with_target: bool = False,
+        seed: int = 0,
+    ):
+        self.examples = examples
+        self.n_context = n_context
+        self.use_title = use_title
+        self.with_target = with_target
+        self.seed = seed
+
+    def __getitem__(self, place: tuple[int, int]) -> ReaderItem:
+        epoch, index = place
+        example = read_example(self.examples, index)
+        target = draw_target(example, self.seed, epoch) if self.with_target else None
+        return ReaderItem(index, reader_texts(example, self.n_context, self.use_title), target)
+
+
+class ReaderCollator:
+    """Makes a batch: `input_ids` and `attention_mask` [B, N, L], `labels` [B, T], `index` (list).
+
+    N is the largest number of passages in the batch (missing ones are all padding) and L is
+    `text_maxlength`: a fixed size, which keeps memory even and is the layout that the position
+    table of legacy readers counts in. With `answer_maxlength` > 0, T is fixed too.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, text_maxlength: int, answer_maxlength: int = -1
+    ):
+        self.tokenizer = tokenizer
+        self.text_maxlength = text_maxlength
+        self.answer_maxlength = answer_maxlength
+
+    def __call__(self, items: list[ReaderItem]) -> dict[str, Any]:
+        ids, mask = self._passages([item.texts for item in items])
+        batch = {"index": [item.index for item in items], "input_ids": ids, "attention_mask": mask}
+        if items[0].target is not None:
+            batch["labels"] = self._labels([item.target for item in items])
+        return batch
+
+    def _passages(self, texts: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
+        # No end-of-sequence token: the released readers never saw one in a passage.
+        flat = self.tokenizer(
+            [text for group in texts for text in group],
+            add_special_tokens=False,
+            truncation=True,
+            max_length=self.text_maxlength,
+            return_attention_mask=False,
+        )["input_ids"]
+        shape = (len(texts), max(map(len, texts)), self.text_maxlength)
+        ids = torch.full(shape, self.tokenizer.pad_token_id, dtype=torch.long)
+        mask = torch.zeros(shape, dtype=torch.bool)
+        rows = iter(flat)
+        for b, group in enumerate(texts):
+            for n in range(len(group)):
+                tokens = next(rows)
+                ids[b, n, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+                mask[b, n, : len(tokens)] = True
+        return ids, mask
+
+    def _labels(self, targets: list[str]) -> torch.Tensor:
+        cut = self.answer_maxlength > 0
+        tokens = self.tokenizer(
+            targets,
+            add_special_tokens=False,
+            truncation=cut,
+            max_length=self.answer_maxlength - 1 if cut else None,
+            return_attention_mask=False,
+        )["input_ids"]
+        tokens = [row + [self.tokenizer.eos_token_id] for row in tokens]
+        width = self.answer_maxlength if cut else max(map(len, tokens))
+        labels = torch.full((len(tokens), width), -100, dtype=torch.long)
+        for b, row in enumerate(tokens):
+            labels[b, : len(row)] = torch.tensor(row)
+        return labels
+
+
+# ----------------------------------------------------------------------------------------------
+# Text and tokens of the retriever
+
+
+def question_text(question: str, plain: bool = False) -> str:
+    """The text of a question as the retriever embeds it; `plain`: as DPR and Contriever do."""
+    return question if plain else f"question: {question}"
+
+
+def passage_text(title: str, text: str, use_title: bool = True, plain: bool = False) -> str:
+    """The text of a passage as the retriever embeds it; `plain`: as Contriever does."""
+    if plain:
+        return f"{title} {text}" if use_title else text
+    return f"title: {title} context: {text}" if use_title else f"context: {text}"
+
+
+class TextCollator:
+    """Tokenizes texts as BERT reads them: ids and mask [B, L], cut on the right at `max_length`.
+
+    Args:
+        fixed_length: pad to `max_length` always, for a model that does not mask its padding;
+            otherwise to the longest text of the batch.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, fixed_length: bool):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.padding = "max_length" if fixed_length else "longest"
+
+    def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = self.tokenizer(
+            texts,
+            truncation=True,
+            max_length=self.max_length,
+            padding=self.padding,
+            return_tensors="pt",
+        )
+        return tokens["input_ids"], tokens["attention_mask"].bool()
+
+
+class RetrieverItem(NamedTuple):
+    """A question, the passages that the reader scored, and these scores, highest first."""
+
+    index: int
+    question: str
+    passages: list[str]
+    scores: list[float]
+
+
+def scored_passages(example: Example, n_context: int) -> list[Passage]:
+    """The passages among the first `n_context` that have a score."""
+    return [passage for passage in example.passages[:n_context] if passage.score is not None]
+
+
+class RetrieverDataset(Dataset):
+    """Questions with scored passages of a file, asked for by (epoch, index)."""
+
+    def __init__(self, examples: Examples, n_context: int, use_title: bool = True):
+        self.examples = examples
+        self.n_context = n_context
+        self.use_title = use_title
+
+    def __getitem__(self, place: tuple[int, int]) -> RetrieverItem:
+        _, index = place
+        example = read_example(self.examples, index)
+        passages = scored_passages(example, self.n_context)
+        return RetrieverItem(
+            index,
+            question_text(example.question),
+            [passage_text(p.title, p.text, self.use_title) for p in passages],
+            [p.score for p in passages],
+        )
+
+
+class RetrieverCollator:
+    """Makes a batch: `question_ids` and `question_mask` [B, L]; `passage_ids` and `passage_mask`
+    [B, N, L']; `gold_scores`, `present` and `passage_keys` [B, N]; `index` (list).
+
+    N is the largest number of passages in the batch; `present` is false on what others lack. Equal
+    keys mean equal passages.
+    """
+
+    def __init__(self, questions: TextCollator, passages: TextCollator):
+        self.questions = questions
+        self.passages = passages
+
+    def __call__(self, items: list[RetrieverItem]) -> dict[str, Any]:
+        B, N = len(items), max(len(item.passages) for item in items)
+        present = torch.zeros(B, N, dtype=torch.bool)
+        scores = torch.zeros(B, N)
+        keys = torch.zeros(B, N, dtype=torch.long)
+        for b, item in enumerate(items):
+            n = len(item.passages)
+            present[b, :n] = True
+            scores[b, :n] = torch.tensor(item.scores)
+            keys[b, :n] = torch.tensor([_passage_key(text) for text in item.passages])
+        # What is missing is filled with an empty text, which has tokens, so that no mean is nan.
+        texts = [text for item in items for text in item.passages + [""] * (N - len(item.passages))]
+        passage_ids, passage_mask = self.passages(texts)
+        question_ids, question_mask = self.questions([item.question for item in items])
+        return {
+            "index": [item.index for item in items],
+            "question_ids": question_ids,
+            "question_mask": question_mask,
+            "passage_ids": passage_ids.view(B, N, -1),
+            "passage_mask": passage_mask.view(B, N, -1),
+            "gold_scores": scores,
+            "present": present,
+            "passage_keys": keys,
+        }
+
+
+def _passage_key(text: str) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+# ----------------------------------------------------------------------------------------------
+# Order
+
+
+def training_places(
+    n_examples: int, batch_size: int, rank: int, world_size: int, seed: int, start: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Endless batches of (epoch, index) for one process, each epoch in its own random order.
+
+    All processes walk through one sequence, `world_size * batch_size` examples at a time, each
+    taking its slice; so K processes with batches of B train on what one with K * B would. `start`
+    is the number of examples that have been seen: a resumed run goes on from there.
+    """
+    position, epoch, order = start, -1, None
+    while True:
+        places = []
+        for offset in range(rank * batch_size, (rank + 1) * batch_size):
+            here, index = divmod(position + offset, n_examples)
+            if here != epoch:
+                epoch, order = here, np.random.default_rng((seed, here)).permutation(n_examples)
+            places.append((epoch, int(order[index])))
+        yield places
+        position += batch_size * world_size
+
+
+def evaluation_places(
+    n_examples: int, batch_size: int, rank: int, world_size: int
+) -> list[list[tuple[int, int]]]:
+    """This process's batches over all examples, once and in order: every `world_size`-th batch.
+
+    Whole batches are dealt out, not examples, so that each batch, and with it every computed
+    number, is the same under any number of processes.
+    """
+    batches = [
+        [(0, index) for index in range(start, min(start + batch_size, n_examples))]
+        for start in range(0, n_examples, batch_size)
+    ]
+    return batches[rank::world_size]
+
+
+def _ignore_signals(worker: int) -> None:
+    """In a process that loads data: SLURM signals every process of a job, and a terminal's Ctrl-C
+    goes to all of them too; what it means is the training's to say. (One that SIGTERM ended would
+    end the training with an error.)"""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def make_loader(
+    dataset: Dataset,
+    places: Sequence[list] | Iterator[list],
+    collate: Callable[[list], dict],
+    num_workers: int,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """A loader over given batches of places. It draws nothing from the global random state."""
+    if num_workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are parallel
+    return DataLoader(
+        dataset,
+        batch_sampler=places,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # its own: or each epoch would move the training's state
+    )

@@ -1,0 +1,232 @@
+"""Models and tokenizers by folder or hub name: config, weights, tokenizer, with errors that help.
+
+Nothing here unpickles freely: weights are safetensors, or `.bin` files read with weights_only.
+"""
+
+import contextlib
+import hashlib
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_url,
+    is_offline_mode,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+
+from src.runtime.errors import InputError, first_line
+
+Config = TypeVar("Config", bound=PreTrainedConfig)
+Model = TypeVar("Model", bound=PreTrainedModel)
+_COPY = "was the file cut off? copy it, or make the model, again"
+_SAVED_WITH = "give the config.json that was saved with these weights, or make the model again"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.txt")
+
+
+def quiet_transformers() -> None:
+    """No progress bars of Transformers' own in a log file, and no advice that is not an error."""
+    transformers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+
+
+def hide_bars() -> None:
+    """From now on no bars of Transformers' own, which come with each checkpoint that is saved."""
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load_config(path: str, model_type: str, *others: str) -> PreTrainedConfig:
+    """The config of the wanted kind, or one of some others, at a hub name, in a folder, or in a
+    JSON file."""
+    _check_path(path)
+    with _reporting(path, "no model config can be read there", "give a model's folder or hub name"):
+        config = AutoConfig.from_pretrained(path)
+    if config.model_type not in (model_type, *others):
+        wanted = {"t5": "a T5 or a reader", "bert": "a BERT or a retriever"}[model_type]
+        raise InputError(
+            f"{path}: a {config.model_type} model, but a {model_type} is needed here; give {wanted}"
+        )
+    return config
+
+
+def build(model_class: Callable[[Config], Model], path: str, config: Config) -> Model:
+    """A model with fresh weights, of the shape that the config read from `path` says."""
+    with _reporting(path, "no model can be built by this config", "mend its numbers"):
+        return model_class(config)
+
+
+def from_pretrained(
+    model_class: type[Model], path: str, config: PreTrainedConfig, **kwargs: Any
+) -> Model:
+    """A model in float32 with every one of its weights read from `path`."""
+    with _reporting(path, "the model's weights cannot be read", _COPY):
+        try:
+            model, report = model_class.from_pretrained(
+                path,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below instead
+                **kwargs,
+            )
+        except NotImplementedError:  # Transformers compares tied tensors that it has left out
+            raise InputError(
+                f"{path}: the weights have other shapes than its config.json says; {_SAVED_WITH}"
+            ) from None
+    check_shapes(path, sorted(report["missing_keys"]), sorted(report["mismatched_keys"]))
+    return model
+
+
+def check_shapes(
+    path: str,
+    missing: Sequence[str],
+    mismatched: Sequence[tuple[str, Sequence[int], Sequence[int]]],
+) -> None:
+    """Errors: `InputError` when weights lack tensors that the config asks for, or have them in
+    another shape: (name, shape of the weights, shape by the config)."""
+    if mismatched:
+        name, found, wanted = mismatched[0]
+        raise InputError(
+            f"{path}: by its config.json {name} is {list(wanted)}, but in the weights it is "
+            f"{list(found)}; {_SAVED_WITH}"
+        )
+    if missing:
+        raise InputError(
+            f"{path}: the weights lack {len(missing)} tensors, such as {missing[0]}; {_SAVED_WITH}"
+        )
+
+
+def load_tokenizer(
+    path: str, fallback: str, option: str = "--tokenizer"
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder when it has one, else that of `fallback`, a folder or hub
+    name (the value of the option, or the base model)."""
+    folder = Path(path)
+    own = not folder.exists() or any((folder / name).exists() for name in _TOKENIZER_FILES)
+    source = path if own else fallback
+    _check_path(source, needs_config=False)
+    files = {path.name for path in Path(source).glob("*")}
+    bare = "vocab.txt" in files and not files & {"tokenizer.json", "tokenizer_config.json"}
+    with _reporting(source, "no tokenizer can be read there", f"give one with {option}"):
+        # A vocabulary alone, as BERT's of its time came, does not say whose it is.
+        return (BertTokenizer if bare else AutoTokenizer).from_pretrained(source)
+
+
+def check_vocabulary(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, option: str = "--tokenizer"
+) -> None:
+    """A tokenizer that knows more tokens than the model has embeddings belongs to another model,
+    and without a token for padding, or a T5's for the end of an answer, there are no batches."""
+    for token in ["pad_token", "eos_token"] if config.model_type == "t5" else ["pad_token"]:
+        if getattr(tokenizer, f"{token}_id") is None:
+            raise InputError(
+                f"{tokenizer.name_or_path}: this tokenizer has no {token}; add it to its "
+                f"tokenizer_config.json, or give another with {option}"
+            )
+    if config.vocab_size < len(tokenizer):
+        raise InputError(
+            f"the model's vocab_size {config.vocab_size} is smaller than the {len(tokenizer)} "
+            f"tokens of the tokenizer {tokenizer.name_or_path}; give its own with {option}, "
+            "or raise vocab_size in --model_config"
+        )
+
+
+def digest(model: nn.Module, settings: Iterable[str] = ()) -> str:
+    """A short text that two models share exactly when their weights and settings are equal."""
+    found = hashlib.blake2b(digest_size=16)
+    for setting in settings:
+        found.update(f"{setting}\n".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        found.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def read_bin(path: str) -> dict[str, Any] | None:
+    """The tensors of a folder's `pytorch_model.bin`; None when it has none, or has safetensors."""
+    file = Path(path) / "pytorch_model.bin"
+    if not file.exists() or (Path(path) / "model.safetensors").exists():
+        return None
+    with _reporting(str(file), "not a file of weights", _COPY):
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(weights, dict):
+            raise ValueError(f"it holds a {type(weights).__name__}")
+        strange = [key for key, value in weights.items() if not isinstance(value, torch.Tensor)]
+        if strange:
+            raise ValueError(f"its {strange[0]} is no tensor")
+    return weights
+
+
+def read_tensor(path: str, key: str) -> torch.Tensor | None:
+    """One tensor, in float32, of the weights at a folder or hub name; None when not among them."""
+    weights = read_bin(path)
+    if weights is not None:
+        tensor = weights.get(key)
+        return None if tensor is None else tensor.float()
+    file = cached_file(path, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return None
+    with safe_open(file, framework="pt") as stored:
+        return stored.get_tensor(key).float() if key in list(stored.keys()) else None
+
+
+def _check_path(path: str, needs_config: bool = True) -> None:
+    """What can be said about a wrong path without asking the hub."""
+    folder = Path(path)
+    if folder.is_dir():
+        if needs_config and not (folder / "config.json").exists():
+            raise InputError(f"{path}: no config.json in this folder; give the folder of a model")
+    elif not folder.exists():
+        if path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise InputError(f"{path}: there is no such file or folder; check the path")
+        _ask_hub(path)
+
+
+def _ask_hub(name: str) -> None:
+    """Where the hub cannot be reached, say so at once: Transformers tries for half a minute."""
+    try:
+        kept = [try_to_load_from_cache(name, file) for file in ("config.json", *_TOKENIZER_FILES)]
+        if not is_offline_mode() and not any(isinstance(path, str) for path in kept):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except HfHubHTTPError:
+        pass  # it answers that there is no such model, or another problem: Transformers explains
+    except Exception as error:  # of the HTTP library, whichever it is; or of an impossible name
+        raise InputError(
+            f"{name}: there is no such folder, and the hub cannot be asked for a model of this "
+            f"name ({first_line(error)}); give a model's folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def _reporting(path: str, what: str, cure: str):
+    """Turn whatever a library raises for a broken or missing file into one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what is wrong is said by the one line
+            yield
+    except InputError:
+        raise
+    except pickle.UnpicklingError as error:  # torch.load advises to run whatever is in the file
+        problem = f"{path}: {what} (refused: more than tensors in it, or damaged); {cure}"
+        raise InputError(problem) from error
+    except Exception as error:  # hub, safetensors, torch.load and tokenizers each have their own
+        raise InputError(f"{path}: {what} ({first_line(error, 200)}); {cure}") from error

@@ -1,0 +1,189 @@
+"""What the launcher says: torchrun, SLURM, or neither; and signals that ask a job to stop."""
+
+import dataclasses
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+from src.runtime import interrupt
+from src.runtime.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """This process's place: `rank` of `world_size` in the job, `local_rank` on its machine.
+
+    `address` and `port` are where the processes meet; `launcher` is torchrun, slurm or none.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    address: str = "127.0.0.1"
+    port: int = 29500
+    launcher: str = "none"
+
+
+def detect_launch(environ: Mapping[str, str], local_rank: int | None = None) -> Launch:
+    """Read the launcher's environment variables. Without a launcher there is one process, however
+    many GPUs the machine has, and also in a SLURM batch script that does not call srun.
+
+    Args:
+        local_rank: the value of `--local_rank`, which launchers before torchrun passed.
+    """
+    try:
+        if "RANK" in environ and "WORLD_SIZE" in environ:
+            return Launch(
+                rank=int(environ["RANK"]),
+                local_rank=int(environ.get("LOCAL_RANK", local_rank or 0)),
+                world_size=int(environ["WORLD_SIZE"]),
+                address=environ.get("MASTER_ADDR", "127.0.0.1"),
+                port=int(environ.get("MASTER_PORT", 29500)),
+                launcher="torchrun",
+            )
+        # srun alone sets this one; a batch script has SLURM_NTASKS too, but runs only once.
+        tasks = int(environ.get("SLURM_STEP_NUM_TASKS", 1))
+        if tasks > 1 and "SLURM_PROCID" in environ:
+            # All processes of a job step must find the same free port: made from the job's number.
+            port = 15000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000
+            return Launch(
+                rank=int(environ["SLURM_PROCID"]),
+                # With --gpus-per-task, each process sees its own GPUs only, from 0.
+                local_rank=int(
+                    0 if "SLURM_GPUS_PER_TASK" in environ else environ.get("SLURM_LOCALID", 0)
+                ),
+                world_size=tasks,
+                address=environ.get("MASTER_ADDR") or _first_host(environ),
+                port=int(environ.get("MASTER_PORT", port)),
+                launcher="slurm",
+            )
+    except ValueError as error:
+        raise InputError(f"the launcher's environment variables make no sense: {error}") from None
+    return Launch()
+
+
+def _first_host(environ: Mapping[str, str]) -> str:
+    """The first machine of the job step; `scontrol` expands lists such as node[01-04,07]."""
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+    if "[" not in nodes:
+        return nodes.split(",")[0] or "127.0.0.1"
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise InputError(
+            f"SLURM's list of machines {nodes} cannot be expanded with scontrol; "
+            "set MASTER_ADDR to the first machine's name"
+        ) from None
+
+
+class StopRequest:
+    """Set by SIGTERM or SIGUSR1 (pre-emption, the end of the time limit), and by Ctrl-C once the
+    loop has begun: the handler only raises a flag, and the loop saves and leaves at its next good
+    moment.
+
+    A second signal ends the process at once, unless it comes within `PATIENCE` seconds of the
+    first: a launcher hands on to its processes what they have already got from SLURM. A second
+    Ctrl-C has less of it; and `src/runtime/interrupt.py` does not wait long for any good moment.
+    """
+
+    PATIENCE, PATIENCE_INTERRUPTED = 2.0, 0.5
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._number, self._since = int(signal.SIGTERM), 0.0
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def include_interrupt(self, resumes: Callable[[], str]) -> None:
+        """From now on Ctrl-C raises the flag too.
+
+        Args:
+            resumes: what the same command does when the loop is cut off in its middle.
+        """
+        interrupt.resume_by(resumes)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        passed = time.monotonic() - self._since
+        if not self.requested:
+            self.requested, self._number, self._since = True, number, time.monotonic()
+        elif number == signal.SIGINT and passed > self.PATIENCE_INTERRUPTED:
+            interrupt.leave()
+        elif passed > self.PATIENCE:
+            os._exit(128 + number)
+
+    def finish(self) -> None:
+        """The work is done: signals change nothing any more. (Python gives up its handlers when it
+        ends, and a signal in that moment would make a failure of a job that is complete.)"""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+    def leave(
+        self,
+        log: logging.Logger,
+        where: str,
+        is_main: bool,
+        meet: Callable[[], None] = lambda: None,
+    ) -> NoReturn:
+        """End this process, whose work is saved but not done: with one line, and the exit status
+        that shells give a process ended by the signal, so that no script goes on as if it were
+        done. Inside a SLURM job the main process first puts the job back into the queue, unless
+        it was a person who stopped it.
+
+        Args:
+            where: how far the work is, for the line.
+            meet: waits for the other processes. A launcher ends all when one has left, and the
+                main one may still wait for an answer of SLURM's.
+        """
+        # A job that is requeued gets SIGTERM at once, and so do the commands it asks SLURM by.
+        self.finish()
+        by_person = self._number == signal.SIGINT
+        if by_person:
+            interrupt.said()
+        by = "Ctrl-C" if by_person else "a signal"
+        log.info("stopped by %s %s; the same command goes on", by, where)
+        if is_main and not by_person:
+            requeue(os.environ, log)
+        meet()
+        if by_person:
+            interrupt.leave()
+        sys.exit(128 + self._number)
+
+
+def requeue(environ: Mapping[str, str], log: logging.Logger) -> bool:
+    """Put the SLURM job that we run in, if any, back into the queue. (SLURM counts a pre-empted
+    job that ends by itself as completed, and would not run it again.)
+
+    A job that is being cancelled, or that may not be requeued, is left alone. Returns whether the
+    job was requeued.
+    """
+    job = environ.get("SLURM_JOB_ID")
+    if job is None:
+        return False
+    if "SLURM_ARRAY_TASK_ID" in environ:
+        # The last task of an array has the array's own number, by which SLURM means all tasks.
+        job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    state = _ask_slurm("squeue", "--noheader", "--format=%T", f"--jobs={job}")
+    if state.stdout.strip() not in ("RUNNING", "PREEMPTED"):
+        log.info("SLURM job %s is %s: not requeued", job, state.stdout.strip() or state.stderr)
+        return False
+    done = _ask_slurm("scontrol", "requeue", job)
+    if done.returncode != 0:
+        log.info("SLURM job %s cannot be requeued: %s", job, done.stderr.strip())
+        return False
+    log.info("requeued SLURM job %s", job)
+    return True
+
+
+def _ask_slurm(*command: str) -> subprocess.CompletedProcess:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 1, stdout="", stderr=str(error))

@@ -1,0 +1,282 @@
+"""Approximate search: FAISS codes of the embeddings, for collections too large or slow to scan.
+
+An index is a folder with the codes, the ids and a description of what it was made from, and is
+loaded memory-mapped, without the embeddings.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+
+from src.runtime.errors import InputError, shorten
+from src.search.exact import Found, Indexer, check_request, merge
+from src.search.shards import FINGERPRINTS, ShardWriter, flush_to_disk, read_shard, require_same
+
+_INDEX_FILE, _IDS_FILE, _META_FILE = "index.faiss", "ids.safetensors", "index.json"
+
+
+def factory_string(index_factory: str, n_subquantizers: int, n_bits: int) -> str:
+    """The FAISS factory string that the options ask for; an empty one stands for exact search.
+
+    Errors: `InputError` when they ask for two things.
+    """
+    if index_factory and n_subquantizers:
+        raise InputError(
+            f"--index_factory {index_factory} and --n-subquantizers {n_subquantizers}: give one; "
+            f"the second is the same as --index_factory PQ{n_subquantizers}x{n_bits}"
+        )
+    return f"PQ{n_subquantizers}x{n_bits}" if n_subquantizers else index_factory
+
+
+class CompressedIndexer:
+    """Approximate search over codes of the embeddings: `build` it, or `load` what `save` wrote."""
+
+    def __init__(self, index: faiss.Index, passages: Indexer, description: dict[str, Any]):
+        self.description, self.dimension = description, index.d
+        self._index, self._passages = index, passages
+        _set_effort(index)
+
+    def __len__(self) -> int:
+        return self._index.ntotal
+
+    @classmethod
+    def build(
+        cls,
+        exact: Indexer,
+        factory: str,
+        seed: int = 0,
+        on_rows: Callable[[int], None] | None = None,
+    ) -> "CompressedIndexer":
+        """Train an index on a random sample of the embeddings and fill it block by block.
+
+        Args: factory: any FAISS factory string (`PQ64`, `IVF4096,PQ64`, `HNSW32`, `SQfp16`).
+        Errors: `InputError` when FAISS does not take it for this dimension and number of passages.
+        """
+        index = _empty_index(factory, exact.dimension)
+        n_training = min(len(exact), _training_rows(index))
+        draw = np.random.default_rng(seed).choice(len(exact), n_training, replace=False)
+        try:
+            index.train(exact.take(np.sort(draw)))
+            for _, block in exact.blocks(on_rows=on_rows):
+                index.add(block)
+        except RuntimeError as error:
+            raise _factory_error(factory, exact.dimension, error) from None
+        return cls(index, exact, _describe(exact, factory))
+
+    def search(self, queries: np.ndarray, k: int) -> Found:
+        """As `Indexer.search`, approximately; an index can find fewer than k."""
+        queries, k = check_request(queries, k, self, "the index")
+        if not len(queries) or not k:
+            return Found(np.empty((len(queries), k), np.float32), np.empty((len(queries), k), int))
+        scores, positions = self._index.search(queries, k)
+        scores[positions < 0] = -np.inf
+        return merge([Found(scores, positions)], k)
+
+    def ids(self, positions: np.ndarray) -> list[list[str]]:
+        """See `Indexer.ids`."""
+        return self._passages.ids(positions)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the codes, the ids and what they were made from into a folder, whole or not at all.
+
+        Errors: `InputError` when it cannot be written.
+        """
+        folder = Path(folder)
+        partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
+        try:
+            for leftover in (partial, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir(parents=True)
+            faiss.write_index(self._index, str(partial / _INDEX_FILE))
+            self._save_ids(partial / _IDS_FILE)
+            sizes = {name: (partial / name).stat().st_size for name in (_INDEX_FILE, _IDS_FILE)}
+            meta = {**self.description, "files": sizes}
+            (partial / _META_FILE).write_text(json.dumps(meta, indent=1) + "\n")
+            flush_to_disk(*partial.iterdir(), partial)
+            if folder.exists():
+                folder.rename(old)
+            partial.rename(folder)
+            flush_to_disk(folder.parent)
+        # FAISS writes by itself, and says everything with a RuntimeError.
+        except (OSError, RuntimeError, InputError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise InputError(f"{folder}: the index cannot be written ({_reason(error)})") from error
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _save_ids(self, path: Path) -> None:
+        # A shard without columns: ids are kept and opened as they are beside embeddings.
+        with ShardWriter(path, len(self), 0, np.float16, {}) as writer:
+            for shard in self._passages.shards:
+                for start in range(0, len(shard), 1 << 16):
+                    ids = shard.ids[start : start + (1 << 16)]
+                    writer.append(ids, np.empty((len(ids), 0), np.float16))
+            writer.finish()
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        exact: Indexer | None = None,
+        factory: str = "",
+        allow_mismatch: bool = False,
+    ) -> "CompressedIndexer":
+        """Open a saved index, its codes memory-mapped.
+
+        Args: exact, factory: what it must have been made from, where they are known.
+        Errors: `InputError` when it is incomplete, broken, or made from something else.
+        """
+        folder = Path(folder)
+        description = read_description(folder)
+        if exact is not None and not allow_mismatch:
+            for key, value in _describe(exact, factory or description["factory"]).items():
+                found = description.get(key)
+                require_same(key, str(folder), found, exact.shards[0].path, value)
+        try:
+            index = faiss.read_index(str(folder / _INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
+        except RuntimeError as error:
+            raise InputError(f"{folder / _INDEX_FILE}: cannot be read ({_reason(error)})") from None
+        passages = Indexer([read_shard(folder / _IDS_FILE)])
+        if not index.ntotal == len(passages) == description["rows"]:
+            raise InputError(f"{folder}: its files do not match; remove it to build it again")
+        return cls(index, passages, description)
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """What a saved index says of itself: factory, rows, dimension, sources, fingerprints, files.
+
+    Errors: `InputError` when there is none, or files are missing or cut off.
+    """
+    meta_file = Path(folder) / _META_FILE
+    try:
+        description = json.loads(meta_file.read_text())
+        for name, size in description["files"].items():
+            if os.path.getsize(Path(folder) / name) != size:
+                raise ValueError(f"{name} has another size than when it was saved")
+        if not all(key in description for key in ("factory", "rows", "dimension")):
+            raise ValueError("it does not say what it is")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder}: not a complete index ({_reason(error)}); remove it to build it again"
+        ) from None
+    return description
+
+
+def _describe(exact: Indexer, factory: str) -> dict[str, Any]:
+    sources = [[Path(s.path).name, os.path.getsize(s.path)] for s in exact.shards]
+    made_by = {key: exact.shards[0].metadata.get(key) for key in FINGERPRINTS}
+    sizes = {"rows": len(exact), "dimension": exact.dimension}
+    return {"factory": factory, **sizes, **made_by, "shards": sources}
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the C++ source line that FAISS puts before it."""
+    return str(error).strip().rsplit(": ", 1)[-1] or type(error).__name__
+
+
+def _factory_error(factory: str, dimension: int, error: Exception) -> InputError:
+    return InputError(
+        f"--index_factory {shorten(factory)}: FAISS cannot make it of embeddings of dimension "
+        f"{dimension} ({_reason(error)}); leave it (or --n-subquantizers) out for exact search"
+    )
+
+
+def _empty_index(factory: str, dimension: int) -> faiss.Index:
+    try:
+        index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise _factory_error(factory, dimension, error) from None
+    if isinstance(_core(index), faiss.IndexPQ):
+        # It numbers the centroids for a search by bits, which is not ours, in ten times the time
+        # that it takes to learn them.
+        _core(index).do_polysemous_training = False
+    return index
+
+
+def _core(index: faiss.Index) -> faiss.Index:
+    """The index proper, inside a rotation or a refinement."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return _core(index.index)
+    return _core(index.base_index) if isinstance(index, faiss.IndexRefine) else index
+
+
+def _set_effort(index: faiss.Index) -> None:
+    """FAISS looks into one inverted list, or at 16 neighbours, unless told otherwise: too few."""
+    core = _core(index)
+    if isinstance(core, faiss.IndexIVF):
+        core.nprobe = min(core.nlist, max(8, core.nlist // 32))
+    if isinstance(core, faiss.IndexHNSW):
+        core.hnsw.efSearch = 128
+
+
+def _centroids(index: faiss.Index) -> list[int]:
+    """How many centroids each of an index's quantizers learns."""
+    core = _core(index)
+    lists = [core.nlist] if isinstance(core, faiss.IndexIVF) else []
+    return lists + ([core.pq.ksub] if hasattr(core, "pq") else [])
+
+
+def _training_rows(index: faiss.Index) -> int:
+    # FAISS warns below 39 rows a centroid and uses at most 256.
+    return max(65_536, *(64 * n for n in _centroids(index)), 0)
+
+
+class Memory(NamedTuple):
+    """Bytes: of an index in use, and of all that its building takes."""
+
+    in_use: int
+    building: int
+
+
+def expected_memory(
+    rows: int, dimension: int, block_rows: int = 50_000, factory: str = ""
+) -> Memory:
+    """What an index of a collection will take, estimated from its size alone.
+
+    Exact search (no factory) takes a block as float32. A saved index that is loaded is
+    memory-mapped: it takes pages of its file, which the machine can have back.
+    """
+    block = 4 * min(rows, block_rows) * dimension
+    if not factory:
+        return Memory(block, block)
+    index = _empty_index(factory, dimension)
+    size = rows * _row_bytes(index) + 4 * dimension * sum(_centroids(index))
+    return Memory(size, size + block + 4 * min(rows, _training_rows(index)) * dimension)
+
+
+def _row_bytes(index: faiss.Index) -> int:
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return _row_bytes(index.index)
+    if isinstance(index, faiss.IndexRefine):
+        return _row_bytes(index.base_index) + _row_bytes(index.refine_index)
+    if isinstance(index, faiss.IndexIVF):
+        return index.code_size + 8  # and the position
+    if isinstance(index, faiss.IndexHNSW):
+        # The links of the lowest level, a few of the higher ones, and where they begin.
+        return _row_bytes(index.storage) + 4 * index.hnsw.nb_neighbors(0) + 16
+    return index.sa_code_size()
+
+
+def recall(
+    search: Callable[[np.ndarray, int], Found],
+    search_exactly: Callable[[np.ndarray, int], Found],
+    queries: np.ndarray,
+    k: int,
+    seed: int = 0,
+) -> float:
+    """The share of the exact top k that a search finds, over at most 100 of the queries.
+
+    Args: search, search_exactly: as `CompressedIndexer.search` and `Indexer.search`.
+    """
+    draw = np.random.default_rng(seed).permutation(len(queries))[:100]
+    wanted = search_exactly(queries[np.sort(draw)], k).positions
+    found = search(queries[np.sort(draw)], k).positions
+    hits = sum(len(np.intersect1d(*rows)) for rows in zip(wanted, found, strict=True))
+    return hits / wanted.size if wanted.size else 1.0

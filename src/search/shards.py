@@ -1,0 +1,419 @@
+"""Passage embeddings on disk: shards, how they are written, and which of them belong together.
+
+A shard is one `safetensors` file: `embeddings` [n, d] in float16 or float32, and the passages' ids
+as `id_bytes` (UTF-8, one behind the other) with `id_offsets` [n + 1]. All of it is memory-mapped:
+21 million passages cost no memory, and their ids no strings, until they are asked for. The
+pickled shards of the reference, DPR and Contriever are opened in the same way.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.runtime.errors import InputError, first_line, shorten
+from src.search.legacy_pickle import read_legacy_embeddings
+
+# What a shard's metadata says of its making. Shards and indexes that differ in it do not mix.
+FINGERPRINTS = ("model", "passages", "options")
+_VERSION = {"format_version": "1"}
+_DTYPES = {name: np.dtype(code) for name, code in (("F16", "<f2"), ("F32", "<f4"))}
+_DTYPES |= {"I64": np.dtype("<i8"), "U8": np.dtype("u1")}
+
+# ----------------------------------------------------------------------------------------------
+# Reading
+
+
+def shard_path(output_path: str, shard_id: int) -> Path:
+    """Where a shard belongs. A bare `folder`, or one with a slash behind it, gives
+    `folder/wiki_00`; with a slash inside it is a prefix: `dir/passages` gives `dir/passages_00`."""
+    folder, name = os.path.split(output_path)
+    if not folder or not name:
+        folder, name = output_path, "wiki"
+    return Path(folder) / f"{name}_{shard_id:02d}"
+
+
+class StoredIds(Sequence[str]):
+    """The ids in a shard. Each becomes a string when it is asked for; a slice gives a list."""
+
+    def __init__(self, path: str, offsets: np.ndarray, content: np.ndarray):
+        self._path, self._offsets, self._content = path, offsets, content
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        start, end = self._offsets[index : index + 2].tolist()
+        try:
+            return self._content[start:end].tobytes().decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            raise InputError(f"{self._path}: the id of row {index} is no text") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """An opened shard. `embeddings` [n, d] is a memory map; a legacy pickle has no metadata."""
+
+    path: str
+    ids: Sequence[str]
+    embeddings: np.ndarray
+    metadata: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def number(self, key: str) -> int | None:
+        """A number that the metadata gives (`shard_id`, `num_shards`, `first`), or None."""
+        value = self.metadata.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, str) or not re.fullmatch("[0-9]{1,18}", value):
+            raise InputError(f"{self.path}: its {key} is {shorten(value)}, not a number")
+        return int(value)
+
+
+def read_shard(path: str | Path) -> Shard:
+    """Open a shard of ours, or a pickle of the reference, DPR or Contriever.
+
+    Errors: `InputError` that names the file when it is missing, cut off, broken, or neither.
+    """
+    path = str(path)
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length) if length < 1 << 26 else b""
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            is_pickle = not header.startswith(b"{") and file.read(1) == b"\x80"
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    if is_pickle:
+        return Shard(path, *read_legacy_embeddings(path), metadata={})
+    try:
+        entries = json.loads(header)
+        metadata = dict(entries.pop("__metadata__", {}))
+        if 8 + length + max(entry["data_offsets"][1] for entry in entries.values()) != size:
+            raise ValueError("its size is not the one in its header")
+        offsets = _map_tensor(path, entries["id_offsets"], 8 + length, ["I64"])
+        embeddings = _map_tensor(path, entries["embeddings"], 8 + length, ["F16", "F32"])
+        content = _map_tensor(path, entries["id_bytes"], 8 + length, ["U8"])
+        if embeddings.ndim != 2 or offsets.shape != (len(embeddings) + 1,):
+            raise ValueError("its ids do not match its embeddings")
+        if metadata.get("format_version") != _VERSION["format_version"]:
+            raise ValueError("it is of another version")
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise InputError(
+            f"{path}: not a complete shard of embeddings ({first_line(error)}); make it again "
+            "with generate_passage_embeddings.py"
+        ) from None
+    return Shard(path, StoredIds(path, offsets, content), embeddings, metadata)
+
+
+def _map_tensor(path: str, entry: dict, data_start: int, dtypes: list[str]) -> np.ndarray:
+    if entry["dtype"] not in dtypes:
+        raise ValueError(f"a tensor has dtype {shorten(entry['dtype'])}")
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    sane = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+    if not sane or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"a tensor's shape is {shorten(shape)}")
+    if begin == end:  # nothing can be mapped
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", data_start + begin, shape)
+
+
+def open_shards(
+    patterns: str | Path | Sequence[str | Path], allow_mismatch: bool = False
+) -> list[Shard]:
+    """Open the shards that paths or globs name, in the order of their numbers.
+
+    Errors: `InputError` when a pattern finds nothing, when two shards have different dimensions,
+    and, without `allow_mismatch`, when their fingerprints differ or one is missing or doubled.
+    """
+    paths: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
+        found = [str(pattern)] if os.path.exists(pattern) else sorted(glob.glob(str(pattern)))
+        if not found:
+            raise InputError(
+                f"{pattern}: there are no embeddings of this name; "
+                "make them with generate_passage_embeddings.py"
+            )
+        if os.path.isdir(found[0]):
+            raise InputError(f'{found[0]}: a folder; name its shards, like "{found[0]}/wiki_*"')
+        paths += found
+    shards = sorted(map(read_shard, dict.fromkeys(paths)), key=_place)
+    for shard in shards:
+        ours, theirs = shards[0].embeddings.shape[1], shard.embeddings.shape[1]
+        if ours != theirs:
+            raise InputError(
+                f"{shards[0].path} and {shard.path}: their embeddings have {ours} and {theirs} "
+                "dimensions; search those of one model at a time"
+            )
+    if not allow_mismatch:
+        _check_together(shards)
+    return shards
+
+
+def _place(shard: Shard) -> tuple[int, str]:
+    """Shards go by number, not by name: wiki_100 comes after wiki_99."""
+    number = shard.number("shard_id")
+    if number is None:
+        digits = re.search("[0-9]{1,18}$", shard.path)
+        number = int(digits.group()) if digits else -1
+    return number, shard.path
+
+
+def _check_together(shards: list[Shard]) -> None:
+    for shard in shards:
+        for key in (*FINGERPRINTS, "num_shards"):
+            values = shards[0].metadata.get(key), shard.metadata.get(key)
+            require_same(key, shards[0].path, values[0], shard.path, values[1])
+    for before, shard in itertools.pairwise(shards):
+        number = shard.number("shard_id")
+        if number is not None and number == before.number("shard_id"):
+            raise InputError(
+                f"{before.path} and {shard.path} are both shard {number}; leave one out, or say "
+                "--allow_mismatch"
+            )
+    present = {shard.number("shard_id") for shard in shards}
+    total = shards[0].number("num_shards") or 0
+    missing = next((number for number in range(total) if number not in present), None)
+    if missing is not None:
+        raise InputError(
+            f"{shards[0].path} to {shards[-1].path}: shard {missing} of {total} is missing; "
+            f"make it with --shard_id {missing}, or say --allow_mismatch"
+        )
+    for before, shard in itertools.pairwise(shards):
+        first, next_first = before.number("first"), shard.number("first")
+        if first is not None and first + len(before) != next_first:
+            raise InputError(
+                f"{before.path} ends at passage {first + len(before)}, but {shard.path} begins at "
+                f"{next_first}; make both again, or say --allow_mismatch"
+            )
+
+
+def check_count(shards: Sequence[Shard], collection: str, n_passages: int) -> None:
+    """Pickles do not say whether one is missing: but each passage must have its embedding.
+
+    Errors: `InputError` that names shards and collection when they have not as many.
+    """
+    rows = sum(map(len, shards))
+    if rows != n_passages and not all(shard.metadata for shard in shards):
+        others = f" to {shards[-1].path}" if len(shards) > 1 else ""
+        raise InputError(
+            f"{shards[0].path}{others}: {rows} embeddings, but {collection} has "
+            f"{n_passages} passages; give all shards of this collection, or say --allow_mismatch"
+        )
+
+
+def require_same(what: str, path: str, value: object, other_path: str, other: object) -> None:
+    """Errors: `InputError` that names both files when two fingerprints differ."""
+    if value != other:
+        raise InputError(
+            f"{path} and {other_path} do not belong together: {what} is {shorten(value)} in the "
+            f"first and {shorten(other)} in the second; make both in one way, or say "
+            "--allow_mismatch"
+        )
+
+
+# ----------------------------------------------------------------------------------------------
+# Writing
+
+
+class ShardWriter:
+    """Writes one shard as a stream of blocks, and goes on where a killed writer stopped.
+
+    The shard grows in a hidden file beside its place. After each block, a small JSON file says
+    how many rows are finished; the rows are on disk before it is. `finish` renames: a shard is
+    complete or absent.
+
+    Args:
+        path: the shard's place, by `shard_path`.
+        rows, dimension: of the whole shard.
+        dtype: float16 or float32.
+        metadata: texts: `FINGERPRINTS`, `shard_id`, `num_shards` and `first` (position of row 0).
+    Attributes:
+        position: how many rows are finished; `append` goes on from there.
+        discarded: why a partial file was not gone on from, for the log, or None.
+    Errors: `InputError` when the place cannot be written, or its disk is or will be full.
+    """
+
+    def __init__(
+        self, path: str | Path, rows: int, dimension: int, dtype: Any, metadata: dict[str, str]
+    ):
+        self.path, self.discarded = Path(path), None
+        self._partial = self.path.with_name(f".{self.path.name}.partial")
+        self._progress = self.path.with_name(f".{self.path.name}.progress.json")
+        self._kind = {2: "F16", 4: "F32"}[np.dtype(dtype).itemsize]
+        self._shape, self._metadata = (rows, dimension), {**_VERSION, **metadata}
+        row_bytes = dimension * _DTYPES[self._kind].itemsize
+        # What has a known size comes first; only the end of the ids' text moves. Its length stands
+        # in the header, which is written last, in room for any length.
+        self._offsets_start = 0
+        self._offsets_start = len(self._header(1 << 62))
+        self._vectors_start = self._offsets_start + 8 * (rows + 1)
+        self._text_start = self._vectors_start + rows * row_bytes
+        self._row_bytes = row_bytes
+        self.position, self._text_bytes = self._find_progress()
+        self._file: Any = None
+        if self.path.is_dir():  # said now, not hours later
+            raise InputError(f"{self.path}: a folder is in this place; use another --output_path")
+        with self._explain_errors("use another --output_path"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            needed = (rows - self.position) * (row_bytes + 8)
+            free = shutil.disk_usage(self.path.parent).free
+            if needed > free:
+                raise InputError(
+                    f"{self.path}: needs {needed / 1e9:.1f} GB more, but its disk has "
+                    f"{free / 1e9:.1f} GB left; make room, or use another --output_path"
+                )
+            self._open()
+            if not self.position:  # it can be written; until there is something, nothing is left
+                self._file.close()
+                self._partial.unlink()
+                self._file = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _open(self) -> None:
+        self._file = open(self._partial, "r+b" if self.position else "w+b")  # noqa: SIM115
+        self._file.truncate(self._text_start + self._text_bytes)
+
+    def append(self, ids: Sequence[str], vectors: np.ndarray) -> None:
+        """Add the next rows, as one finished block. It waits for the disk: give it thousands.
+
+        Args: `vectors` [len(ids), d]. Errors: `InputError` when one of them is not finite.
+        """
+        with np.errstate(over="ignore"):
+            block = np.ascontiguousarray(vectors, _DTYPES[self._kind])
+        if block.shape != (len(ids), self._shape[1]) or self.position + len(ids) > self._shape[0]:
+            raise ValueError(f"{block.shape} rows and {len(ids)} ids do not go into {self._shape}")
+        finite = np.isfinite(block).all(axis=1)
+        if not finite.all():
+            passage = shorten(ids[int(finite.argmin())])
+            raise InputError(
+                f"{self.path}: the embedding of passage {passage} is not finite in {block.dtype}; "
+                "embed with --no_fp16, or mend the model"
+            )
+        texts = [text.encode("utf-8", "surrogatepass") for text in ids]
+        ends = self._text_bytes + np.cumsum([len(text) for text in texts], dtype="<i8")
+        with self._explain_errors():
+            self._write(self._offsets_start + 8 * (self.position + 1), ends.tobytes())
+            self._write(self._vectors_start + self._row_bytes * self.position, block.data)
+            self._write(self._text_start + self._text_bytes, b"".join(texts))
+            _flush(self._file)
+            self.position += len(ids)
+            self._text_bytes += sum(map(len, texts))
+            progress = {**self._identity(), "rows": self.position, "text_bytes": self._text_bytes}
+            fresh = self._progress.with_suffix(".new")
+            with open(fresh, "w") as file:
+                json.dump(progress, file)
+                _flush(file)
+            fresh.replace(self._progress)
+
+    def finish(self) -> Path:
+        """Put the shard in its place, and return that."""
+        if self.position != self._shape[0]:
+            raise ValueError(f"{self.path}: {self.position} of {self._shape[0]} rows are written")
+        with self._explain_errors():
+            self._write(0, self._header(self._text_bytes))
+            _flush(self._file)
+            self._file.close()
+            self._partial.replace(self.path)
+            flush_to_disk(self.path.parent)
+            self._progress.unlink(missing_ok=True)
+        return self.path
+
+    def _identity(self) -> dict[str, Any]:
+        return {"shape": list(self._shape), "dtype": self._kind, "metadata": self._metadata}
+
+    def _find_progress(self) -> tuple[int, int]:
+        """How many rows, and bytes of their ids, an earlier writer finished of this very shard."""
+        try:
+            progress = json.loads(self._progress.read_text())
+            size = self._partial.stat().st_size
+            found = int(progress.pop("rows")), int(progress.pop("text_bytes"))
+        except FileNotFoundError:
+            return 0, 0
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self.discarded = f"{self._progress} cannot be read ({first_line(error)})"
+            return 0, 0
+        if progress != self._identity():
+            self.discarded = f"{self._partial} is of another model, collection or options"
+        elif size < self._text_start + found[1]:
+            self.discarded = f"{self._partial} is shorter than it was"
+        return (0, 0) if self.discarded else found
+
+    def _header(self, text_bytes: int) -> bytes:
+        rows, dimension = self._shape
+        entries: dict[str, Any] = {"__metadata__": self._metadata}
+        begin = 0
+        for name, kind, shape in (
+            ("id_offsets", "I64", [rows + 1]),
+            ("embeddings", self._kind, [rows, dimension]),
+            ("id_bytes", "U8", [text_bytes]),
+        ):
+            end = begin + math.prod(shape) * _DTYPES[kind].itemsize
+            entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+            begin = end
+        text = json.dumps(entries).encode()
+        room = max(self._offsets_start - 8, math.ceil(len(text) / 8) * 8)
+        return room.to_bytes(8, "little") + text.ljust(room)
+
+    def _write(self, place: int, content: bytes | memoryview) -> None:
+        if self._file is None:
+            self._open()
+        self._file.seek(place)
+        self._file.write(content)
+
+    @contextlib.contextmanager
+    def _explain_errors(
+        self, cure: str = "make room, and the same command goes on from the last finished block"
+    ) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be written ({error.strerror}); {cure}"
+            ) from error
+
+
+def is_finished(path: str | Path, metadata: dict[str, str]) -> bool:
+    """Whether a complete shard with this metadata is in its place, so that none need be written."""
+    try:
+        return read_shard(path).metadata == {**_VERSION, **metadata}
+    except InputError:
+        return False
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def flush_to_disk(*paths: Path) -> None:
+    """Make sure that files are on disk, or what stands in folders."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

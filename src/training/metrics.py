@@ -1,0 +1,167 @@
+"""What a run says: log, progress bar, `metrics.jsonl`, TensorBoard, averages."""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from src.runtime import distributed, terminal
+from src.runtime.errors import InputError, drop_unread_output
+
+
+class _BesideTheBar(logging.Handler):
+    """Prints log lines so that they do not tear a progress bar apart. A run goes on when they
+    cannot be printed: nobody reads them any more, or the disk that they go to is full."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:
+            drop_unread_output()
+            self.handleError(record)
+
+
+def start_log(file: Path | None) -> logging.Logger:
+    """The log of the main process, on the screen and in a file; the other processes' says nothing.
+
+    Args:
+        file: where to append, or None for the screen alone.
+    """
+    logging.raiseExceptions = False  # a log line that finds the disk full must not end a run
+    log = logging.getLogger("fid")
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.propagate = False
+    log.setLevel(logging.INFO if distributed.is_main() else logging.CRITICAL)
+    if not distributed.is_main():
+        return log
+    handlers: list[logging.Handler] = [_BesideTheBar()]
+    if file is not None:
+        with _in_run_folder(file.parent):
+            handlers.append(logging.FileHandler(file))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        log.addHandler(handler)
+    return log
+
+
+def write_options(folder: Path, options: dict[str, Any]) -> None:
+    """Keep what a run was started with in its folder's `options.json`."""
+    if not distributed.is_main():
+        return
+    versions = {"python": platform.python_version()}
+    versions |= {name: metadata.version(name) for name in ("torch", "transformers")}
+    record = {"options": options, "command": sys.argv, "versions": versions}
+    with _in_run_folder(folder):
+        (folder / "options.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _in_run_folder(folder: Path) -> Iterator[None]:
+    """Make a run's folder and write in it. Errors: `InputError` when that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror}); make room there, or give another "
+            "--checkpoint_dir or --name"
+        ) from error
+
+
+def progress_bar(total: int, unit: str, initial: int = 0) -> tqdm:
+    """As `terminal.progress_bar`, of the main process alone."""
+    return terminal.progress_bar(total, unit, initial, distributed.is_main())
+
+
+def passing_bar(total: int, unit: str, what: str) -> tqdm:
+    """As `terminal.passing_bar`, of the main process alone."""
+    return terminal.passing_bar(total, unit, what, distributed.is_main())
+
+
+class Metrics:
+    """Numbers by step: a line of `metrics.jsonl` each, and TensorBoard curves.
+
+    What a resumed run will write again is taken out at the start: the lines after `step`, and,
+    with `evaluation_due`, the dev metrics of `step` itself.
+    """
+
+    def __init__(self, folder: Path, step: int, evaluation_due: bool = False):
+        self._file = self._board = None
+        if not distributed.is_main():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        _keep_until(path, step, evaluation_due)
+        self._file = open(path, "a")  # noqa: SIM115 (open for the whole run)
+        from torch.utils.tensorboard import SummaryWriter  # slow, and for the main process only
+
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Add the values of one step; keys such as `train/loss` group TensorBoard's curves."""
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self._file.name}: cannot be written ({error.strerror}); make room, and the "
+                "same command goes on from the last checkpoint"
+            ) from error
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+
+
+def _keep_until(path: Path, step: int, evaluation_due: bool) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            values = json.loads(line)
+            again = evaluation_due and any(name.startswith("dev/") for name in values)
+            if values["step"] <= (step - 1 if again else step):
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line of a run that was killed while it wrote
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
+
+
+class Average:
+    """A weighted mean that grows by the piece, and can be taken over all processes."""
+
+    def __init__(self) -> None:
+        self.total, self.weight = 0.0, 0.0
+
+    def add(self, value: float, weight: float = 1.0) -> None:
+        self.total += value * weight
+        self.weight += weight
+
+    def value(self) -> float | None:
+        """The mean so far in this process; None when nothing was added."""
+        return self.total / self.weight if self.weight else None
+
+    def over_all(self) -> "Average":
+        """The same over what every process added."""
+        joint = Average()
+        joint.total, joint.weight = distributed.sum_numbers(self.total, self.weight)
+        return joint
