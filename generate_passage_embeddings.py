@@ -7,10 +7,13 @@ Writes one shard (wikipedia_embeddings/wiki_00); as many jobs as there are shard
 side. Started again with the same command, it goes on from the last finished block.
 """
 
+from src.options import changed, passage_embeddings_parser
+from src.runtime.errors import reports_input_errors
 from src.runtime.interrupt import die_quietly
 
 if __name__ == "__main__":
     die_quietly()  # while the packages load
+    reports_input_errors(passage_embeddings_parser().parse_args)()  # answers --help at once
 
 import json
 import os
@@ -24,10 +27,8 @@ from src.data.passages import Passages
 from src.models.lengths import one_ahead
 from src.models.pretrained import check_vocabulary, load_tokenizer, quiet_transformers
 from src.models.retriever import TextEmbedder, fingerprint, load_retriever
-from src.options import changed, passage_embeddings_parser
 from src.runtime import distributed
 from src.runtime.device import compile_layers, describe, pick_device
-from src.runtime.errors import InputError, reports_input_errors
 from src.runtime.launch import StopRequest, detect_launch
 from src.runtime.terminal import count, duration, say, say_next
 from src.search.shards import ShardWriter, is_finished, shard_path
@@ -45,13 +46,6 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     parser = passage_embeddings_parser()
     options = parser.parse_args(arguments)
-    if options.shard_id >= options.num_shards:
-        raise InputError(
-            f"--shard_id {options.shard_id} of --num_shards {options.num_shards}: shards count "
-            f"from 0 to {options.num_shards - 1}"
-        )
-    if options.model_path == "none":
-        raise InputError("--model_path is missing: give the folder of a retriever")
 
     # Environment
     quiet_transformers()

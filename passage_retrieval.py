@@ -11,10 +11,13 @@ Writes the questions with their passages as `ctxs`, which the reader reads, or a
 and keeps beside them, how many questions have an answer in their first 1, 5, 20 and 100 passages.
 """
 
+from src.options import SearchOptions, passage_retrieval_parser, select
+from src.runtime.errors import reports_input_errors
 from src.runtime.interrupt import die_quietly
 
 if __name__ == "__main__":
     die_quietly()  # while the packages load
+    reports_input_errors(passage_retrieval_parser().parse_args)()  # answers --help at once
 
 import os
 import shlex
@@ -26,14 +29,11 @@ from src.data.files import check_place
 from src.data.passages import Passages
 from src.evaluation.results import check_trec_ids, write_recall, write_retrieved
 from src.models.pretrained import quiet_transformers
-from src.options import passage_retrieval_parser
 from src.runtime import distributed
 from src.runtime.device import describe, pick_device
-from src.runtime.errors import reports_input_errors
 from src.runtime.launch import detect_launch
 from src.runtime.terminal import count, duration, has_bars, say, say_next
 from src.search import retrieve
-from src.search.faiss_index import factory_string
 from src.training.metrics import passing_bar, start_log
 
 
@@ -41,8 +41,7 @@ from src.training.metrics import passing_bar, start_log
 def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     options = passage_retrieval_parser().parse_args(arguments)
-    factory = factory_string(options.index_factory, options.n_subquantizers, options.n_bits)
-    retrieve.check_way(options.bm25, options.model_path, options.passages_embeddings, factory)
+    factory = select(SearchOptions, options).factory
     check_place(options.output_path)
 
     # Environment

@@ -13,10 +13,13 @@ passage scores (dataset_wscores.json) into `--checkpoint_dir/--name`, in the inp
 Answers what you ask from the passages that are found for it, and shows them; keeps no results.
 """
 
+from src.options import changed, test_reader_parser
+from src.runtime.errors import InputError, reports_input_errors
 from src.runtime.interrupt import die_quietly
 
 if __name__ == "__main__":
     die_quietly()  # while the packages load
+    reports_input_errors(test_reader_parser().parse_args)()  # answers --help at once
 
 import logging
 import os
@@ -45,13 +48,10 @@ from src.evaluation.results import (
 from src.models.encoder import parts_to_compile
 from src.models.pretrained import check_vocabulary, digest, load_tokenizer, quiet_transformers
 from src.models.reader import Answer, FiDT5, answer_questions, load_reader
-from src.options import changed, check_conversation, test_reader_parser
 from src.runtime import distributed
 from src.runtime.device import compile_layers, describe, pick_device, resolve_precision
-from src.runtime.errors import InputError, reports_input_errors
 from src.runtime.launch import StopRequest, detect_launch
 from src.runtime.terminal import count, duration, say, say_next
-from src.search.retrieve import check_way
 from src.tools.ask import (
     converse,
     find_by_retriever,
@@ -90,7 +90,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser = test_reader_parser()
     options = parser.parse_args(arguments)
     is_conversation = options.interactive or options.question is not None
-    check_conversation(parser, vars(options), is_conversation)
 
     # Environment
     quiet_transformers()
@@ -100,13 +99,6 @@ def main(arguments: list[str] | None = None) -> None:
 
     # A conversation, and nothing else
     if is_conversation:
-        check_way(
-            options.bm25,
-            options.retriever_path,
-            options.passages_embeddings,
-            options.index_factory,
-            "--retriever_path",
-        )
         if launch.world_size > 1:
             raise InputError("a conversation has one process: start it without torchrun or srun")
         log = start_log(None)

@@ -6,10 +6,13 @@ Reads questions with passages and answers; writes checkpoints, log and metrics i
 `--checkpoint_dir/--name`. Started again with the same command, it goes on where it stopped.
 """
 
+from src.options import changed, train_reader_parser
+from src.runtime.errors import InputError, reports_input_errors
 from src.runtime.interrupt import die_quietly
 
 if __name__ == "__main__":
     die_quietly()  # while the packages load
+    reports_input_errors(train_reader_parser().parse_args)()  # answers --help at once
 
 import os
 import time
@@ -29,10 +32,8 @@ from src.evaluation.answers import exact_match, f1
 from src.models.encoder import parts_to_compile
 from src.models.pretrained import check_vocabulary, hide_bars, load_tokenizer, quiet_transformers
 from src.models.reader import answer_questions, load_reader, new_reader, reader_loss
-from src.options import changed, train_reader_parser
 from src.runtime import distributed
 from src.runtime.device import compile_layers, describe, pick_device, resolve_precision
-from src.runtime.errors import InputError, reports_input_errors
 from src.runtime.launch import StopRequest, detect_launch
 from src.runtime.terminal import count, duration, say, say_next
 from src.training.checkpoint import Checkpoints, goes_on_from, load_state, resume_point
@@ -46,13 +47,6 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     parser = train_reader_parser()
     options = parser.parse_args(arguments)
-    if options.model_config != "none" and (
-        options.model_path != "none" or options.legacy_position_table
-    ):
-        raise InputError(
-            f"--model_config {options.model_config} starts from fresh weights: leave out "
-            "--model_path and --legacy_position_table"
-        )
 
     # Environment
     quiet_transformers()

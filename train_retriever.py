@@ -7,10 +7,13 @@ Reads what `test_reader.py --write_crossattention_scores` wrote; writes checkpoi
 into `--checkpoint_dir/--name`. Started again with the same command, it goes on where it stopped.
 """
 
+from src.options import changed, train_retriever_parser
+from src.runtime.errors import reports_input_errors
 from src.runtime.interrupt import die_quietly
 
 if __name__ == "__main__":
     die_quietly()  # while the packages load
+    reports_input_errors(train_retriever_parser().parse_args)()  # answers --help at once
 
 import functools
 import os
@@ -40,10 +43,8 @@ from src.models.retriever import (
     similarities,
     start_retriever,
 )
-from src.options import changed, train_retriever_parser
 from src.runtime import distributed
 from src.runtime.device import autocast, compile_layers, describe, pick_device, resolve_precision
-from src.runtime.errors import InputError, reports_input_errors
 from src.runtime.launch import StopRequest, detect_launch
 from src.runtime.terminal import count, duration, say, say_next
 from src.training.checkpoint import Checkpoints, goes_on_from, load_state, resume_point
@@ -57,11 +58,6 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     parser = train_retriever_parser()
     options = parser.parse_args(arguments)
-    if options.model_config != "none" and options.model_path != "none":
-        raise InputError(
-            f"--model_config {options.model_config} starts from fresh weights: leave out "
-            "--model_path"
-        )
 
     # Environment
     quiet_transformers()

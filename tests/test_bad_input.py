@@ -699,9 +699,9 @@ RETRIEVE: dict[str, Case] = {
     "a model without embeddings": ("bare retrieve", "--model_path {retriever}",
         "--passages_embeddings is missing, for example"),
     "bm25 with embeddings": ("bm25", "--passages_embeddings {shards}/wiki_*",
-        "--bm25 searches by words alone: leave out --passages_embeddings"),
+        "--bm25 uses neither embeddings nor .*: leave out --passages_embeddings"),
     "bm25 with codes": ("bm25", "--n-subquantizers 8",
-        "--bm25 searches by words alone: leave out .*--n-subquantizers"),
+        "--bm25 uses neither embeddings nor .*: leave out .*--n-subquantizers"),
     # embeddings
     "embeddings that are not there": ("retrieve", "--passages_embeddings no_*",
         r"no_\*: there are no embeddings of this name; make them with generate_passage_embeddings"),

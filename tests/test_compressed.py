@@ -16,7 +16,6 @@ from src.search.exact import Indexer
 from src.search.faiss_index import (
     CompressedIndexer,
     expected_memory,
-    factory_string,
     read_description,
     recall,
 )
@@ -138,19 +137,6 @@ def test_progress_is_told(exact):
     told = []
     CompressedIndexer.build(exact, "SQ8", on_rows=told.append)
     assert sum(told) == ROWS
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [(("", 0, 8), ""), (("", 64, 8), "PQ64x8"), (("", 16, 4), "PQ16x4"), (("SQ8", 0, 8), "SQ8")],
-)
-def test_the_factory_string_of_options(options, expected):
-    assert factory_string(*options) == expected
-
-
-def test_two_factories_at_once():
-    with pytest.raises(InputError, match=r"--index_factory HNSW32 and --n-subquantizers 4.*PQ4x8"):
-        factory_string("HNSW32", 4, 8)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -224,7 +224,10 @@ BAD = {
     "no search": (ASK, "give either --retriever_path and --passages_embeddings, or --bm25"),
     "two searches": (f"{ASK} --bm25 --retriever_path x", "give either --retriever_path and --pass"),
     "no embeddings": (f"{ASK} --retriever_path x", "--passages_embeddings is missing, for example"),
-    "words in an index": (f"{ASK} --bm25 --index_factory Flat", "--bm25 searches by words alone: "),
+    "words in an index": (
+        f"{ASK} --bm25 --index_factory Flat",
+        "--bm25 uses neither embeddings",
+    ),
     "a file of questions": (f"{ASK} --bm25 --eval_data x.json", "--eval_data: for a file of quest"),
     "results": (
         f"{ASK} --bm25 --write_results --write_crossattention_scores",
@@ -232,7 +235,7 @@ BAD = {
     ),
     "a search without a question": (
         "--passages {passages} --bm25 --no_fp16",
-        "--passages, --bm25, --no_fp16: of a conversation; add --interactive, or --question TEXT",
+        "--passages, --bm25, --no_fp16: for a conversation; add --interactive, or --question TEXT",
     ),
     "a collection that is not there": (
         "--question Who? --bm25 --passages no.tsv",

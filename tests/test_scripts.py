@@ -1,8 +1,12 @@
 """The scripts as a user runs them: whole runs, resuming and options."""
 
+import argparse
+import dataclasses
+import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +18,14 @@ from safetensors.torch import load_file
 from src import options as all_options
 from src.options import train_reader_parser
 from tests.conftest import ROOT, run, run_well
+
+SCRIPTS = {
+    "train_reader": train_reader_parser,
+    "test_reader": all_options.test_reader_parser,  # (by its own name pytest would run it)
+    "train_retriever": all_options.train_retriever_parser,
+    "generate_passage_embeddings": all_options.passage_embeddings_parser,
+    "passage_retrieval": all_options.passage_retrieval_parser,
+}
 
 
 def training(reference: Path, folder: Path, *more) -> list:
@@ -117,7 +129,7 @@ def test_training_without_evaluation_and_testing_without_answers(reference, tmp_
             "generation_max_length=50",
         ),
         (
-            all_options.test_reader_parser,  # (by its own name pytest would run it)
+            all_options.test_reader_parser,
             "eval_print_freq=1000 write_results=False write_crossattention_scores=False "
             "per_gpu_batch_size=1 n_context=1 text_maxlength=200 model_path=none",
         ),
@@ -139,19 +151,157 @@ def test_older_names():
     assert "--total_step " not in train_reader_parser().format_help()
 
 
+# ----------------------------------------------------------------------------------------------
+# Every option is read; wrong ones are answered before anything is loaded
+
+
+class Recorder:
+    """Which options a run reads, one by one or as fields of a group."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.read: set[str] = set()
+        parse = all_options._Parser.parse_args
+        recording = self._recording(argparse.Namespace)
+        monkeypatch.setattr(
+            all_options._Parser, "parse_args", lambda *given: recording(**vars(parse(*given)))
+        )
+        for kind in vars(all_options).values():
+            if dataclasses.is_dataclass(kind):
+                monkeypatch.setattr(
+                    kind, "__getattribute__", self._recording(kind).__getattribute__
+                )
+
+    def _recording(self, kind: type) -> type:
+        get = kind.__getattribute__
+
+        class Recording(kind):
+            def __getattribute__(recorded, name: str) -> object:
+                self.read.add(name)
+                return get(recorded, name)
+
+        return Recording
+
+
+def runs_of(script: str, reference: Path, folder: Path) -> list[list]:
+    """Runs of a script on tiny models that reach all its branches between them."""
+    t5, bert, passages = reference / "t5", reference / "bert", folder / "passages.tsv"
+    retriever = reference / "legacy_retriever_mask_mean"
+    found = ["--passages_embeddings", reference / "legacy_embeddings" / "wiki_*"]
+    short = ["--total_steps", 1, "--checkpoint_dir", folder, "--num_workers", 0, "--name"]
+    data = ["--train_data", reference / "data.json", "--eval_data", reference / "data.json"]
+    if script == "train_reader":
+        shape = ["--model_config", t5 / "config.json", "--tokenizer", t5]
+        return [[*data, *shape, *short, "a"], [*data, "--model_path", t5, *short, "b"]]
+    if script == "train_retriever":
+        data += ["--tokenizer", bert]
+        shape = ["--model_config", bert / "config.json"]
+        return [
+            [*data, *shape, *short, "a"],
+            [*data, "--model_path", retriever, *short, "b"],
+            [*data, "--retriever_model", bert, *short, "c"],
+        ]
+    if script == "test_reader":
+        data = ["--eval_data", reference / "data.json", "--checkpoint_dir", folder]
+        reader, ask = ["--model_path", t5], ["--question", "Who?", "--passages", passages]
+        tokenizer = ["--retriever_tokenizer", bert]
+        return [
+            [*reader, *data, "--num_workers", 0],
+            [*reader, *ask, "--bm25"],
+            [*reader, *ask, "--retriever_path", retriever, *found, *tokenizer],
+        ]
+    start = ["--passages", passages, "--output_path"]
+    model = ["--model_path", retriever, "--tokenizer", bert]
+    if script == "generate_passage_embeddings":
+        return [[*start, folder / "embeddings", *model]]
+    start += [folder / "found.json", "--data", reference / "questions.json", "--n-docs", 2]
+    start += ["--validation_workers", 1]
+    codes = ["--n-subquantizers", 8, "--n-bits", 4]
+    return [[*start, "--bm25"], [*start, *model, *found, *codes]]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_option_is_read_and_explained(script, reference, tmp_path, monkeypatch):
+    """An option that nothing reads is a bug. (Writing all options to options.json is no reading,
+    nor is checking them against each other.)"""
+    shutil.copy(reference / "passages.tsv", tmp_path)
+    recorder = Recorder(monkeypatch)
+    for run_options in runs_of(script, reference, tmp_path):
+        importlib.import_module(script).main([str(word) for word in run_options])
+    actions = [action for action in SCRIPTS[script]()._actions if action.dest != "help"]
+    # A GPU's precision is looked at on a GPU alone.
+    unread = {action.dest for action in actions} - recorder.read - {"no_fp16"}
+    assert not unread
+    assert all(action.help for action in actions)
+
+
+PROGRAMS = [f"{script}.py" for script in SCRIPTS]
+PROGRAMS += [f"-m src.tools.{tool}" for tool in ("evaluate", "preprocess", "report")]
+WRONG = {  # rules about several options, too
+    "train_reader.py": "--model_config x.json --model_path y",
+    "test_reader.py": "--question Who? --passages x.tsv",
+    "train_retriever.py": "--model_config x.json --model_path y",
+    "generate_passage_embeddings.py": "--passages x.tsv --model_path y --shard_id 1",
+    "passage_retrieval.py": "--passages x.tsv --output_path y --index_factory PQ8 --bm25",
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_and_wrong_options_load_no_library(program):
+    """They are answered at once, also where rules about several options are broken."""
+    look = (
+        "import atexit, runpy, sys\n"
+        "libraries = {'torch', 'transformers', 'numpy', 'faiss', 'tqdm'}\n"
+        "atexit.register(lambda: print('loaded:', sorted(libraries & set(sys.modules))))\n"
+        "sys.path.insert(0, '')\n"
+        "name, *sys.argv[1:] = sys.argv[1:]\n"
+        "run = runpy.run_path if name.endswith('.py') else runpy.run_module\n"
+        "run(name, run_name='__main__')\n"
+    )
+    wrong = ["--no_such_option 1", *([WRONG[program]] if program in WRONG else [])]
+    for given, status in (("--help", 0), *((options, 2) for options in wrong)):
+        name = program.removeprefix("-m ")
+        done = run("-c", look, name, *given.split())
+        assert done.returncode == status, done.stderr
+        assert done.stdout.endswith("loaded: []\n")
+        assert done.stdout.startswith("usage: python ") == (given == "--help")
+        assert len(done.stderr.splitlines()) == status // 2
+        assert done.stderr == "" or re.match(r"error: .* \(python .* --help lists", done.stderr)
+
+
+# ----------------------------------------------------------------------------------------------
+# Groups of values
+
+
+def test_a_group_has_the_values_of_its_options():
+    given = "--passages p --output_path o --model_path m --passages_embeddings e --plain_text "
+    given += "--n-subquantizers 16 --n-bits 4"
+    options = all_options.passage_retrieval_parser().parse_args(given.split())
+    search = all_options.select(all_options.SearchOptions, options)
+    assert search.factory == "PQ16x4"
+    assert search.plain_text
+    assert not search.bm25
+    assert search.indexing_batch_size == 50000
+    # The conversation has no --n-subquantizers.
+    given = "--question Who? --passages p --retriever_path m --passages_embeddings e "
+    given += "--index_factory SQ8"
+    options = all_options.test_reader_parser().parse_args(given.split())
+    assert all_options.select(all_options.SearchOptions, options).factory == "SQ8"
+    assert not all_options.select(all_options.ReadingOptions, options).no_title
+
+
 @pytest.mark.parametrize(
-    ("script", "parser"),
+    ("script", "kinds"),
     [
-        ("train_reader.py", train_reader_parser),
-        ("test_reader.py", all_options.test_reader_parser),
-        ("train_retriever.py", all_options.train_retriever_parser),
-        ("generate_passage_embeddings.py", all_options.passage_embeddings_parser),
-        ("passage_retrieval.py", all_options.passage_retrieval_parser),
+        ("train_reader", "ReadingOptions GenerationOptions OptimOptions LoopOptions"),
+        ("test_reader", "ReadingOptions GenerationOptions SearchOptions"),
+        ("train_retriever", "OptimOptions LoopOptions"),
+        ("passage_retrieval", "SearchOptions"),
     ],
 )
-def test_every_option_is_read_and_explained(script, parser):
-    source = (ROOT / script).read_text()
-    for action in parser()._actions:
-        if action.dest != "help":
-            assert f"options.{action.dest}" in source, f"nothing reads --{action.dest}"
-            assert action.help, action.dest
+def test_scripts_have_the_options_of_their_groups(script, kinds):
+    parser = SCRIPTS[script]()
+    values = {action.dest: action.default for action in parser._actions}
+    for name in kinds.split():
+        group = all_options.select(vars(all_options)[name], argparse.Namespace(**values))
+        for field, value in vars(group).items():
+            assert values.get(field, value) == value

@@ -575,6 +575,6 @@ def test_help_fits_a_terminal_and_shows_every_default(program, monkeypatch):
 
 def test_help_says_what_is_new():
     text = " ".join(all_options.train_reader_parser().format_help().split())
-    assert "beams in generation; 1: greedy (new, default: 1)" in text
+    assert "beams in generation (1: greedy) (new, default: 1)" in text
     assert "learning rate (default: 0.0001)" in text
-    assert "seed of everything random (default: 0)" in text
+    assert "random seed (default: 0)" in text

@@ -21,19 +21,6 @@ from src.search.shards import FINGERPRINTS, ShardWriter, flush_to_disk, read_sha
 _INDEX_FILE, _IDS_FILE, _META_FILE = "index.faiss", "ids.safetensors", "index.json"
 
 
-def factory_string(index_factory: str, n_subquantizers: int, n_bits: int) -> str:
-    """The FAISS factory string that the options ask for; an empty one stands for exact search.
-
-    Errors: `InputError` when they ask for two things.
-    """
-    if index_factory and n_subquantizers:
-        raise InputError(
-            f"--index_factory {index_factory} and --n-subquantizers {n_subquantizers}: give one; "
-            f"the second is the same as --index_factory PQ{n_subquantizers}x{n_bits}"
-        )
-    return f"PQ{n_subquantizers}x{n_bits}" if n_subquantizers else index_factory
-
-
 class CompressedIndexer:
     """Approximate search over codes of the embeddings: `build` it, or `load` what `save` wrote."""
 

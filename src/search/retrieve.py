@@ -20,7 +20,6 @@ from src.data.passages import Passages
 from src.models.pretrained import check_vocabulary, load_tokenizer
 from src.models.retriever import Retriever, TextEmbedder, fingerprint, load_retriever
 from src.runtime import distributed
-from src.runtime.errors import InputError
 from src.runtime.terminal import count, size
 from src.search.bm25 import BM25
 from src.search.exact import Found, Indexer, merge
@@ -37,22 +36,6 @@ class FoundPlaces(NamedTuple):
 
     places: list[list[int]]
     scores: np.ndarray
-
-
-def check_way(
-    bm25: bool, model: str, embeddings: str, factory: str, model_option: str = "--model_path"
-) -> None:
-    """Errors: `InputError` unless these values of options ("none": not given; `factory`: "") name
-    one way to search, and all that it needs."""
-    if bm25 == (model != "none"):
-        raise InputError(f"give either {model_option} and --passages_embeddings, or --bm25")
-    if not bm25 and embeddings == "none":
-        raise InputError('--passages_embeddings is missing, for example "wikipedia_embeddings/*"')
-    if bm25 and (embeddings != "none" or factory):
-        raise InputError(
-            "--bm25 searches by words alone: leave out --passages_embeddings, --index_factory and "
-            "--n-subquantizers"
-        )
 
 
 # ----------------------------------------------------------------------------------------------

@@ -7,11 +7,15 @@ The first prints recall@k of files with passages side by side, the second exact 
 answers.
 """
 
+from src.options import evaluation_parser
+from src.runtime.errors import InputError, reports_input_errors
+
+if __name__ == "__main__":
+    reports_input_errors(evaluation_parser().parse_args)()  # answers --help at once
+
 from src.data.examples import load_data
 from src.evaluation.answers import measure_answers
 from src.evaluation.rankings import measure_retrieval
-from src.options import evaluation_parser
-from src.runtime.errors import InputError, reports_input_errors
 
 
 @reports_input_errors

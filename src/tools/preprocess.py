@@ -12,6 +12,12 @@ and, for each question of a dataset, its name and some numbers. The collection's
 passages are looked up all over it: a disk that is slow at that is slow at this.
 """
 
+from src.options import preprocess_parser
+from src.runtime.errors import InputError, reports_input_errors, shorten
+
+if __name__ == "__main__":
+    reports_input_errors(preprocess_parser().parse_args)()  # answers --help at once
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +28,6 @@ from src.data.examples import Examples, read_example
 from src.data.files import write_whole
 from src.data.json_files import JsonFile, JsonItems, JsonLists, check_characters, json_list
 from src.data.passages import Passages
-from src.options import preprocess_parser
-from src.runtime.errors import InputError, reports_input_errors, shorten
 from src.training.metrics import progress_bar, start_log
 
 # Each split, and the part of the published questions that its rows are counted in.
