@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from src import options as all_options
 from src.options import train_reader_parser
@@ -184,13 +185,14 @@ class Recorder:
 
 def runs_of(script: str, reference: Path, folder: Path) -> list[list]:
     """Runs of a script on tiny models that reach all its branches between them."""
-    t5, bert, passages = reference / "t5", reference / "bert", folder / "passages.tsv"
+    t5, bert, passages = reference / "t5", folder / "bert", folder / "passages.tsv"
     retriever = reference / "legacy_retriever_mask_mean"
     found = ["--passages_embeddings", reference / "legacy_embeddings" / "wiki_*"]
     short = ["--total_steps", 1, "--checkpoint_dir", folder, "--num_workers", 0, "--name"]
-    data = ["--train_data", reference / "data.json", "--eval_data", reference / "data.json"]
+    data = ["--train_data", folder / "data.json", "--eval_data", folder / "data.json"]
     if script == "train_reader":
         shape = ["--model_config", t5 / "config.json", "--tokenizer", t5]
+        data += ["--generation_max_length", 2]
         return [[*data, *shape, *short, "a"], [*data, "--model_path", t5, *short, "b"]]
     if script == "train_retriever":
         data += ["--tokenizer", bert]
@@ -201,8 +203,9 @@ def runs_of(script: str, reference: Path, folder: Path) -> list[list]:
             [*data, "--retriever_model", bert, *short, "c"],
         ]
     if script == "test_reader":
-        data = ["--eval_data", reference / "data.json", "--checkpoint_dir", folder]
-        reader, ask = ["--model_path", t5], ["--question", "Who?", "--passages", passages]
+        data = ["--eval_data", folder / "data.json", "--checkpoint_dir", folder]
+        reader = ["--model_path", t5, "--generation_max_length", 2]
+        ask = ["--question", "Who?", "--passages", passages]
         tokenizer = ["--retriever_tokenizer", bert]
         return [
             [*reader, *data, "--num_workers", 0],
@@ -223,7 +226,14 @@ def runs_of(script: str, reference: Path, folder: Path) -> list[list]:
 def test_every_option_is_read_and_explained(script, reference, tmp_path, monkeypatch):
     """An option that nothing reads is a bug. (Writing all options to options.json is no reading,
     nor is checking them against each other.)"""
+    examples = json.loads((reference / "data.json").read_text())[:2]
+    (tmp_path / "data.json").write_text(json.dumps(examples))
     shutil.copy(reference / "passages.tsv", tmp_path)
+    tokenizer = BertTokenizerFast(str(reference / "bert" / "vocab.txt"))
+    tokenizer.save_pretrained(tmp_path / "bert")
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"intermediate_size": 32, "vocab_size": len(tokenizer)}
+    BertModel(BertConfig(**shape)).save_pretrained(tmp_path / "bert")
     recorder = Recorder(monkeypatch)
     for run_options in runs_of(script, reference, tmp_path):
         importlib.import_module(script).main([str(word) for word in run_options])
