@@ -37,7 +37,7 @@ from src.data.batches import (
 )
 from src.data.examples import load_data, read_example
 from src.data.passages import Passages
-from src.evaluation.answers import SCORES, exact_match, f1
+from src.evaluation.answers import SCORES, judge
 from src.evaluation.results import (
     AnswerFile,
     check_results,
@@ -185,15 +185,16 @@ def main(arguments: list[str] | None = None) -> None:
     )
     matches, overlaps = Average(), Average()
 
-    def judge(answers: list[Answer]) -> None:
+    def count_in(answers: list[Answer]) -> None:
         for answer in answers:
             right = read_example(data, answer.index).answers
             if right:
-                matches.add(100.0 * exact_match(answer.text, right))
-                overlaps.add(100.0 * f1(answer.text, right))
+                match, overlap = judge(answer.text, right)
+                matches.add(100.0 * match)
+                overlaps.add(100.0 * overlap)
 
     for answers in answer_file.finished:
-        judge(answers)
+        count_in(answers)
     number = n_finished
     stop_request.include_interrupt(lambda: "goes on after the last finished batch")
     bar = progress_bar(len(places), "batch", initial=n_finished)
@@ -211,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
             ),
             start=n_finished + 1,
         ):
-            judge(answers)
+            count_in(answers)
             answer_file.write(answers)
             bar.update()
             if number % options.eval_print_freq == 0 and matches.weight:

@@ -28,7 +28,7 @@ from src.data.batches import (
     training_places,
 )
 from src.data.examples import load_data, read_example
-from src.evaluation.answers import exact_match, f1
+from src.evaluation.answers import judge
 from src.models.encoder import parts_to_compile
 from src.models.pretrained import check_vocabulary, hide_bars, load_tokenizer, quiet_transformers
 from src.models.reader import answer_questions, load_reader, new_reader, reader_loss
@@ -189,8 +189,9 @@ def main(arguments: list[str] | None = None) -> None:
                 for answer in answers:
                     right = read_example(eval_data, answer.index).answers
                     if right:
-                        matches.add(100.0 * exact_match(answer.text, right))
-                        overlaps.add(100.0 * f1(answer.text, right))
+                        match, overlap = judge(answer.text, right)
+                        matches.add(100.0 * match)
+                        overlaps.add(100.0 * overlap)
                 bar.update()
                 if stop_request.requested:
                     break

@@ -8,7 +8,7 @@ import itertools
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import regex
@@ -59,6 +59,11 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
     predicted = normalize_answer(prediction).split()
     scores = (_token_f1(predicted, normalize_answer(answer).split()) for answer in answers)
     return max(scores, default=0.0)
+
+
+def judge(prediction: str, answers: Sequence[str]) -> tuple[bool, float]:
+    """Exact match and F1 of an answer."""
+    return exact_match(prediction, answers), f1(prediction, answers)
 
 
 def tokenize(text: str) -> list[str]:
@@ -150,6 +155,11 @@ def _has_answer_by_tokens(answers: Sequence[str], text: str) -> bool:
     return False
 
 
+def find_answers(answers: Sequence[str], texts: Iterable[str]) -> Iterator[bool]:
+    """Which texts contain an answer; none does when there are no answers."""
+    return (bool(answers) and has_answer(answers, text) for text in texts)
+
+
 def answer_spans(answers: Sequence[str], text: str) -> list[tuple[int, int]]:
     """Where in the text `has_answer` finds answers: [start, end) in characters of the text as it
     stands, in order, those that touch or overlap as one.
@@ -227,15 +237,14 @@ def read_answers(path: str, data: Examples) -> list[str]:
 def measure_answers(path: str, data: Examples) -> dict[str, float]:
     """Exact match and F1, in percent, of a file of answers (see `read_answers`) over the questions
     with right answers. Errors: `InputError` also when there are none."""
-    matches, overlaps = [], []
+    judged = []
     for index, answer in enumerate(read_answers(path, data)):
         example = read_example(data, index)
         if example.answers:
-            matches.append(exact_match(answer, example.answers))
-            overlaps.append(f1(answer, example.answers))
-    if not matches:
+            judged.append(judge(answer, example.answers))
+    if not judged:
         raise InputError(
             f"{data.path}: no question in this file has answers; give --data that has some"
         )
-    n = len(matches)
-    return {"questions": n, "exact match": 100 * sum(matches) / n, "F1": 100 * sum(overlaps) / n}
+    match, overlap = (100 * sum(values) / len(judged) for values in zip(*judged, strict=True))
+    return {"questions": len(judged), "exact match": match, "F1": overlap}

@@ -1,9 +1,9 @@
 """How rankings are judged: recall, and agreement with the reader's own order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from src.data.examples import load_data, read_example
-from src.evaluation.answers import has_answer
+from src.evaluation.answers import find_answers
 from src.runtime.errors import InputError
 
 
@@ -29,25 +29,41 @@ def last_gold_index(gold_ranks: Sequence[int], k: int) -> int:
     return max(place for place, rank in enumerate(gold_ranks, start=1) if rank < k)
 
 
+def first_hit(has_answers: Iterable[bool]) -> int:
+    """Rank of the first passage with an answer, from 1; 0 if there is none."""
+    return next((rank for rank, has in enumerate(has_answers, start=1) if has), 0)
+
+
+def share_within(first_hits: Sequence[int], k: int) -> float:
+    """The share of questions whose `first_hit` is among their first k passages, in [0, 1]."""
+    return sum(0 < first <= k for first in first_hits) / len(first_hits)
+
+
 def recall_at_k(has_answers: Sequence[Sequence[bool]], k: int) -> float:
     """The share of questions with an answer in one of their first k passages, in [0, 1]."""
-    return sum(any(flags[:k]) for flags in has_answers) / len(has_answers)
+    return share_within([first_hit(flags) for flags in has_answers], k)
+
+
+def recalls(has_answers: Sequence[Sequence[bool]], depth: int) -> dict[str, float]:
+    """Recall at 1, 5, 20 and 100, in [0, 1], as far as there are passages; {} of no questions."""
+    ks = [k for k in (1, 5, 20, 100) if has_answers and k <= depth]
+    return {f"recall@{k}": recall_at_k(has_answers, k) for k in ks}
 
 
 def measure_retrieval(path: str) -> dict[str, float]:
-    """Recall at 1, 5, 20 and 100, in percent, over the questions with answers of a data file, as
-    far as it has passages. Errors: `InputError` when it has no passages, or no answers."""
+    """`recalls` of a data file's questions with answers, in percent, and how many they are.
+    Errors: `InputError` when it has no passages, or no answers."""
     data = load_data(path)
     flags = []
     for index in range(len(data)):
         example = read_example(data, index)
         if example.answers:
-            flags.append([has_answer(example.answers, p.text) for p in example.passages])
+            flags.append(list(find_answers(example.answers, (p.text for p in example.passages))))
     depth = max(map(len, flags), default=0)
     if depth == 0:
         raise InputError(
             f"{path}: no question in this file has both answers and passages (ctxs); give what "
             "passage_retrieval.py wrote of questions with answers"
         )
-    recalls = {f"recall@{k}": 100 * recall_at_k(flags, k) for k in (1, 5, 20, 100) if k <= depth}
-    return {"questions": len(flags), **recalls}
+    percent = {name: 100 * value for name, value in recalls(flags, depth).items()}
+    return {"questions": len(flags), **percent}

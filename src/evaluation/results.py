@@ -18,8 +18,8 @@ from src.data.examples import Examples, parse_example, read_example
 from src.data.files import write_whole
 from src.data.json_files import json_list
 from src.data.passages import Passages
-from src.evaluation.answers import ANSWERS, SCORES, has_answer
-from src.evaluation.rankings import recall_at_k
+from src.evaluation.answers import ANSWERS, SCORES, find_answers
+from src.evaluation.rankings import recalls
 from src.models.reader import Answer
 from src.runtime.errors import InputError, shorten
 
@@ -257,7 +257,7 @@ def write_made_by(path: Path, made_by: dict[str, Any]) -> None:
 
 def _match(task: tuple[list[str], list[str]]) -> tuple[bool, list[bool]]:
     answers, texts = task
-    return bool(answers), [bool(answers) and has_answer(answers, text) for text in texts]
+    return bool(answers), list(find_answers(answers, texts))
 
 
 def _find_answers(
@@ -286,10 +286,8 @@ def write_recall(path: Path, flags: list[list[bool]], n_docs: int) -> dict[str, 
 
     Returns: the values by name, in [0, 1].
     """
-    recalls = {
-        f"recall@{k}": recall_at_k(flags, k) for k in (1, 5, 20, 100) if flags and k <= n_docs
-    }
-    if recalls:
-        record = json.dumps({**recalls, "questions": len(flags)}, indent=1) + "\n"
+    found = recalls(flags, n_docs)
+    if found:
+        record = json.dumps({**found, "questions": len(flags)}, indent=1) + "\n"
         write_whole(_beside(path, RECALL), [record])
-    return recalls
+    return found
