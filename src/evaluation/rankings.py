@@ -1,8 +1,10 @@
 """How rankings are judged: recall, and agreement with the reader's own order."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 
-from src.data.examples import load_data, read_example
+from src.data.examples import Example, load_data, read_example
 from src.evaluation.answers import find_answers
 from src.runtime.errors import InputError
 
@@ -29,41 +31,64 @@ def last_gold_index(gold_ranks: Sequence[int], k: int) -> int:
     return max(place for place, rank in enumerate(gold_ranks, start=1) if rank < k)
 
 
+def recall_at_k(has_answers: Sequence[Sequence[bool]], k: int) -> float:
+    """The share of questions with an answer in one of their first k passages, in [0, 1]."""
+    return sum(any(flags[:k]) for flags in has_answers) / len(has_answers)
+
+
 def first_hit(has_answers: Iterable[bool]) -> int:
     """Rank of the first passage with an answer, from 1; 0 if there is none."""
     return next((rank for rank, has in enumerate(has_answers, start=1) if has), 0)
 
 
-def share_within(first_hits: Sequence[int], k: int) -> float:
-    """The share of questions whose `first_hit` is among their first k passages, in [0, 1]."""
-    return sum(0 < first <= k for first in first_hits) / len(first_hits)
+class Ranking:
+    """How far down questions have a passage with an answer.
+
+    `firsts` holds each question's `first_hit`, None without gold answers; `depth` is the largest
+    number of passages. Rankings of the same questions have equal `questions`.
+    """
+
+    def __init__(self, name: str = ""):
+        self.name, self.depth = name, 0
+        self.firsts: list[int | None] = []
+        self._digest = hashlib.sha256()
+
+    def add(self, example: Example, has_answers: Iterable[bool]) -> None:
+        self._digest.update(json.dumps([example.id, example.question]).encode())
+        self.firsts.append(first_hit(has_answers) if example.answers else None)
+        self.depth = max(self.depth, len(example.passages) if example.answers else 0)
+
+    @property
+    def questions(self) -> str:
+        return self._digest.hexdigest()
+
+    @property
+    def n_judged(self) -> int:
+        return sum(first is not None for first in self.firsts)
+
+    def recall(self, k: int) -> float:
+        """In percent, over the questions with gold answers."""
+        return 100 * sum(0 < (first or 0) <= k for first in self.firsts) / self.n_judged
 
 
-def recall_at_k(has_answers: Sequence[Sequence[bool]], k: int) -> float:
-    """The share of questions with an answer in one of their first k passages, in [0, 1]."""
-    return share_within([first_hit(flags) for flags in has_answers], k)
-
-
-def recalls(has_answers: Sequence[Sequence[bool]], depth: int) -> dict[str, float]:
-    """Recall at 1, 5, 20 and 100, in [0, 1], as far as there are passages; {} of no questions."""
-    ks = [k for k in (1, 5, 20, 100) if has_answers and k <= depth]
-    return {f"recall@{k}": recall_at_k(has_answers, k) for k in ks}
-
-
-def measure_retrieval(path: str) -> dict[str, float]:
-    """`recalls` of a data file's questions with answers, in percent, and how many they are.
-    Errors: `InputError` when it has no passages, or no answers."""
-    data = load_data(path)
-    flags = []
+def rank_answers(path: str, name: str = "") -> Ranking:
+    """Read a file of questions with passages. Errors: `InputError` when it has no passages, or no
+    answers to look for."""
+    data, ranking = load_data(path), Ranking(name)
     for index in range(len(data)):
         example = read_example(data, index)
-        if example.answers:
-            flags.append(list(find_answers(example.answers, (p.text for p in example.passages))))
-    depth = max(map(len, flags), default=0)
-    if depth == 0:
+        ranking.add(example, find_answers(example.answers, (p.text for p in example.passages)))
+    if ranking.depth == 0:
         raise InputError(
             f"{path}: no question in this file has both answers and passages (ctxs); give what "
             "passage_retrieval.py wrote of questions with answers"
         )
-    percent = {name: 100 * value for name, value in recalls(flags, depth).items()}
-    return {"questions": len(flags), **percent}
+    return ranking
+
+
+def measure_retrieval(path: str) -> dict[str, float]:
+    """Recall at 1, 5, 20 and 100, in percent, over the questions with answers of a data file, as
+    far as it has passages. Errors: those of `rank_answers`."""
+    ranking = rank_answers(path)
+    recalls = {f"recall@{k}": ranking.recall(k) for k in (1, 5, 20, 100) if k <= ranking.depth}
+    return {"questions": ranking.n_judged, **recalls}

@@ -19,7 +19,7 @@ from src.data.files import write_whole
 from src.data.json_files import json_list
 from src.data.passages import Passages
 from src.evaluation.answers import ANSWERS, SCORES, find_answers
-from src.evaluation.rankings import recalls
+from src.evaluation.rankings import recall_at_k
 from src.models.reader import Answer
 from src.runtime.errors import InputError, shorten
 
@@ -286,8 +286,9 @@ def write_recall(path: Path, flags: list[list[bool]], n_docs: int) -> dict[str, 
 
     Returns: the values by name, in [0, 1].
     """
-    found = recalls(flags, n_docs)
-    if found:
-        record = json.dumps({**found, "questions": len(flags)}, indent=1) + "\n"
+    ks = [k for k in (1, 5, 20, 100) if flags and k <= n_docs]
+    recalls = {f"recall@{k}": recall_at_k(flags, k) for k in ks}
+    if recalls:
+        record = json.dumps({**recalls, "questions": len(flags)}, indent=1) + "\n"
         write_whole(_beside(path, RECALL), [record])
-    return found
+    return recalls

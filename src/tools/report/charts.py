@@ -1,42 +1,40 @@
-"""Pictures for a web page: line and bar charts as inline SVG, coloured by the page's style.
+"""Line and bar charts as inline SVG for a web page, coloured by the page's style.
 
-A chart is drawn 400 units wide and shown about as wide, so that its words are as large as the
-page's on a phone and on a desk. Classes `s0` to `s3` are the colours of its series; each point and
-bar has a `<title>`, which a browser shows when it is pointed at.
+A chart is drawn 400 units wide and shown about as wide, so that its text is as large as the page's
+on any screen. Classes `s0` to `s3` are the colours of its series; each point and bar has a
+`<title>`, which a browser shows on hovering.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from html import escape
+from typing import NamedTuple
 
 WIDTH, HEIGHT = 400, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 22, 26, 44  # margins around the plotted area
 N_COLOURS = 4  # of the page; a fifth series has the first one's, dashed
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """A curve: (x, y) by x, and for each point, if given, the lowest and highest y around it."""
+class Line(NamedTuple):
+    """A curve: (x, y) by x, and optionally the lowest and highest y around each point."""
 
     name: str
     points: Sequence[tuple[float, float]]
     band: Sequence[tuple[float, float]] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """The bars that stand together: their label, how many things are behind them, one value for
-    each series, and where on the page a click on them leads."""
+class Group(NamedTuple):
+    """Bars side by side: their label, how many questions they count, a value (in percent) for each
+    series, and the link that a click follows."""
 
     label: str
     count: int
     values: Sequence[float]
-    link: str = ""
+    link: str
 
 
 def number(value: float) -> str:
-    """A number as people write it: thousands with a comma, at most four digits that matter."""
+    """A number for people: thousands with a comma, at most four significant digits."""
     if value == int(value) or abs(value) >= 1000:
         text = f"{value:,.0f}"
     elif abs(value) < 0.001:
@@ -58,7 +56,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
         if last - first <= most:
             break
     # Rounded, as 3 * 0.1 is not 0.3.
-    return [round(place * step, 12 - exponent) for place in range(first, last + 1)]
+    return [round(n * step, 12 - exponent) for n in range(first, last + 1)]
 
 
 def line_chart(
@@ -67,75 +65,65 @@ def line_chart(
     """Curves over a common x.
 
     Args:
-        log_x: x is counted in powers (and is at least 1); otherwise its axis begins at 0.
+        log_x: the x axis is logarithmic (and x at least 1); otherwise it begins at 0.
         percent: y is in percent: its axis ends at 100 at most.
     """
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
-    ys += [y for line in lines for pair in line.band for y in pair]
-    y_ticks = ticks(min(ys), max(ys))
+    y_ticks = ticks(*_ends(ys + [y for line in lines for pair in line.band for y in pair]))
     if percent:
-        y_ticks = [tick for tick in y_ticks if 0 <= tick <= 100] or [0, 100]
-        if len(y_ticks) == 1:  # everything is 0, or everything 100
-            y_ticks = [0, 50, 100]
+        y_ticks = [tick for tick in y_ticks if 0 <= tick <= 100]
+        y_ticks = y_ticks if len(y_ticks) > 1 else [0, 50, 100]  # all values are 0, or all 100
+    x_ticks, on_axis = ticks(min(0, *xs), max(xs)), float
     if log_x:
         decades = [10**n for n in range(len(str(int(max(xs)))))]
         x_ticks = [n * d for d in decades for n in (1, 2, 5) if n * d <= max(xs)]
-        x_place = _scale(0.0, math.log(max(2, *xs)), _LEFT, WIDTH - _RIGHT)
-        place_x = lambda x: x_place(math.log(x))  # noqa: E731
-    else:
-        x_ticks = ticks(min(0, *xs), max(xs))
-        place_x = _scale(x_ticks[0], x_ticks[-1], _LEFT, WIDTH - _RIGHT)
-    place_y = _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
-    parts = _y_axis(y_ticks, place_y, y_name)
-    for tick in x_ticks:
-        parts.append(_text(place_x(tick), HEIGHT - _BOTTOM + 16, number(tick), "middle"))
-    parts.append(_text(_middle(), HEIGHT - 6, x_name, "middle", "name"))
-    for place, line in enumerate(lines):
-        points = [(place_x(x), place_y(y)) for x, y in line.points]
-        if line.band:
-            lower = [(x, place_y(low)) for (x, _), (low, _) in zip(points, line.band, strict=True)]
-            upper = [(x, place_y(up)) for (x, _), (_, up) in zip(points, line.band, strict=True)]
-            around = _path([*lower, *reversed(upper)])
-            parts.append(f'<path class="band {_style(place)}" d="{around}Z"/>')
-        parts.append(f'<path class="line {_style(place)}" d="{_path(points)}"/>')
-    for place, line in enumerate(lines):
-        radius = 3 if len(line.points) <= 20 else 1.5
-        for x, y in line.points:
-            title = f"{line.name}: {number(y)}{' %' if percent else ''} at {number(x)}"
-            parts.append(
-                f'<circle class="point {_style(place)}" cx="{place_x(x):.1f}" '
-                f'cy="{place_y(y):.1f}" r="{radius}"><title>{escape(title)}</title></circle>'
+        on_axis = math.log
+    ends = on_axis(x_ticks[0]), on_axis(max(2, *xs) if log_x else x_ticks[-1])
+    x_scale = _scale(*ends, _LEFT, WIDTH - _RIGHT)
+    y_at = _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
+    parts = _axes(y_ticks, y_at, x_name, y_name)
+    parts += [_text(x_scale(on_axis(x)), HEIGHT - _BOTTOM + 16, number(x)) for x in x_ticks]
+    circles = []
+    for index, (name, points, band) in enumerate(lines):
+        style, radius = _style(index), 3 if len(points) <= 20 else 1.5
+        at = [(x_scale(on_axis(x)), y_at(y)) for x, y in points]
+        if band:
+            low, high = ([(x, y_at(pair[n])) for (x, _), pair in zip(at, band)] for n in (0, 1))  # noqa: B905
+            parts.append(f'<path class="band {style}" d="{_path(low + high[::-1])}Z"/>')
+        parts.append(f'<path class="line {style}" d="{_path(at)}"/>')
+        for (x, y), (left, top) in zip(points, at, strict=True):
+            title = escape(f"{name}: {number(y)}{' %' if percent else ''} at {number(x)}")
+            circles.append(
+                f'<circle class="point {style}" cx="{left:.1f}" cy="{top:.1f}" r="{radius}">'
+                f"<title>{title}</title></circle>"
             )
-    return _svg(parts, f"{y_name} over {x_name}: {', '.join(line.name for line in lines)}")
+    return _svg(
+        parts + circles, f"{y_name} over {x_name}: {', '.join(line.name for line in lines)}"
+    )
 
 
 def bar_chart(groups: Sequence[Group], names: Sequence[str], x_name: str, y_name: str) -> str:
     """Values in percent, one bar for each name in each group, with the group's count below it."""
-    base = HEIGHT - _BOTTOM - 14  # there is a line of counts more below than in a line chart
-    place_y = _scale(0, 100, base, _TOP)
-    parts = _y_axis([0, 25, 50, 75, 100], place_y, y_name)
+    base = HEIGHT - _BOTTOM - 14  # room for a line of counts
+    y_at = _scale(0, 100, base, _TOP)
+    parts = _axes([0, 25, 50, 75, 100], y_at, x_name, y_name)
     room = (WIDTH - _RIGHT - _LEFT) / len(groups)
     wide = min(24.0, 0.88 * room / len(names))
-    for place, group in enumerate(groups):
-        middle = _LEFT + (place + 0.5) * room
-        bars = []
-        for which, (name, value) in enumerate(zip(names, group.values, strict=True)):
-            left = middle + (which - len(names) / 2) * wide
-            top = place_y(value)
+    for index, group in enumerate(groups):
+        middle, bars = _LEFT + (index + 0.5) * room, ""
+        for series, (name, value) in enumerate(zip(names, group.values, strict=True)):
+            left, top = middle + (series - len(names) / 2) * wide, y_at(value)
             title = f"{x_name}: {group.label}. {name} {value:.1f} % of {group.count:,} questions"
-            bars.append(
-                f'<rect class="bar {_style(which)}" x="{left:.1f}" y="{top:.1f}" '
+            bars += (
+                f'<rect class="bar {_style(series)}" x="{left:.1f}" y="{top:.1f}" '
                 f'width="{wide - 1:.1f}" height="{max(base - top, 0.5):.1f}">'
                 f"<title>{escape(title)}</title></rect>"
-            )
-            bars.append(_text(left + wide / 2 - 0.5, top - 3, f"{value:.0f}", "middle", "value"))
-        drawn = "".join(bars)
-        parts.append(f'<a href="{escape(group.link)}">{drawn}</a>' if group.link else drawn)
-        parts.append(_text(middle, base + 16, group.label, "middle", "label"))
-        parts.append(_text(middle, base + 31, f"{group.count:,}", "middle"))
+            ) + _text(left + wide / 2 - 0.5, top - 3, f"{value:.0f}", kind="value")
+        parts.append(f'<a href="{escape(group.link)}">{bars}</a>')
+        parts.append(_text(middle, base + 16, group.label, kind="label"))
+        parts.append(_text(middle, base + 31, f"{group.count:,}"))
     parts.append(_text(_LEFT - 6, base + 31, "n", "end"))
-    parts.append(_text(_middle(), HEIGHT - 6, x_name, "middle", "name"))
     return _svg(parts, f"{' and '.join(names)} by {x_name}")
 
 
@@ -143,39 +131,42 @@ def legend(names: Sequence[str]) -> str:
     """What the colours of a chart mean, as HTML that wraps."""
     items = [
         f'<li><svg class="key" viewBox="0 0 22 10" aria-hidden="true">'
-        f'<path class="line {_style(place)}" d="M1 5H21"/></svg>{escape(name)}</li>'
-        for place, name in enumerate(names)
+        f'<path class="line {_style(index)}" d="M1 5H21"/></svg>{escape(name)}</li>'
+        for index, name in enumerate(names)
     ]
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def _style(place: int) -> str:
-    return f"s{place % N_COLOURS}" + (" dashed" if place >= N_COLOURS else "")
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)
+
+
+def _style(index: int) -> str:
+    return f"s{index % N_COLOURS}" + (" dashed" if index >= N_COLOURS else "")
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """Where a value between low and high stands between start and end."""
+    """Maps [low, high] to [start, end]."""
     return lambda value: start + (value - low) / (high - low) * (end - start)
-
-
-def _middle() -> float:
-    return (_LEFT + WIDTH - _RIGHT) / 2
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str:
+def _text(x: float, y: float, text: str, anchor: str = "middle", kind: str = "tick") -> str:
     return (
         f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
     )
 
 
-def _y_axis(values: Sequence[float], place: Callable[[float], float], name: str) -> list[str]:
-    parts = [_text(0, 12, name, "start", "name")]
+def _axes(
+    values: Sequence[float], y_at: Callable[[float], float], x_name: str, y_name: str
+) -> list[str]:
+    parts = [_text(0, 12, y_name, "start", "name")]
+    parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 6, x_name, kind="name"))
     for value in values:
-        y = place(value)
+        y = y_at(value)
         parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{WIDTH - _RIGHT}"/>')
         parts.append(_text(_LEFT - 6, y + 4, number(value), "end"))
     return parts
