@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 Add = Callable[..., None]  # see `_group`
+Check = Callable[["_Parser", argparse.Namespace], None] | None
 Values = TypeVar("Values")
 
 _NEW = (
@@ -46,16 +47,10 @@ class _Parser(argparse.ArgumentParser):
     Args:
         needs: the required arguments, for the first line of the help.
         program: what follows `python`, for tools; they have no counterpart in the original code.
-        check: called with the parser and the parsed options, for rules about several of them.
+        check: called with the parsed options, for rules about several of them.
     """
 
-    def __init__(
-        self,
-        description: str,
-        needs: str = "",
-        program: str | None = None,
-        check: Callable[["_Parser", argparse.Namespace], None] | None = None,
-    ):
+    def __init__(self, description: str, check: Check, needs: str = "", program: str | None = None):
         super().__init__(
             prog=program,
             usage=f"python %(prog)s {needs}[options]",
@@ -66,10 +61,8 @@ class _Parser(argparse.ArgumentParser):
         )
         self._check = check
 
-    def parse_args(
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:
-        options = super().parse_args(args, namespace)
+    def parse_args(self, *arguments: Any) -> argparse.Namespace:
+        options = super().parse_args(*arguments)
         if self._check:
             self._check(self, options)
         return options
@@ -169,10 +162,6 @@ class ReadingOptions:
     text_maxlength: int
     no_title: bool
 
-    @property
-    def use_title(self) -> bool:
-        return not self.no_title
-
 
 @dataclasses.dataclass(frozen=True)
 class GenerationOptions:
@@ -182,10 +171,6 @@ class GenerationOptions:
     num_beams: int
     decoder: str = "fast"
     no_clean_up: bool = False
-
-    @property
-    def clean_up(self) -> bool:
-        return not self.no_clean_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +237,7 @@ _COLLECTION = "the collection: .tsv (id, text, title) or .jsonl"
 _TOKENIZER = "folder or hub name of the tokenizer for a model without one; none: "
 _COMPILE = "compile the layers with PyTorch: takes a minute or so, then runs faster"
 _PLAIN = "embed without the words question:, title: and context:, as DPR and Contriever do"
+_FRESH = "config file (JSON): start from fresh weights of this shape, with --tokenizer"
 _RESUMES = " (A stopped run resumes from its own checkpoint instead.)"
 
 
@@ -330,14 +316,13 @@ def _training(parser: _Parser) -> Add:
 def train_reader_parser() -> _Parser:
     """Options of train_reader.py."""
     description = "Train a Fusion-in-Decoder reader on questions with passages and answers."
-    parser = _Parser(description, check=_check_fresh_weights)
+    parser = _Parser(description, _check_fresh_weights)
     add, _ = _group(parser, "data")
     add("--train_data", "FILE", "train_data.json", ".json or .jsonl file to train on")
     add("--eval_data", "FILE", "eval_data.json", ".json or .jsonl file to evaluate on, or none")
     _reader(parser, f"T5 or reader to start from, a folder or hub name; none: t5-SIZE.{_RESUMES}")
     add, new = _group(parser, "reader training")
-    new("--model_config", "FILE", "none",
-        "T5 config file (JSON): start from fresh weights of this shape, with --tokenizer")
+    new("--model_config", "FILE", "none", f"T5 {_FRESH}")
     add("--answer_maxlength", number(int, at_least=-1), -1,
         "cut or pad targets to this many tokens; -1: leave them as they are")
     add("--use_checkpoint", bool, False, "save memory: compute the encoder's activations twice")
@@ -351,18 +336,17 @@ def train_reader_parser() -> _Parser:
 def test_reader_parser() -> _Parser:
     """Options of test_reader.py."""
     description = "Answer questions with a reader, judge the answers, score the passages."
-    parser = _Parser(description, check=_check_test_reader)
+    parser = _Parser(description, _check_test_reader)
     add, _ = _group(parser, "data")
     add("--eval_data", "FILE", "eval_data.json", ".json or .jsonl file with the questions")
-    add("--write_results", bool, False,
-        "write the answers to final_output.txt (id, tab, answer) in the run's folder")
+    add("--write_results", bool, False, "write the answers to final_output.txt (id, tab, answer)")
     add("--write_crossattention_scores", bool, False,
-        "write the data with passage scores to dataset_wscores.json in the run's folder")
+        "write the data with passage scores to dataset_wscores.json")
     add("--eval_print_freq", COUNT, 1000, "batches between intermediate results")
     _reader(parser, "the reader: a checkpoint folder or hub name; none: t5-SIZE")
     _, new = _group(parser, "conversation")
     new("--interactive", bool, False,
-        "retrieve passages and answer for each question typed or piped in; Ctrl-D leaves")
+        "answer questions typed at a prompt or piped in, from passages retrieved for each")
     new("--question", "TEXT", None, "answer this one question in the same way")
     _, new = _group(parser, _CONVERSATION)
     new("--passages", "FILE", "none", _COLLECTION)
@@ -377,7 +361,7 @@ def test_reader_parser() -> _Parser:
 def train_retriever_parser() -> _Parser:
     """Options of train_retriever.py."""
     description = "Train a retriever on the passage scores of a reader."
-    parser = _Parser(description, check=_check_fresh_weights)
+    parser = _Parser(description, _check_fresh_weights)
     add, _ = _group(parser, "data")
     add("--train_data", "FILE", "train_data.json",
         ".json or .jsonl file with scored passages (dataset_wscores.json of test_reader.py)")
@@ -390,8 +374,7 @@ def train_retriever_parser() -> _Parser:
     add("--no_title", bool, False, "embed passages without their titles")
     add, new = _group(parser, "a new retriever (an existing one keeps its own settings)")
     new("--retriever_model", "MODEL", "bert-base-uncased", "the BERT to start from")
-    new("--model_config", "FILE", "none",
-        "BERT config file (JSON): start from fresh weights of this shape, with --tokenizer")
+    new("--model_config", "FILE", "none", f"BERT {_FRESH}")
     add("--indexing_dimension", COUNT, None,
         "size of an embedding; none: 768, or BERT's hidden size with --no_projection")
     add("--no_projection", bool, False, "no linear layer and LayerNorm after BERT")
@@ -410,7 +393,7 @@ def train_retriever_parser() -> _Parser:
 def passage_embeddings_parser() -> _Parser:
     """Options of generate_passage_embeddings.py."""
     description = "Embed a passage collection with a retriever, shard by shard."
-    parser = _Parser(description, needs="--passages FILE ", check=_check_passage_embeddings)
+    parser = _Parser(description, _check_passage_embeddings, "--passages FILE ")
     add, _ = _group(parser, "data")
     add("--passages", "FILE", None, _COLLECTION, required=True)
     add("--output_path", "PATH", "wikipedia_embeddings",
@@ -434,7 +417,7 @@ def passage_retrieval_parser() -> _Parser:
     """Options of passage_retrieval.py."""
     needs = "--passages FILE --output_path PATH "
     description = "Find passages for questions, with a retriever or with BM25."
-    parser = _Parser(description, needs=needs, check=_check_passage_retrieval)
+    parser = _Parser(description, _check_passage_retrieval, needs)
     add, new = _group(parser, "data")
     add("--data", "FILE", "data.json", "questions: .json, .jsonl, DPR's .csv", also=["--data_path"])
     add("--passages", "FILE", None, _COLLECTION, required=True)
@@ -450,8 +433,8 @@ def passage_retrieval_parser() -> _Parser:
     add, new = _group(parser, "search")
     _search(add, new)
     add("--question_maxlength", COUNT, None, "maximum tokens of a question; none: the model's")
-    add("--n-subquantizers", COUNT_OR_ZERO, 0,
-        "product quantization into this many codes (0: exact search)", also=["--n_subquantizers"])
+    add("--n-subquantizers", COUNT_OR_ZERO, 0, "codes per embedding (0: exact search)",
+        also=["--n_subquantizers"])
     add("--n-bits", COUNT, 8, "bits of each code", also=["--n_bits"])
     _processes(parser, batch_size=64)
     return parser
@@ -464,7 +447,7 @@ def passage_retrieval_parser() -> _Parser:
 def evaluation_parser() -> _Parser:
     """Options of `python -m src.tools.evaluate`."""
     description = "Recall@k of data files with passages; exact match of files with answers."
-    parser = _Parser(description, needs="FILE ... ", program="-m src.tools.evaluate")
+    parser = _Parser(description, None, "FILE ... ", "-m src.tools.evaluate")
     add, _ = _group(parser, "data")
     add("files", "FILE", None, "data files with ctxs, or final_output.txt (with --data)", nargs="+")
     add("--data", "FILE", None, "the questions that were answered, with their gold answers")
@@ -474,7 +457,7 @@ def evaluation_parser() -> _Parser:
 def report_parser() -> _Parser:
     """Options of `python -m src.tools.report`."""
     description = "Show a run as a page for a browser: curves, recall, questions and passages."
-    parser = _Parser(description, needs="FOLDER ", program="-m src.tools.report")
+    parser = _Parser(description, None, "FOLDER ", "-m src.tools.report")
     add, _ = _group(parser, "data")
     add("run", "FOLDER", None, "folder of a training or test run, or of both")
     add("--data", "FILE", None,
@@ -483,15 +466,14 @@ def report_parser() -> _Parser:
     add, _ = _group(parser, "page")
     add("-o --output", "FILE", None, "the page to write; none: report.html in the run's folder")
     add("--max_questions", COUNT, 500, "most questions on the page; figures cover all questions")
-    add("--passages_shown", COUNT, 10,
-        "passages shown of each question; the first with an answer is on top")
+    add("--passages_shown", COUNT, 10, "passages of a question on the page, besides its first hit")
     return parser
 
 
 def preprocess_parser() -> _Parser:
     """Options of `python -m src.tools.preprocess`."""
     description = "Make data files from what get-data.sh has downloaded."
-    parser = _Parser(description, needs="FOLDER ", program="-m src.tools.preprocess")
+    parser = _Parser(description, None, "FOLDER ", "-m src.tools.preprocess")
     add, _ = _group(parser, "data")
     add("folder", "FOLDER", None, "get-data.sh's folder with download/ and psgs_w100.tsv")
     add("--only", ["nq", "tqa"], None, "one dataset; none: both")
@@ -507,18 +489,15 @@ def _check_fresh_weights(parser: _Parser, options: argparse.Namespace) -> None:
     names = ["model_path", "legacy_position_table"]
     given = [word for word in changed(parser, vars(options), names) if word.startswith("--")]
     if options.model_config != "none" and given:
-        parser.error(
-            f"--model_config {options.model_config} starts from fresh weights: leave out "
-            f"{' and '.join(given)}"
-        )
+        start = f"--model_config {options.model_config} starts from fresh weights"
+        parser.error(f"{start}: leave out {' and '.join(given)}")
 
 
 def _check_passage_embeddings(parser: _Parser, options: argparse.Namespace) -> None:
     if options.shard_id >= options.num_shards:
-        parser.error(
-            f"--shard_id {options.shard_id} of --num_shards {options.num_shards}: shards count "
-            f"from 0 to {options.num_shards - 1}"
-        )
+        n = options.num_shards
+        which = f"--shard_id {options.shard_id} of --num_shards {n}"
+        parser.error(f"{which}: shards count from 0 to {n - 1}")
     if options.model_path == "none":
         parser.error("--model_path is missing: give the folder of a retriever")
 

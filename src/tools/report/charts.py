@@ -1,16 +1,12 @@
-"""Line and bar charts as inline SVG for a web page, coloured by the page's style.
-
-A chart is drawn 400 units wide and shown about as wide, so that its text is as large as the page's
-on any screen. Classes `s0` to `s3` are the colours of its series; each point and bar has a
-`<title>`, which a browser shows on hovering.
-"""
+"""Line and bar charts as inline SVG. Classes `s0` to `s3` are the page's colours of the series; a
+`<title>`, which a browser shows on hovering, tells each point's and bar's value."""
 
 import math
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
-WIDTH, HEIGHT = 400, 250
+WIDTH, HEIGHT = 400, 250  # about as shown, so that text is as large as the page's
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 22, 26, 44  # margins around the plotted area
 N_COLOURS = 4  # of the page; a fifth series has the first one's, dashed
 
@@ -70,7 +66,8 @@ def line_chart(
     """
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
-    y_ticks = ticks(*_ends(ys + [y for line in lines for pair in line.band for y in pair]))
+    ys += [y for line in lines for pair in line.band for y in pair]
+    y_ticks = ticks(min(ys), max(ys))
     if percent:
         y_ticks = [tick for tick in y_ticks if 0 <= tick <= 100]
         y_ticks = y_ticks if len(y_ticks) > 1 else [0, 50, 100]  # all values are 0, or all 100
@@ -84,7 +81,7 @@ def line_chart(
     y_at = _scale(y_ticks[0], y_ticks[-1], HEIGHT - _BOTTOM, _TOP)
     parts = _axes(y_ticks, y_at, x_name, y_name)
     parts += [_text(x_scale(on_axis(x)), HEIGHT - _BOTTOM + 16, number(x)) for x in x_ticks]
-    circles = []
+    circles = ""
     for index, (name, points, band) in enumerate(lines):
         style, radius = _style(index), 3 if len(points) <= 20 else 1.5
         at = [(x_scale(on_axis(x)), y_at(y)) for x, y in points]
@@ -94,13 +91,10 @@ def line_chart(
         parts.append(f'<path class="line {style}" d="{_path(at)}"/>')
         for (x, y), (left, top) in zip(points, at, strict=True):
             title = escape(f"{name}: {number(y)}{' %' if percent else ''} at {number(x)}")
-            circles.append(
-                f'<circle class="point {style}" cx="{left:.1f}" cy="{top:.1f}" r="{radius}">'
-                f"<title>{title}</title></circle>"
-            )
-    return _svg(
-        parts + circles, f"{y_name} over {x_name}: {', '.join(line.name for line in lines)}"
-    )
+            place = f'cx="{left:.1f}" cy="{top:.1f}" r="{radius}"'
+            circles += f'<circle class="point {style}" {place}><title>{title}</title></circle>'
+    names = ", ".join(line.name for line in lines)
+    return _svg([*parts, circles], f"{y_name} over {x_name}: {names}")
 
 
 def bar_chart(groups: Sequence[Group], names: Sequence[str], x_name: str, y_name: str) -> str:
@@ -115,11 +109,10 @@ def bar_chart(groups: Sequence[Group], names: Sequence[str], x_name: str, y_name
         for series, (name, value) in enumerate(zip(names, group.values, strict=True)):
             left, top = middle + (series - len(names) / 2) * wide, y_at(value)
             title = f"{x_name}: {group.label}. {name} {value:.1f} % of {group.count:,} questions"
-            bars += (
-                f'<rect class="bar {_style(series)}" x="{left:.1f}" y="{top:.1f}" '
-                f'width="{wide - 1:.1f}" height="{max(base - top, 0.5):.1f}">'
-                f"<title>{escape(title)}</title></rect>"
-            ) + _text(left + wide / 2 - 0.5, top - 3, f"{value:.0f}", kind="value")
+            box = f'x="{left:.1f}" y="{top:.1f}" width="{wide - 1:.1f}"'
+            box += f' height="{max(base - top, 0.5):.1f}" class="bar {_style(series)}"'
+            bars += f"<rect {box}><title>{escape(title)}</title></rect>"
+            bars += _text(left + wide / 2 - 0.5, top - 3, f"{value:.0f}", kind="value")
         parts.append(f'<a href="{escape(group.link)}">{bars}</a>')
         parts.append(_text(middle, base + 16, group.label, kind="label"))
         parts.append(_text(middle, base + 31, f"{group.count:,}"))
@@ -135,10 +128,6 @@ def legend(names: Sequence[str]) -> str:
         for index, name in enumerate(names)
     ]
     return f'<ul class="legend">{"".join(items)}</ul>'
-
-
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    return min(values), max(values)
 
 
 def _style(index: int) -> str:

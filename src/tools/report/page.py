@@ -1,19 +1,15 @@
-"""A run as one page for a browser: curves, recall, and what the reader attended to.
+"""A run as one page for a browser, without a network: curves, recall, answers and their passages.
 
-    python -m src.tools.report checkpoint/my_experiment
     python -m src.tools.report checkpoint/my_test --retrieved retrieved_round1.json
 
-The page is one file that needs no network. Its figures cover all questions; how many questions it
-shows is limited by `--max_questions` and `--passages_shown`, and stated. Where a run has not
-written something, the page says so. Numbers come from `survey.py`, charts from `charts.py`;
-`page.html` is the page's frame, style and script.
+Numbers come from `survey.py`, charts from `charts.py`; `page.html` is the frame, style and script.
 """
 
 import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -43,16 +39,11 @@ _TITLES = {
 Tile = tuple[str, str, str]  # of the headline: name, number, note
 
 
-# ----------------------------------------------------------------------------------------------
-# Sections
-
-
 def training_section(folder: Path) -> tuple[str, list[Tile]]:
     """The curves of a run, and its headline."""
     path = folder / METRICS
     if not path.exists():
-        text = f"There is no {METRICS} in this folder: train_reader.py and train_retriever.py write"
-        return _missing(f"{text} one."), []
+        return _missing(f"There is no {METRICS} in this folder: training writes it."), []
     values, left_out = survey.read_metrics(path)
     if not values:
         return _missing(f"{METRICS} contains no numbers yet."), []
@@ -67,22 +58,16 @@ def training_section(folder: Path) -> tuple[str, list[Tile]]:
             line, size = survey.thin(name, values[name])
             lines.append(line)
             if size > 1:
-                note = (
-                    f"Each point of {name} is the mean of {size} updates; the band is their range."
-                )
+                note = f"Points of {name} are means of {size} updates; the band is their range."
         chart = line_chart(lines, "updates", unit, percent=unit.endswith("(%)"))
         drawn += _figure(title, legend(charts[key]) + chart, note)
     if left_out:
         drawn += _missing(f"{left_out:,} values that are not finite are left out.")
     tiles = [("updates", f"{max(step for v in values.values() for step, _ in v):,}", "")]
-    best_of = [
-        ("dev/exact_match", "best dev exact match", max),
-        ("dev/loss", "lowest dev loss", min),
-    ]
-    for name, label, best in best_of:
-        if name in values:
-            step, value = best(values[name], key=lambda point: point[1])
-            tiles.append((label, number(value), f"after update {step:,}"))
+    for name, best in ("best dev exact match", max), ("lowest dev loss", min):
+        if points := values.get("dev/" + "_".join(name.split()[2:])):
+            step, value = best(points, key=lambda point: point[1])
+            tiles.append((name, number(value), f"after update {step:,}"))
     return f'<div class="charts">{drawn}</div>', tiles
 
 
@@ -132,20 +117,22 @@ def headline(found: Survey) -> list[Tile]:
 
 def outcome_table(found: Survey) -> str:
     """How often there was an answer to find, and what came of it; counts link to the questions."""
-    rows: list[tuple[str, str, Callable[[dict], bool]]]
-    rows = [("in a passage read", "passages=with", lambda v: v["holding"] > 0)]
+    rows = [
+        ("in a passage read", "passages=with"),
+        ("in none of the passages read", "passages=without"),
+    ]
     if found.scored:
-        rows = [
-            ("in the passage attended to most", "attention=top", lambda v: v["top"]),
-            ("overlooked: only in other passages", "attention=overlooked",
-             lambda v: v["holding"] > 0 and not v["top"]),
-        ]  # fmt: skip
+        rows[0] = ("in the passage attended to most", "attention=top")
+        rows.insert(1, ("overlooked: only in other passages", "attention=overlooked"))
+    belongs = {
+        "passages=with": lambda verdict: verdict["holding"],
+        "passages=without": lambda verdict: not verdict["holding"],
+        "attention=top": lambda verdict: verdict["top"],
+        "attention=overlooked": lambda verdict: verdict["holding"] and not verdict["top"],
+    }
     lines = []
-    for name, link, belongs in [
-        *rows,
-        ("in none of the passages read", "passages=without", lambda v: not v["holding"]),
-    ]:
-        group = [verdict for verdict in found.verdicts if belongs(verdict)]
+    for name, link in rows:
+        group = list(filter(belongs[link], found.verdicts))
         share = 100 * len(group) / len(found.verdicts)
         cells = [_link(link, f"{len(group):,}") + f'<br><span class="quiet">{share:.1f} %</span>']
         if found.answered:
@@ -196,10 +183,6 @@ def answers_section(found: Survey | None) -> str:
         note = _missing(f"There is no {ANSWERS} in this folder, so no answer can be judged: "
                         "test_reader.py --write_results writes it.")  # fmt: skip
     return f'<div class="charts">{drawn}</div>{note}'
-
-
-# ----------------------------------------------------------------------------------------------
-# The page
 
 
 def _missing(text: str) -> str:
@@ -320,30 +303,22 @@ def main(arguments: list[str] | None = None) -> None:
 
     sections = [("Answers", answers_section(found)), ("Recall", recall_section(compared))]
     sections.insert(len(sections) if found else 0, ("Training", curves))
-    summary = [
-        f"{name} {run_options[name]}"
-        for name in ("model_path", "train_data", "eval_data", "n_context")
-        if name in run_options
-    ]
+    named = [n for n in ("model_path", "train_data", "eval_data", "n_context") if n in run_options]
+    summary = " \N{MIDDLE DOT} ".join(f"{name} {run_options[name]}" for name in named)
     settings = [[escape(key), escape(str(value))] for key, value in run_options.items()]
     no_options = _missing(f"There is no {OPTIONS} in this folder.")
     parts = {
         "title": escape(folder.resolve().name),
         "tiles": _tiles(tiles),
-        "summary": escape(" \N{MIDDLE DOT} ".join(summary)),
+        "summary": escape(summary),
         "sections": "".join(f"<h2>{name}</h2>{content}" for name, content in sections),
         "sources": _sources(folder, found, how, options.retrieved),
         "settings": _table(["option", "value"], settings) if settings else no_options,
     }
-    about = {
-        "total": len(found.data) if found else 0,
-        "answered": bool(found and found.answered),
-        "scored": bool(found and found.scored),
-        "rankings": found.compared if found else [],
-        "questions": found.records if found else [],
-    }
+    about = {"total": 0, "answered": False, "scored": False, "rankings": [], "questions": []}
+    if found:
+        about |= {"total": len(found.data), "answered": found.answered, "scored": found.scored}
+        about |= {"rankings": found.compared, "questions": found.records}
     write_whole(output, [page(parts, about)])
-    held = (
-        f"; it holds {len(about['questions']):,} of {about['total']:,} questions" if found else ""
-    )
-    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB{held}")
+    held = f"; it holds {len(about['questions']):,} of {about['total']:,} questions"
+    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB{held if found else ''}")
