@@ -505,10 +505,8 @@ def _check_passage_embeddings(parser: _Parser, options: argparse.Namespace) -> N
 def _check_passage_retrieval(parser: _Parser, options: argparse.Namespace) -> None:
     n, factory = options.n_subquantizers, options.index_factory
     if factory and n:
-        parser.error(
-            f"--index_factory {factory} and --n-subquantizers {n}: give one; "
-            f"the second is the same as --index_factory PQ{n}x{options.n_bits}"
-        )
+        both = f"--index_factory {factory} and --n-subquantizers {n}: give one"
+        parser.error(f"{both}; the second is the same as --index_factory PQ{n}x{options.n_bits}")
     _check_search(parser, options, "--model_path")
 
 

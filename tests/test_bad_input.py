@@ -41,7 +41,7 @@ MAINS: dict[str, Callable] = {
     "retrieve": passage_retrieval.main,
     "bm25": passage_retrieval.main,
     "bare retrieve": passage_retrieval.main,
-    "evaluate": evaluate.main,
+    "evaluation": evaluate.main,
     "report": report.main,
     "preprocess": preprocess.main,
 }
@@ -532,7 +532,7 @@ READER: dict[str, Case] = {
     "answers of less than nothing": ("train_reader", "--answer_maxlength -2",
         "--answer_maxlength: -2 must be at least -1" + _HELP),
     "waiting for ever": ("train_reader", "--dist_timeout 1e300", "--dist_timeout: .*at most"),
-    "a rank that is none": ("train_reader", "--local_rank x", "--local_rank: .*'x'" + _HELP),
+    "a rank that is none": ("train_reader", "--local_rank x", "--local_rank: 'x' is not .*number" + _HELP),
     "an unknown option": ("test_reader", "--n_contexts 3", "--n_contexts 3" + _HELP),
     "a word too many": ("train_reader", "more", "unrecognized arguments: more" + _HELP),
     "an unknown choice": ("test_reader", "--precision fp8", "--precision.*'fp8'.*'bf16'.*" + _HELP),
@@ -826,7 +826,7 @@ RETRIEVE: dict[str, Case] = {
 }  # fmt: skip
 
 EVALUATION: dict[str, Case] = {
-    "no files": ("evaluation", "", "the following arguments are required: files" + _HELP),
+    "no files": ("evaluation", "", "the following arguments are required: FILE" + _HELP),
     "an option without a value": ("evaluation", "{data.json} --data",
         "--data: expected one argument" + _HELP),
     "an option cut short": ("evaluation", "{data.json} --dat x", "--dat x" + _HELP),
@@ -848,7 +848,7 @@ EVALUATION: dict[str, Case] = {
 }  # fmt: skip
 
 REPORT: dict[str, Case] = {
-    "a report of nothing": ("report", "", "the following arguments are required: run" + _HELP),
+    "a report of nothing": ("report", "", "the following arguments are required: FOLDER" + _HELP),
     "a report of no folder": ("report", "no_run",
         r"no_run: no such folder; give a run's \(--checkpoint_dir/--name\)"),
     "a report of a folder without a run": ("report", "{folder}",
@@ -885,7 +885,7 @@ REPORT: dict[str, Case] = {
 
 # (More of what can be wrong inside these files is in tests/test_preprocess.py.)
 PREPROCESS: dict[str, Case] = {
-    "no folder": ("preprocess", "", "the following arguments are required: folder" + _HELP),
+    "no folder": ("preprocess", "", "the following arguments are required: FOLDER" + _HELP),
     "a dataset that nobody knows": ("preprocess", "{data} --only squad",
         "--only: invalid choice: 'squad'.*" + _HELP),
     "a folder that is not there": ("preprocess", "no_data",
