@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from src.search.legacy_pickle import read_legacy_embeddings
 # What a shard's metadata says of its making. Shards and indexes that differ in it do not mix.
 FINGERPRINTS = ("model", "passages", "options")
 _VERSION = {"format_version": "1"}
+_READ_BYTES = 1 << 22  # read at once
 _DTYPES = {name: np.dtype(code) for name, code in (("F16", "<f2"), ("F32", "<f4"))}
 _DTYPES |= {"I64": np.dtype("<i8"), "U8": np.dtype("u1")}
 
@@ -65,15 +67,65 @@ class StoredIds(Sequence[str]):
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """An opened shard. `embeddings` [n, d] is a memory map; a legacy pickle has no metadata."""
+    """An opened shard. `embeddings` [n, d] is a memory map; a legacy pickle has no metadata.
+
+    Args: opened_as: of the file that is mapped, to notice when it changes.
+    """
 
     path: str
     ids: Sequence[str]
     embeddings: np.ndarray
     metadata: dict[str, str]
+    opened_as: os.stat_result | None = None
 
     def __len__(self) -> int:
         return len(self.embeddings)
+
+    def read(self, first: int, out: np.ndarray) -> None:
+        """Copy the rows from `first` on into `out` [r, d], float32.
+
+        A memory map is read as a file: its pages would count as this process's memory, and touching
+        them after the file was cut off ends the process. Errors: `InputError` if it has changed.
+        """
+        source = self.embeddings
+        if not isinstance(source, np.memmap):
+            out[:] = source[first : first + len(out)]
+            return
+        row_bytes = source.itemsize * source.shape[1]
+        at_once = max(1, _READ_BYTES // max(1, row_bytes))
+        try:
+            with open(source.filename, "rb", buffering=0) as file:
+                self.check_unchanged(os.fstat(file.fileno()))
+                file.seek(source.offset + first * row_bytes)
+                for start in range(0, len(out), at_once):
+                    rows = out[start : start + at_once]
+                    stored = rows if source.dtype == out.dtype else np.empty(rows.shape, "<f2")
+                    if file.readinto(stored) != stored.nbytes:
+                        raise self._changed()
+                    rows[:] = stored
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
+
+    def check_unchanged(self, stat: os.stat_result | None = None) -> None:
+        """Errors: `InputError` when the file is not the one that was opened.
+
+        Args: stat: of the file as it is now, where it is known.
+        """
+        if self.opened_as is None:
+            return
+        try:
+            stat = stat or os.stat(self.embeddings.filename)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
+        before = self.opened_as
+        if (stat.st_size, stat.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise self._changed()
+
+    def _changed(self) -> InputError:
+        return InputError(
+            f"{self.path}: the file changed while it was being searched; run the command again "
+            "when it is complete"
+        )
 
     def number(self, key: str) -> int | None:
         """A number that the metadata gives (`shard_id`, `num_shards`, `first`), or None."""
@@ -95,7 +147,8 @@ def read_shard(path: str | Path) -> Shard:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = file.read(length) if length < 1 << 26 else b""
-            size = file.seek(0, os.SEEK_END)
+            opened_as = os.fstat(file.fileno())
+            size = opened_as.st_size
             file.seek(0)
             is_pickle = not header.startswith(b"{") and file.read(1) == b"\x80"
     except OSError as error:
@@ -119,7 +172,9 @@ def read_shard(path: str | Path) -> Shard:
             f"{path}: not a complete shard of embeddings ({first_line(error)}); make it again "
             "with generate_passage_embeddings.py"
         ) from None
-    return Shard(path, StoredIds(path, offsets, content), embeddings, metadata)
+    if not isinstance(embeddings, np.memmap):
+        opened_as = None
+    return Shard(path, StoredIds(path, offsets, content), embeddings, metadata, opened_as)
 
 
 def _map_tensor(path: str, entry: dict, data_start: int, dtypes: list[str]) -> np.ndarray:
@@ -402,6 +457,15 @@ def is_finished(path: str | Path, metadata: dict[str, str]) -> bool:
         return read_shard(path).metadata == {**_VERSION, **metadata}
     except InputError:
         return False
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file."""
+    value = 0
+    with open(path, "rb") as file:
+        while piece := file.read(_READ_BYTES):
+            value = zlib.crc32(piece, value)
+    return value
 
 
 def _flush(file: Any) -> None:
