@@ -3,14 +3,16 @@
 A shard is one `safetensors` file: `embeddings` [n, d] in float16 or float32, and the passages' ids
 as `id_bytes` (UTF-8, one behind the other) with `id_offsets` [n + 1]. All of it is memory-mapped:
 21 million passages cost no memory, and their ids no strings, until they are asked for. The
-pickled shards of the reference, DPR and Contriever are opened in the same way.
+pickled shards of the original, DPR and Contriever are converted when they are first opened.
 """
 
 import contextlib
 import dataclasses
+import fcntl
 import glob
 import itertools
 import json
+import logging
 import math
 import os
 import re
@@ -154,7 +156,7 @@ def read_shard(path: str | Path) -> Shard:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     if is_pickle:
-        return Shard(path, *read_legacy_embeddings(path), metadata={})
+        return _convert_legacy(path)
     try:
         entries = json.loads(header)
         metadata = dict(entries.pop("__metadata__", {}))
@@ -175,6 +177,40 @@ def read_shard(path: str | Path) -> Shard:
     if not isinstance(embeddings, np.memmap):
         opened_as = None
     return Shard(path, StoredIds(path, offsets, content), embeddings, metadata, opened_as)
+
+
+def _convert_legacy(path: str) -> Shard:
+    """Open a pickle by its copy as a shard of ours, a hidden file beside it that is made at first.
+
+    Where that cannot be written, the shard is in memory, but for an array on the pickle's own file.
+    """
+    source = Path(path)
+    with open(source, "rb") as file:
+        with contextlib.suppress(OSError):  # where files can be locked, one process converts
+            fcntl.flock(file, fcntl.LOCK_EX)
+        stat = os.fstat(file.fileno())
+        prefix = f".{source.name}.converted-"
+        target = source.with_name(f"{prefix}{stat.st_size:x}-{stat.st_mtime_ns:x}")
+        if not target.exists():
+            ids, vectors = read_legacy_embeddings(path)
+            log = logging.getLogger("fid")
+            log.warning("converting %s, once", path)
+            for old in source.parent.glob(f"*{glob.escape(prefix)}*"):  # of the pickle before
+                old.unlink(missing_ok=True)
+            half = len(vectors) and vectors[0].itemsize == 2
+            kind = np.float16 if half else np.float32
+            size = vectors.shape[1] if isinstance(vectors, np.ndarray) else len(vectors[0])
+            try:
+                with ShardWriter(target, len(ids), size, kind, {}) as writer:
+                    for start in range(0, len(ids), 1 << 14):
+                        rows = slice(start, start + (1 << 14))
+                        writer.append(ids[rows], np.stack(vectors[rows]))
+                    writer.finish()
+            except InputError as error:
+                log.warning("%s; reading the pickle each time", error)
+                return Shard(path, ids, np.asarray(vectors).astype(kind, copy=False), {})
+        shard = read_shard(target)
+        return dataclasses.replace(shard, path=path, metadata={})
 
 
 def _map_tensor(path: str, entry: dict, data_start: int, dtypes: list[str]) -> np.ndarray:
