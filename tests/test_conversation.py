@@ -224,7 +224,7 @@ BAD = {
     "no search": (ASK, "give either --retriever_path and --passages_embeddings, or --bm25"),
     "two searches": (f"{ASK} --bm25 --retriever_path x", "give either --retriever_path and --pass"),
     "no embeddings": (f"{ASK} --retriever_path x", "--passages_embeddings is missing, for example"),
-    "words in an index": (f"{ASK} --bm25 --index_factory Flat", "--bm25 searches by words alone: "),
+    "words in an index": (f"{ASK} --bm25 --index_factory Flat", "--bm25 needs no embeddings: "),
     "a file of questions": (f"{ASK} --bm25 --eval_data x.json", "--eval_data: for a file of quest"),
     "results": (
         f"{ASK} --bm25 --write_results --write_crossattention_scores",
@@ -310,11 +310,11 @@ SLOW = f"""
 import hashlib, sys
 sys.path.insert(0, {str(ROOT)!r})
 import test_reader
-from src.tools import ask as conversation
+from src.search import retrieve
 def search(self, questions, k):
     print("searching", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
-conversation.search.WordSearch.search = search
+retrieve.BM25Search.search = search
 test_reader.main(sys.argv[1:])
 """
 

@@ -380,7 +380,7 @@ def test_a_pickle_opens_as_a_shard(reference):
     path = reference / "legacy_embeddings" / "wiki_00"
     ids, vectors = pickle.loads(path.read_bytes())
     shard = read_shard(path)
-    assert (shard.path, shard.ids, shard.metadata) == (str(path), ids, {})
+    assert (shard.path, list(shard.ids), shard.metadata) == (str(path), ids, {})
     assert np.array_equal(shard.embeddings, vectors)
 
 
