@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from src.runtime.errors import InputError
+from src.search.embeddings import open_shards
 from src.search.exact import Indexer
 from src.search.faiss_index import (
     CompressedIndexer,
@@ -23,7 +24,7 @@ from src.search.faiss_index import (
     read_description,
     recall,
 )
-from src.search.shards import ShardWriter, open_shards
+from src.search.shards import ShardWriter
 
 ROWS, DIMENSION = 3000, 16
 FACTORIES = [
@@ -127,11 +128,10 @@ def test_recall_of_nothing(exact):
     [*FACTORIES, "PQ4x4fs", "IVF8,PQ4x4fs", "HNSW8,SQ8", "IVF8,PQ4x4,RFlat", "PQ4x4,Refine(SQ8)",
      "RR16,SQ8"],
 )  # fmt: skip
-def test_a_list_begins_every_longer_one(factory, tmp_path_factory):
+def test_a_list_begins_every_longer_one(factory, duplicates):
     """With ties in the collection's order, and whatever questions are asked together."""
-    exact = with_duplicates(tmp_path_factory)
-    index = CompressedIndexer.build(exact, factory)
-    queries = np.concatenate([QUERIES[:5], exact.take(np.array([900]))])
+    index = CompressedIndexer.build(duplicates, factory)
+    queries = np.concatenate([QUERIES[:5], duplicates.take(np.array([900]))])
     longest = index.search(queries, 2000)
     order = np.lexsort((longest.positions, -longest.scores), axis=-1)
     found = longest.positions >= 0
@@ -148,8 +148,8 @@ def test_a_list_begins_every_longer_one(factory, tmp_path_factory):
         assert copies[:100] == list(range(700, 800))
 
 
-@functools.cache
-def with_duplicates(tmp_path_factory) -> Indexer:
+@pytest.fixture(scope="module")
+def duplicates(tmp_path_factory) -> Indexer:
     """2,000 embeddings, 400 of which are the same."""
     vectors = VECTORS[np.random.default_rng(5).integers(0, 700, 2000)]
     vectors[700:1100] = VECTORS[2999]

@@ -12,8 +12,9 @@ import pytest
 
 from src.runtime.errors import InputError
 from src.search import exact as module
+from src.search.embeddings import open_shards
 from src.search.exact import Found, Indexer, merge
-from src.search.shards import Shard, ShardWriter, open_shards
+from src.search.shards import Shard, ShardWriter
 
 
 def shards_of(vectors: np.ndarray, *borders: int) -> list[Shard]:

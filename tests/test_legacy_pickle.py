@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from src.runtime.errors import InputError
-from src.search import shards
+from src.search import embeddings
+from src.search.embeddings import open_shard, open_shards
 from src.search.legacy_pickle import read_legacy_embeddings
-from src.search.shards import open_shards, read_shard
 
 VECTORS = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
 IDS = ["1", "wiki:2", "ü3", "", "x" * 300, "日本"]
@@ -70,7 +70,7 @@ FORMS = {
 def test_every_form_in_every_protocol(form, protocol, tmp_path):
     content = FORMS[form]
     ids, vectors = content if isinstance(content, tuple) else zip(*content, strict=True)
-    found = read_shard(written(tmp_path, pickle.dumps(content, protocol)))
+    found = open_shard(written(tmp_path, pickle.dumps(content, protocol)))
     assert list(found.ids) == [i.decode() if isinstance(i, bytes) else str(i) for i in ids]
     assert found.embeddings.dtype in (np.float16, np.float32)
     assert np.array_equal(found.embeddings, np.stack(vectors).astype(found.embeddings.dtype))
@@ -78,16 +78,16 @@ def test_every_form_in_every_protocol(form, protocol, tmp_path):
 
 def test_a_pickle_is_converted_once_and_again_when_it_changes(tmp_path, monkeypatch):
     path = written(tmp_path, pickle.dumps((IDS, VECTORS)))
-    shard = read_shard(path)
+    shard = open_shard(path)
     (copy,) = tmp_path.glob(".embeddings_00.converted-*")
     assert (shard.path, shard.metadata, shard.embeddings.filename) == (str(path), {}, str(copy))
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "read_legacy_embeddings", None)  # not read again
-        assert np.array_equal(read_shard(path).embeddings, VECTORS)
+        patch.setattr(embeddings, "read_legacy_embeddings", None)  # not read again
+        assert np.array_equal(open_shard(path).embeddings, VECTORS)
     assert len(open_shards(tmp_path / "emb*")) == len(open_shards(tmp_path / "*")) == 1
     written(tmp_path, pickle.dumps((IDS, -VECTORS), 2))
     (tmp_path / "..embeddings_00.converted-1-2.partial").write_text("of a process that was killed")
-    assert np.array_equal(read_shard(path).embeddings, -VECTORS)
+    assert np.array_equal(open_shard(path).embeddings, -VECTORS)
     assert len(list(tmp_path.iterdir())) == 2
     assert not copy.exists()
 
@@ -97,9 +97,9 @@ def test_where_no_copy_can_be_written_the_pickle_is_read(form, tmp_path, monkeyp
     def full(*_: object) -> None:
         raise InputError("the disk is full")
 
-    monkeypatch.setattr(shards, "ShardWriter", full)
+    monkeypatch.setattr(embeddings, "ShardWriter", full)
     path = written(tmp_path, pickle.dumps(FORMS[form]))
-    shard = read_shard(path)
+    shard = open_shard(path)
     assert list(shard.ids) == IDS
     assert np.array_equal(shard.embeddings, VECTORS)
     assert list(tmp_path.iterdir()) == [path]

@@ -14,7 +14,7 @@ from src.data.passages import Passages
 from src.runtime.errors import InputError
 from src.search import retrieve as search_room
 from src.search.bm25 import BM25
-from src.search.shards import open_shards
+from src.search.embeddings import open_shards
 from tests.conftest import run_well
 
 N_DOCS = 10

@@ -18,6 +18,7 @@ import faiss
 import numpy as np
 
 from src.runtime.errors import InputError, shorten
+from src.search.embeddings import require_same
 from src.search.exact import Found, Indexer, check_request, inner_products, stable_top_k
 from src.search.shards import (
     FINGERPRINTS,
@@ -25,7 +26,6 @@ from src.search.shards import (
     checksum,
     flush_to_disk,
     read_shard,
-    require_same,
 )
 
 _INDEX_FILE, _IDS_FILE, _META_FILE = "index.faiss", "ids.safetensors", "index.json"

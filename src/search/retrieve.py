@@ -24,9 +24,9 @@ from src.runtime.errors import InputError
 from src.runtime.terminal import count, has_bars, say, size
 from src.search import faiss_index
 from src.search.bm25 import BM25
+from src.search.embeddings import check_count, open_shards, require_same
 from src.search.exact import Found, Indexer, merge
 from src.search.gpu import GpuIndexer
-from src.search.shards import check_count, open_shards, require_same
 from src.training.metrics import passing_bar
 
 _QUESTIONS_AT_ONCE = 1024  # embedded at once
