@@ -19,6 +19,7 @@ if __name__ == "__main__":
     die_quietly()  # while the packages load
     reports_input_errors(passage_retrieval_parser().parse_args)()  # answers --help at once
 
+import logging
 import os
 import shlex
 import time
@@ -32,8 +33,8 @@ from src.models.pretrained import quiet_transformers
 from src.runtime import distributed
 from src.runtime.device import describe, pick_device
 from src.runtime.launch import detect_launch
-from src.runtime.terminal import count, duration, has_bars, say, say_next
-from src.search import retrieve
+from src.runtime.terminal import count, duration, say, say_next
+from src.search.retrieve import open_search
 from src.training.metrics import passing_bar, start_log
 
 
@@ -41,7 +42,7 @@ from src.training.metrics import passing_bar, start_log
 def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     options = passage_retrieval_parser().parse_args(arguments)
-    factory = select(SearchOptions, options).factory
+    search_options = select(SearchOptions, options)
     check_place(options.output_path)
 
     # Environment
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     distributed.start(launch, options.dist_timeout)
     part = distributed.rank(), distributed.world_size()
     log = start_log(None)
-    way = "by words" if options.bm25 else "with a retriever"
+    way = "with BM25" if options.bm25 else "with a retriever"
     say(log, "retrieve", "passages for questions, %s", way)
     say(log, "device", "%s; %s", describe(device), count(part[1], "process", "processes"))
     say(log, "results", "%s", options.output_path)
@@ -69,90 +70,56 @@ def main(arguments: list[str] | None = None) -> None:
     if options.output_format == "trec":
         distributed.together(lambda: check_trec_ids(data, passages))
     questions = [data[index]["question"] for index in range(len(data))]
-    made_by = {"model": "bm25", "passages": passages.fingerprint(), "options": vars(options)}
 
     # Search
-    if options.bm25:
-        shown = distributed.is_main() and has_bars()
-        words = retrieve.WordSearch(passages, options.save_or_load_index, log, shown)
-        found = words.search(questions, options.n_docs)
-    else:
-        exact = retrieve.open_embeddings(
-            options.passages_embeddings,
-            passages,
-            options.indexing_batch_size,
-            options.allow_mismatch,
-            device,
-        )
-        searched = retrieve.describe_search(exact, options.indexing_batch_size, factory)
-        say(log, "search", "%s", searched)
-        retriever, tokenizer, made_by["model"] = retrieve.load_checked_retriever(
-            options.model_path,
-            options.tokenizer if options.tokenizer != "none" else "bert-base-uncased",
-            passages,
-            exact,
-            options.plain_text,
-            options.allow_mismatch,
-        )
-        size = sum(p.numel() for p in retriever.parameters()) / 1e6
-        say(log, "model", "%.1fM parameters, from %s", size, options.model_path)
-        made_by["embeddings"] = exact.shards[0].metadata
-        with passing_bar(len(questions), "question", "embedding questions") as bar:
-            embed = retrieve.question_embedder(
-                retriever,
-                tokenizer,
-                options.question_maxlength,
-                options.per_gpu_batch_size,
-                device,
-                device.type == "cuda" and not options.no_fp16,
-                options.plain_text,
-                bar.update,
-            )
-            queries = embed(questions)
-        index = retrieve.VectorSearch(exact, passages)
-        if factory:
-            with passing_bar(len(exact), "passage", "building the index") as bar:
-                index.open_index(
-                    factory, options.save_or_load_index, options.allow_mismatch, log, bar.update
-                )
-        with passing_bar(len(exact), "passage", "searching") as bar:
-            found = index.search(queries, options.n_docs, bar.update)
-        if factory:
-            with passing_bar(len(exact), "passage", "comparing with exact search") as bar:
-                share = index.recall(queries, options.n_docs, bar.update)
-            say(log, "index", "%s finds %.1f %% of what exact search does", factory, 100 * share)
+    search = open_search(search_options, passages, device, log)
+    found = search.search(questions, options.n_docs)
+    if search_options.factory:
+        share = 100 * search.recall(questions, options.n_docs)
+        factory = search_options.factory
+        say(log, "index", "%s finds %.1f %% of what exact search does", factory, share)
 
     # Files
     if distributed.is_main():
         path, as_trec = Path(options.output_path), options.output_format == "trec"
+        rows = found.rows()
         with passing_bar(len(data), "question", "looking for answers") as bar:
             flags = write_retrieved(
                 path,
                 data,
                 passages,
-                found.places,
+                rows,
                 found.scores,
                 options.validation_workers,
-                made_by,
+                {**search.made_by, "options": vars(options)},
                 as_trec,
                 bar.update,
             )
         recalls = write_recall(path, flags, options.n_docs)
         shown = ", ".join(f"{name} {100 * value:.2f} %" for name, value in recalls.items())
         say(log, "answers", "%s", shown or "the data has none to look for")
+        if options.bm25 and not all(rows):
+            n_empty = f"{sum(not row for row in rows):,} of {count(len(rows), 'question')}"
+            say(log, "no match", "%s share no word with any passage", n_empty)
         took = duration(time.perf_counter() - started)
         say(log, "done", "%s in %s: %s", count(len(data), "question"), took, path)
-        test = ["test_reader.py", "--model_path", "READER", "--eval_data", path]
-        read = ["--n_context", options.n_docs]
-        train = ["train_reader.py", "--train_data", path, "--eval_data", "DEV_DATA.json"]
-        if as_trec:
-            say(log, "next", "judge the run: trec_eval QRELS.txt %s", shlex.quote(str(path)))
-        elif recalls:
-            say_next(log, "train a reader on what was found", [*train, *read])
-        if not as_trec:
-            say_next(log, "answer the questions", [*test, *read, "--write_results"])
+        print_next_steps(log, path, options.n_docs, as_trec, bool(recalls))
     distributed.barrier()
     distributed.stop()
+
+
+def print_next_steps(
+    log: logging.Logger, path: Path, n_docs: int, as_trec: bool, has_answers: bool
+) -> None:
+    """What to do with the retrieved data."""
+    if as_trec:
+        say(log, "next", "judge the run: trec_eval QRELS.txt %s", shlex.quote(str(path)))
+        return
+    if has_answers:
+        train = ["train_reader.py", "--train_data", path, "--eval_data", "DEV_DATA.json"]
+        say_next(log, "train a reader on what was found", [*train, "--n_context", n_docs])
+    test = ["test_reader.py", "--model_path", "READER", "--eval_data", path]
+    say_next(log, "answer the questions", [*test, "--n_context", n_docs, "--write_results"])
 
 
 if __name__ == "__main__":

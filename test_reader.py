@@ -13,7 +13,7 @@ passage scores (dataset_wscores.json) into `--checkpoint_dir/--name`, in the inp
 Answers what you ask from the passages that are found for it, and shows them; keeps no results.
 """
 
-from src.options import changed, test_reader_parser
+from src.options import changed, conversation_search, test_reader_parser
 from src.runtime.errors import InputError, reports_input_errors
 from src.runtime.interrupt import die_quietly
 
@@ -54,8 +54,7 @@ from src.runtime.launch import StopRequest, detect_launch
 from src.runtime.terminal import count, duration, say, say_next
 from src.tools.ask import (
     converse,
-    find_by_retriever,
-    find_by_words,
+    open_find,
     print_replies,
     questions,
 )
@@ -99,6 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # A conversation, and nothing else
     if is_conversation:
+        search_options = conversation_search(options)
         if launch.world_size > 1:
             raise InputError("a conversation has one process: start it without torchrun or srun")
         log = start_log(None)
@@ -107,24 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         passages = Passages(options.passages, passing_bar)
         n, each = count(len(passages), "passage"), count(options.n_context, "passage")
         say(log, "passages", "%s of %s, %s for each question", n, options.passages, each)
-        if options.bm25:
-            find = find_by_words(passages, options.save_or_load_index, log)
-        else:
-            tokenizer = options.retriever_tokenizer
-            find = find_by_retriever(
-                passages,
-                options.passages_embeddings,
-                options.retriever_path,
-                tokenizer if tokenizer != "none" else "bert-base-uncased",
-                options.index_factory,
-                options.save_or_load_index,
-                options.indexing_batch_size,
-                device.type == "cuda" and not options.no_fp16,
-                options.plain_text,
-                options.allow_mismatch,
-                device,
-                log,
-            )
+        find = open_find(search_options, passages, device, log)
         model = options.model_path, options.model_size, options.tokenizer
         reader, tokenizer = open_reader(*model, device, options.compile, log)
         replies = converse(

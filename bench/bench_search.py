@@ -33,9 +33,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import matrix_peak, table
+from src.search.embeddings import open_shards
 from src.search.exact import Found, Indexer, merge
 from src.search.gpu import GpuIndexer
-from src.search.shards import ShardWriter, open_shards
+from src.search.shards import ShardWriter
 
 
 def anonymous_memory() -> float:

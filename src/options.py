@@ -212,8 +212,13 @@ class SearchOptions:
     index_factory: str
     no_fp16: bool
     plain_text: bool
+    model_path: str  # the retriever, and the tokenizer of one that has none
+    tokenizer: str
+    question_maxlength: int | None = None  # tokens; None: as the retriever was trained
+    per_gpu_batch_size: int = 1
     n_subquantizers: int = 0  # passage_retrieval.py alone has these two
     n_bits: int = 8
+    tokenizer_option: str = "--tokenizer"  # for messages
 
     @property
     def factory(self) -> str:
@@ -227,6 +232,17 @@ def select(kind: type[Values], options: argparse.Namespace) -> Values:
     values = vars(options)
     names = [field.name for field in dataclasses.fields(kind) if field.name in values]
     return kind(**{name: values[name] for name in names})
+
+
+def conversation_search(options: argparse.Namespace) -> SearchOptions:
+    """How a conversation finds passages, where --model_path is the reader."""
+    return dataclasses.replace(
+        select(SearchOptions, options),
+        model_path=options.retriever_path,
+        tokenizer=options.retriever_tokenizer,
+        per_gpu_batch_size=1,
+        tokenizer_option="--retriever_tokenizer",
+    )
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Compressed indexes: saved and loaded the same, told apart by what they were made from."""
 
+import dataclasses
 import functools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -12,14 +14,16 @@ import numpy as np
 import pytest
 
 from src.runtime.errors import InputError
+from src.search.embeddings import open_shards
 from src.search.exact import Indexer
 from src.search.faiss_index import (
     CompressedIndexer,
     expected_memory,
+    load_or_build,
     read_description,
     recall,
 )
-from src.search.shards import ShardWriter, open_shards
+from src.search.shards import ShardWriter
 
 ROWS, DIMENSION = 3000, 16
 FACTORIES = [
@@ -106,17 +110,53 @@ def test_building_again_gives_the_same(exact, tmp_path):
 )  # fmt: skip
 def test_recall_against_exact_search(factory, least, exact, build):
     built = build(factory)
-    share = recall(built.search, exact.search, QUERIES, 10)
-    assert least <= share <= 1
-    few = QUERIES[:40]  # fewer than the sample: so this is the share by its definition
-    pairs = zip(exact.search(few, 10).positions, built.search(few, 10).positions, strict=True)
+    found, wanted = built.search(QUERIES, 10), exact.search(QUERIES, 10)
+    assert least <= recall(found, wanted) <= 1
+    pairs = zip(wanted.positions, found.positions, strict=True)
     counted = np.mean([len(set(wanted) & set(found)) / 10 for wanted, found in pairs])
-    assert recall(built.search, exact.search, few, 10) == pytest.approx(counted)
+    assert recall(found, wanted) == pytest.approx(counted)
 
 
 def test_recall_of_nothing(exact):
-    built = CompressedIndexer.build(exact, "SQ8")
-    assert recall(built.search, exact.search, QUERIES[:0], 10) == 1
+    nothing = exact.search(QUERIES[:0], 10)
+    assert recall(nothing, nothing) == 1
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [*FACTORIES, "PQ4x4fs", "IVF8,PQ4x4fs", "HNSW8,SQ8", "IVF8,PQ4x4,RFlat", "PQ4x4,Refine(SQ8)",
+     "RR16,SQ8"],
+)  # fmt: skip
+def test_a_list_begins_every_longer_one(factory, duplicates):
+    """With ties in the collection's order, and whatever questions are asked together."""
+    index = CompressedIndexer.build(duplicates, factory)
+    queries = np.concatenate([QUERIES[:5], duplicates.take(np.array([900]))])
+    longest = index.search(queries, 2000)
+    order = np.lexsort((longest.positions, -longest.scores), axis=-1)
+    found = longest.positions >= 0
+    assert (order[found] == np.nonzero(found)[1]).all()
+    for k in (1, 3, 100, 127, 128, 129, 600, 1999):
+        shorter = index.search(queries, k)
+        assert np.array_equal(shorter.positions, longest.positions[:, :k])
+        assert np.array_equal(shorter.scores, longest.scores[:, :k])
+    for number in (0, 5):
+        alone = index.search(queries[number : number + 1], 150)
+        assert np.array_equal(alone.positions[0], longest.positions[number, :150])
+    if "HNSW" not in factory:  # which does not look at all passages
+        copies = [row for row in longest.positions[5].tolist() if 700 <= row < 1100]
+        assert copies[:100] == list(range(700, 800))
+
+
+@pytest.fixture(scope="module")
+def duplicates(tmp_path_factory) -> Indexer:
+    """2,000 embeddings, 400 of which are the same."""
+    vectors = VECTORS[np.random.default_rng(5).integers(0, 700, 2000)]
+    vectors[700:1100] = VECTORS[2999]
+    path = tmp_path_factory.mktemp("duplicates") / "wiki_00"
+    with ShardWriter(path, len(vectors), DIMENSION, np.float32, {}) as writer:
+        writer.append([str(row) for row in range(len(vectors))], vectors)
+        writer.finish()
+    return Indexer(open_shards(path))
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
@@ -253,7 +293,7 @@ def test_contents_that_are_broken_are_named(exact, tmp_path):
     CompressedIndexer.build(exact, "SQ8").save(folder)
     whole = (folder / "index.faiss").read_bytes()
     (folder / "index.faiss").write_bytes(b"\xff" * len(whole))
-    with pytest.raises(InputError, match=r"index.faiss: cannot be read"):
+    with pytest.raises(InputError, match=r"index.faiss: altered since"):
         CompressedIndexer.load(folder)
     (folder / "index.faiss").write_bytes(whole)
     description = json.loads((folder / "index.json").read_text())
@@ -261,6 +301,39 @@ def test_contents_that_are_broken_are_named(exact, tmp_path):
         (folder / "index.json").write_text(json.dumps(changed))
         with pytest.raises(InputError, match=f"^{folder}: "):
             CompressedIndexer.load(folder)
+
+
+def test_an_altered_index_is_built_again(exact, tmp_path, caplog):
+    caplog.set_level("INFO")
+    shard = dataclasses.replace(exact.shards[0], path=str(tmp_path / "wiki_00"))
+    ours = Indexer([shard])
+    (tmp_path / "wiki_00").write_text("")
+    log = logging.getLogger("tests")
+
+    def found() -> np.ndarray:
+        return load_or_build(ours, "SQ8", True, False, log).search(QUERIES, 9).positions
+
+    expected, folder = found(), tmp_path / "index_SQ8"
+    assert "saved" in caplog.text
+    for name in ("index.faiss", "ids.safetensors", "index.json"):
+        content = (folder / name).read_bytes()
+        altered = bytearray(content)
+        altered[len(content) * 2 // 3] ^= 4
+        for wrong in (altered, content[:-9], b"", None):
+            (folder / name).unlink() if wrong is None else (folder / name).write_bytes(wrong)
+            caplog.clear()
+            assert np.array_equal(found(), expected)
+            if not (name == "index.json" and wrong is altered):  # which can be a number's digit
+                assert f"{folder}" in caplog.text
+                assert "building it again" in caplog.text
+            caplog.clear()
+            assert np.array_equal(found(), expected)
+            assert "building" not in caplog.text
+    (folder / "notes.txt").write_text("not ours")
+    (folder / "index.faiss").write_bytes(b"")
+    with pytest.raises(InputError, match="not a complete index"):
+        found()
+    assert (folder / "notes.txt").exists()
 
 
 def test_saving_takes_the_place_of_the_index_before(exact, tmp_path):

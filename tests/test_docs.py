@@ -280,7 +280,7 @@ def test_a_checkpoints_own_file(block, tmp_path):
 
 def test_an_indexs_own_file(block, tmp_path):
     shown = json.loads(block("index.json").read_text())
-    for name, size in shown["files"].items():
+    for name, (size, _) in shown["files"].items():
         (tmp_path / name).write_bytes(bytes(size))
     assert read_description(tmp_path) == shown
 

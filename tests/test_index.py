@@ -12,8 +12,9 @@ import pytest
 
 from src.runtime.errors import InputError
 from src.search import exact as module
+from src.search.embeddings import open_shards
 from src.search.exact import Found, Indexer, merge
-from src.search.shards import Shard, ShardWriter, open_shards
+from src.search.shards import Shard, ShardWriter
 
 
 def shards_of(vectors: np.ndarray, *borders: int) -> list[Shard]:
@@ -259,10 +260,35 @@ def test_no_more_than_a_block_is_in_memory(dtype):
     assert peak < 1.5 * 2000 * 64 * 4
 
 
-def test_float32_blocks_are_searched_where_they_lie():
-    vectors = random(100, 8)
-    for start, block in Indexer(shards_of(vectors, 50), 25).blocks():
-        assert np.shares_memory(block, vectors), start
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_file_that_changes_while_it_is_searched(dtype, tmp_path, monkeypatch):
+    """One line, where touching the pages of a shortened file would end the process."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    path, vectors = tmp_path / "wiki_00", random(5000, 64).astype(dtype)
+
+    def cut() -> None:
+        os.truncate(path, 30_000)
+
+    def overwrite() -> None:
+        path.write_bytes(bytes(path.stat().st_size))
+
+    for change, reason in (
+        (cut, "changed while"), (overwrite, "changed while"), (path.unlink, "No such file"),
+    ):  # fmt: skip
+        for use in ("search", "ids", "take"):
+            with ShardWriter(path, len(vectors), 64, dtype, {}) as writer:
+                writer.append([str(row) for row in range(len(vectors))], vectors)
+                writer.finish()
+            os.utime(path, (1, 1))  # times of a file system can be coarse
+            indexer = Indexer(open_shards(path), 1000)
+            arguments = {
+                "search": (random(3, 64), 5), "ids": (np.array([[4999]]),),
+                "take": (np.array([4999]),),
+            }  # fmt: skip
+            change()
+            with pytest.raises(InputError, match=f"wiki_00: .*{reason}") as caught:
+                getattr(indexer, use)(*arguments[use])
+            assert "\n" not in str(caught.value)
 
 
 def test_shards_on_disk(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from src.data.passages import Passages
 from src.evaluation import answers as evaluation
 from src.models.retriever import load_retriever
 from src.runtime.errors import InputError
-from src.search.shards import open_shards
+from src.search.embeddings import open_shards
 
 SHAPE = {
     "vocab_size": 700, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -1,6 +1,7 @@
 """From passages to retrieved data, from a shell: the reference's results, whatever the shards."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 import generate_passage_embeddings
 import passage_retrieval
 from src.data.passages import Passages
+from src.runtime.errors import InputError
 from src.search import retrieve as search_room
-from src.search.shards import open_shards
+from src.search.bm25 import BM25
+from src.search.embeddings import open_shards
 from tests.conftest import run_well
 
 N_DOCS = 10
@@ -356,19 +359,108 @@ def bm25_by_hand(question: str, texts: list[str]) -> np.ndarray:
     return scores
 
 
-def test_bm25_scores_are_bm25s(reference, passages, tmp_path):
-    from src.search.bm25 import BM25
+LOG = logging.getLogger("tests")
 
+
+def test_bm25_scores_are_bm25s(reference, passages, tmp_path):
     collection = Passages(passages)
     texts = [f"{passage.title} {passage.text}" for passage in collection]
     questions = [row["question"] for row in json.loads((reference / "questions.json").read_text())]
-    import logging
-
-    found = BM25.load_or_build(collection, None, logging.getLogger("tests")).search(questions, 5)
+    found = BM25.load_or_build(collection, None, LOG).search(questions, 5)
     for question, scores, positions in zip(questions, *found, strict=True):
         expected = bm25_by_hand(question, texts)
         assert scores == pytest.approx(np.sort(expected)[::-1][:5], rel=1e-4)
         assert expected[positions] == pytest.approx(scores, rel=1e-4)
+
+
+def write_collection(path: Path, texts: list[str]) -> Passages:
+    path.write_text("".join(f"{row}\t{text}\t\n" for row, text in enumerate(texts)))
+    return Passages(path)
+
+
+def test_bm25_lists_begin_every_longer_one(tmp_path):
+    """Ties in the collection's order; only passages that share a word; each question by itself."""
+    draw = np.random.default_rng(0)
+    words = np.array(["red", "green", "blue", "river", "lake", "the"])
+    texts = [" ".join(draw.choice(words[:5], 3)) + " the" for _ in range(300)]
+    texts += ["lonely"] * 50 + ["red"] * 5
+    index = BM25.load_or_build(write_collection(tmp_path / "p.tsv", texts), None, LOG)
+    questions = ["red river", "the", "blue blue lake", "lonely", "nothing here", "", "? !", "Red!"]
+    longest = index.search(questions, 1000)
+    for row, (question, positions) in enumerate(zip(questions, longest.rows(), strict=True)):
+        asked = set(question.lower().strip("!? ").split())
+        assert sorted(positions) == [n for n, text in enumerate(texts) if asked & set(text.split())]
+        scores = longest.scores[row, : len(positions)]
+        assert (scores > 0).all()
+        assert (np.lexsort((positions, -scores)) == np.arange(len(positions))).all()
+        assert np.isneginf(longest.scores[row, len(positions) :]).all()
+    for k in (1, 2, 3, 7, 50, 299, 354):
+        found = index.search(questions, k)
+        assert np.array_equal(found.positions, longest.positions[:, :k])
+        assert np.array_equal(found.scores, longest.scores[:, :k])
+        assert np.array_equal(index.search(questions[1:2], k).positions, found.positions[1:2])
+    assert index.search(["lonely"], 3).positions.tolist() == [[300, 301, 302]]
+
+
+@pytest.mark.parametrize("text", ["a", "? !", ""])
+def test_a_collection_without_words(text, tmp_path):
+    collection = write_collection(tmp_path / "p.tsv", [text, text])
+    with pytest.raises(InputError, match=r"p\.tsv: no passage has a word of two letters"):
+        BM25.load_or_build(collection, tmp_path / "index", LOG)
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_bm25_index_that_was_altered_is_built_again(tmp_path, caplog):
+    caplog.set_level("INFO")
+    texts = [f"word{row} other{row % 7} common" for row in range(200)]
+    collection = write_collection(tmp_path / "p.tsv", texts)
+    questions, folder = ["word5 other3", "common"], tmp_path / "p.tsv.bm25"
+
+    def found() -> list:
+        return BM25.load_or_build(collection, folder, LOG).search(questions, 5).rows()
+
+    expected = found()
+    for file in sorted(folder.iterdir()):
+        content = file.read_bytes()
+        altered = bytearray(content)
+        altered[len(content) * 3 // 4] ^= 1
+        for wrong in (altered, content[:-5], content + b"0", b"", None):
+            file.unlink() if wrong is None else file.write_bytes(wrong)
+            caplog.clear()
+            assert found() == expected
+            assert "altered or of another collection: building it again" in caplog.text
+    caplog.clear()
+    assert found() == expected
+    assert caplog.messages == [f"loaded {folder}"]
+    collection = write_collection(tmp_path / "p.tsv", texts[::-1])
+    assert found()[0][0] == 199 - expected[0][0]
+    (folder / "thesis.txt").write_text("not an index's")
+    (folder / "params.index.json").write_text("")
+    with pytest.raises(InputError, match=r"p\.tsv\.bm25: not a BM25 index, it holds thesis\.txt"):
+        found()
+    assert (folder / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("output_format", ["json", "trec"])
+def test_questions_that_share_no_word(output_format, tmp_path, capsys):
+    write_collection(tmp_path / "p.tsv", ["a red river", "a blue lake"])
+    rows = [{"id": "a", "question": "red?", "answers": ["river"]}]
+    rows += [{"id": name, "question": name * 5, "answers": ["lake"]} for name in "xyz"]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    output = tmp_path / "out.json"
+    passage_retrieval.main(
+        ["--bm25", "--passages", str(tmp_path / "p.tsv"), "--data", str(tmp_path / "data.json"),
+         "--output_path", str(output), "--n-docs", "2", "--output_format", output_format]
+    )  # fmt: skip
+    assert "3 of 4 questions share no word with any passage\n" in capsys.readouterr().out
+    if output_format == "trec":
+        assert [line.split()[:4] for line in output.read_text().splitlines()] == [
+            ["a", "Q0", "0", "1"]
+        ]
+    else:
+        assert [len(row["ctxs"]) for row in json.loads(output.read_text())] == [1, 0, 0, 0]
+    recall = json.loads((tmp_path / "out.json.recall.json").read_text())
+    assert recall == {"recall@1": 0.25, "questions": 4}
 
 
 def test_answers_are_looked_for_alike_by_one_process_and_many(reference, passages, monkeypatch):

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 
 from src.runtime.errors import InputError
 from src.search import shards as module
-from src.search.shards import ShardWriter, is_finished, open_shards, read_shard, shard_path
+from src.search.embeddings import open_shard, open_shards
+from src.search.shards import ShardWriter, is_finished, read_shard, shard_path
 
 IDS = ["1", "wiki:2", "", "日本", "x" * 300, "a b\tc", "\ud800", "7", "8", "9", "10"]
 ROWS, DIMENSION = len(IDS), 5
@@ -379,8 +380,8 @@ def test_ids_that_are_broken(tmp_path):
 def test_a_pickle_opens_as_a_shard(reference):
     path = reference / "legacy_embeddings" / "wiki_00"
     ids, vectors = pickle.loads(path.read_bytes())
-    shard = read_shard(path)
-    assert (shard.path, shard.ids, shard.metadata) == (str(path), ids, {})
+    shard = open_shard(path)
+    assert (shard.path, list(shard.ids), shard.metadata) == (str(path), ids, {})
     assert np.array_equal(shard.embeddings, vectors)
 
 

@@ -1,8 +1,11 @@
 """Exact search for the passages nearest to a question, by the inner product of their embeddings.
 
-`Indexer` searches shards straight from disk, one block of rows at a time; `faiss_index.py` has the
-approximate kind. A passage's position is its row in all shards taken together, in their order;
-of passages with one score, the one with the lower position comes first.
+`Indexer` searches shards straight from disk, one block of rows at a time. A passage's position is
+its row in all shards taken together, in their order.
+
+Every kind of search (this one, `gpu.py`, `faiss_index.py`, `bm25.py`) obeys one rule: the list of n
+passages begins every longer list, and passages with equal scores keep the collection's order,
+whatever the batch of questions, the block size and the number of processes.
 """
 
 import bisect
@@ -19,6 +22,7 @@ from src.search.shards import Shard
 
 _QUERIES_AT_ONCE = 4096  # bounds what a block's scores and their merging take
 _SPARE_ROWS = 32  # how many more rows than k are looked at, for what rounding may have hidden
+_NARROWEST = 256  # the width of the first search in `stable_top_k`
 
 
 class Found(NamedTuple):
@@ -29,6 +33,85 @@ class Found(NamedTuple):
 
     scores: np.ndarray
     positions: np.ndarray
+
+    @classmethod
+    def empty(cls, n_queries: int, k: int) -> "Found":
+        return cls(np.full((n_queries, k), -np.inf, np.float32), np.full((n_queries, k), -1))
+
+    def rows(self) -> list[list[int]]:
+        """The positions of each question, without the empty places at the end."""
+        return [[position for position in row if position >= 0] for row in self.positions.tolist()]
+
+
+class Ranked(NamedTuple):
+    """The passages of one question: scores and positions [n], best first."""
+
+    scores: np.ndarray
+    positions: np.ndarray
+
+    @classmethod
+    def empty(cls) -> "Ranked":
+        return cls(np.empty(0, np.float32), np.empty(0, np.int64))
+
+
+def stable_top_k(
+    search: Callable[[int], tuple[np.ndarray, np.ndarray]], k: int, n_rows: int
+) -> Ranked:
+    """The first k passages of a ranking that does not depend on k, by a search that may.
+
+    Approximate searches find other passages when asked for more of them, and an arbitrary subset of
+    those tied at the end. So they are asked for fixed numbers, 256, 1,024, ... (`extend`).
+
+    Args: search: from a width w to at most w scores and positions of one question, in any order;
+        fewer, or positions of -1, mean that there are no more.
+    """
+    ranked, width = Ranked.empty(), 0
+    while len(ranked.scores) < k and width < n_rows:
+        width = next_width(width, n_rows)
+        scores, positions = search(width)
+        found = positions >= 0
+        complete = width == n_rows or found.sum() < width
+        ranked = extend(ranked, scores[found], scores[found], positions[found], width, complete)
+        if complete:
+            break
+    return Ranked(ranked.scores[:k], ranked.positions[:k])
+
+
+def next_width(width: int, n_rows: int) -> int:
+    """How many passages to ask for after this many: 256, 1,024, 4,096, ..., all."""
+    return min(max(_NARROWEST, 4 * width), n_rows)
+
+
+def extend(
+    ranked: Ranked,
+    guesses: np.ndarray,
+    scores: np.ndarray,
+    positions: np.ndarray,
+    width: int,
+    complete: bool,
+) -> Ranked:
+    """Add to a ranking what a search of this width proposed.
+
+    Only the better half of the proposals is used, and none that ties with the last of them, of
+    which an arbitrary subset was proposed. Whatever ranks among earlier passages is left out.
+
+    Args:
+        guesses: [n] the scores by which passages were proposed.
+        scores, positions: [n] of the proposed passages.
+        complete: nothing but these could be proposed.
+    """
+    order = np.lexsort((positions, -scores))
+    if not complete and len(order):
+        tied = float(scores[guesses == guesses.min()].max())
+        order = order[: min(width // 2, int((scores > tied).sum()))]
+    scores, positions = scores[order], positions[order]
+    if len(ranked.scores):
+        last, at = ranked.scores[-1], ranked.positions[-1]
+        after = (scores < last) | ((scores == last) & (positions > at))
+        scores, positions = scores[after], positions[after]
+    return Ranked(
+        np.concatenate([ranked.scores, scores]), np.concatenate([ranked.positions, positions])
+    )
 
 
 def merge(parts: Sequence[Found], k: int) -> Found:
@@ -74,9 +157,7 @@ class Indexer:
         Errors: `InputError` for another dimension, or embeddings that are not finite.
         """
         queries, k = check_request(queries, k, self, self.shards[0].path)
-        best = Found(
-            np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
-        )
+        best = Found.empty(len(queries), k)
         for start, block in self.blocks(part, on_rows) if len(queries) else ():
             longest = self._longest_row(start, block)
             for first in range(0, len(queries), _QUERIES_AT_ONCE):
@@ -86,9 +167,14 @@ class Indexer:
         return best
 
     def ids(self, positions: np.ndarray) -> list[list[str]]:
-        """The passages' ids for positions [q, k]; places without a passage (-1) are left out."""
-        places = [[self._shard_of(p) for p in row if p >= 0] for row in positions.tolist()]
-        return [[shard.ids[row] for shard, row in places_of_one] for places_of_one in places]
+        """The passages' ids for positions [q, k]; -1, which is no passage, is left out."""
+        self._check_unchanged()
+        found = [[self._shard_of(p) for p in row if p >= 0] for row in positions.tolist()]
+        return [[shard.ids[row] for shard, row in rows] for rows in found]
+
+    def _check_unchanged(self) -> None:
+        for shard in self.shards:
+            shard.check_unchanged()
 
     def blocks(
         self, part: tuple[int, int] = (0, 1), on_rows: Callable[[int], None] | None = None
@@ -108,6 +194,7 @@ class Indexer:
 
     def take(self, positions: np.ndarray) -> np.ndarray:
         """The embeddings at ascending positions [n], as float32 [n, d]."""
+        self._check_unchanged()
         rows = np.empty((len(positions), self.dimension), np.float32)
         borders = np.searchsorted(positions, self._starts)
         for shard, start, begin, end in zip(
@@ -117,18 +204,11 @@ class Indexer:
         return rows
 
     def _read(self, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
-        shard, row = self._shard_of(start)
-        piece = shard.embeddings[row : row + stop - start]
-        if len(piece) == stop - start and piece.dtype == np.float32:
-            flags = piece.flags
-            if flags.c_contiguous and flags.aligned:
-                return piece  # searched where it lies, in the pages of the file
-        block = buffer[: stop - start]
-        done = 0
+        block, done = buffer[: stop - start], 0
         while done < len(block):
             shard, row = self._shard_of(start + done)
-            piece = shard.embeddings[row : row + len(block) - done]
-            block[done : done + len(piece)] = piece
+            piece = block[done : done + len(shard) - row]
+            shard.read(row, piece)
             done += len(piece)
         return block
 

@@ -4,10 +4,13 @@ An index is a folder with the codes, the ids and a description of what it was ma
 loaded memory-mapped, without the embeddings.
 """
 
+import functools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +18,22 @@ import faiss
 import numpy as np
 
 from src.runtime.errors import InputError, shorten
-from src.search.exact import Found, Indexer, check_request, merge
-from src.search.shards import FINGERPRINTS, ShardWriter, flush_to_disk, read_shard, require_same
+from src.search.embeddings import require_same
+from src.search.exact import Found, Indexer, check_request, inner_products, stable_top_k
+from src.search.shards import (
+    FINGERPRINTS,
+    ShardWriter,
+    checksum,
+    flush_to_disk,
+    read_shard,
+)
 
 _INDEX_FILE, _IDS_FILE, _META_FILE = "index.faiss", "ids.safetensors", "index.json"
+_REMEDY = "remove it to build it again"
+
+
+class DamagedIndex(InputError):
+    """A saved index that is incomplete or altered."""
 
 
 class CompressedIndexer:
@@ -57,13 +72,38 @@ class CompressedIndexer:
         return cls(index, exact, _describe(exact, factory))
 
     def search(self, queries: np.ndarray, k: int) -> Found:
-        """As `Indexer.search`, approximately; an index can find fewer than k."""
+        """As `Indexer.search`, approximately; an index can find fewer than k.
+
+        Each question is searched alone, on a thread of its own, because FAISS rounds scores
+        according to how many are asked at once.
+        """
         queries, k = check_request(queries, k, self, "the index")
-        if not len(queries) or not k:
-            return Found(np.empty((len(queries), k), np.float32), np.empty((len(queries), k), int))
-        scores, positions = self._index.search(queries, k)
-        scores[positions < 0] = -np.inf
-        return merge([Found(scores, positions)], k)
+        found = Found.empty(len(queries), k)
+
+        def search_one(row: int) -> None:
+            propose = functools.partial(self._propose, queries[row : row + 1])
+            scores, positions = stable_top_k(propose, k, len(self))
+            found.scores[row, : len(scores)] = scores
+            found.positions[row, : len(scores)] = positions
+
+        n_threads = faiss.omp_get_max_threads()
+        # Threads of FAISS's own inside of these would only get into their way.
+        with ThreadPoolExecutor(n_threads, "faiss", faiss.omp_set_num_threads, (1,)) as pool:
+            list(pool.map(search_one, range(len(queries))))
+        return found
+
+    def _propose(self, query: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and positions [width] of one query [1, d]."""
+        index = self._index
+        if not isinstance(index, faiss.IndexRefine):
+            scores, positions = index.search(query, width)
+            return scores[0], positions[0]
+        # What FAISS would refine depends on how many passages are asked for.
+        base = index.base_index
+        _, rows = stable_top_k(lambda n: [a[0] for a in base.search(query, n)], width, len(self))
+        vectors = index.refine_index.reconstruct_batch(rows)
+        numbers = np.zeros(len(rows), np.int64)
+        return inner_products(query, numbers, vectors, np.arange(len(rows))), rows
 
     def ids(self, positions: np.ndarray) -> list[list[str]]:
         """See `Indexer.ids`."""
@@ -82,8 +122,8 @@ class CompressedIndexer:
             partial.mkdir(parents=True)
             faiss.write_index(self._index, str(partial / _INDEX_FILE))
             self._save_ids(partial / _IDS_FILE)
-            sizes = {name: (partial / name).stat().st_size for name in (_INDEX_FILE, _IDS_FILE)}
-            meta = {**self.description, "files": sizes}
+            files = {name: _stamp(partial / name) for name in (_INDEX_FILE, _IDS_FILE)}
+            meta = {**self.description, "files": files}
             (partial / _META_FILE).write_text(json.dumps(meta, indent=1) + "\n")
             flush_to_disk(*partial.iterdir(), partial)
             if folder.exists():
@@ -112,14 +152,21 @@ class CompressedIndexer:
         exact: Indexer | None = None,
         factory: str = "",
         allow_mismatch: bool = False,
+        verify: bool = True,
     ) -> "CompressedIndexer":
         """Open a saved index, its codes memory-mapped.
 
-        Args: exact, factory: what it must have been made from, where they are known.
-        Errors: `InputError` when it is incomplete, broken, or made from something else.
+        Args:
+            exact, factory: what it must have been made from, where they are known.
+            verify: compare checksums, which reads all of it (about 1 GB a second).
+        Errors: `DamagedIndex` when it is incomplete or altered, `InputError` when it was made from
+            something else.
         """
         folder = Path(folder)
         description = read_description(folder)
+        for name, stamp in description["files"].items() if verify else ():
+            if stamp != _stamp(folder / name):
+                raise DamagedIndex(f"{folder / name}: altered since it was saved; {_REMEDY}")
         if exact is not None and not allow_mismatch:
             for key, value in _describe(exact, factory or description["factory"]).items():
                 found = description.get(key)
@@ -127,30 +174,69 @@ class CompressedIndexer:
         try:
             index = faiss.read_index(str(folder / _INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
         except RuntimeError as error:
-            raise InputError(f"{folder / _INDEX_FILE}: cannot be read ({_reason(error)})") from None
+            problem = f"cannot be read ({_reason(error)})"
+            raise DamagedIndex(f"{folder / _INDEX_FILE}: {problem}; {_REMEDY}") from None
         passages = Indexer([read_shard(folder / _IDS_FILE)])
         if not index.ntotal == len(passages) == description["rows"]:
-            raise InputError(f"{folder}: its files do not match; remove it to build it again")
+            raise DamagedIndex(f"{folder}: its files do not match; {_REMEDY}")
         return cls(index, passages, description)
+
+
+def load_or_build(
+    exact: Indexer,
+    factory: str,
+    keep: bool,
+    allow_mismatch: bool,
+    log: logging.Logger,
+    on_rows: Callable[[int], None] | None = None,
+) -> CompressedIndexer:
+    """The index saved beside the shards; built, and saved there, where it is missing or damaged.
+
+    Args: keep: False builds an index and does not save it. Others as in `CompressedIndexer`.
+    """
+    folder = index_folder(exact, factory)
+    if keep and folder.exists():
+        try:
+            index = CompressedIndexer.load(folder, exact, factory, allow_mismatch)
+        except DamagedIndex as error:
+            if not {path.name for path in folder.iterdir()} <= {_INDEX_FILE, _IDS_FILE, _META_FILE}:
+                raise  # whatever else is in there is not to be replaced
+            log.info("%s: building it again", str(error).removesuffix(f"; {_REMEDY}"))
+        else:
+            log.info("loaded %s", folder)
+            return index
+    index = CompressedIndexer.build(exact, factory, on_rows=on_rows)
+    if keep:
+        index.save(folder)
+        log.info("saved %s", folder)
+    return index
+
+
+def index_folder(exact: Indexer, factory: str) -> Path:
+    """Where the index of these embeddings is saved."""
+    return Path(exact.shards[0].path).parent / f"index_{factory.replace(',', '_')}"
+
+
+def _stamp(path: Path) -> list[int]:
+    return [path.stat().st_size, checksum(path)]
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
     """What a saved index says of itself: factory, rows, dimension, sources, fingerprints, files.
 
-    Errors: `InputError` when there is none, or files are missing or cut off.
+    Errors: `DamagedIndex` when there is none, or files are missing or cut off.
     """
     meta_file = Path(folder) / _META_FILE
     try:
         description = json.loads(meta_file.read_text())
-        for name, size in description["files"].items():
+        for name, (size, _) in description["files"].items():
             if os.path.getsize(Path(folder) / name) != size:
                 raise ValueError(f"{name} has another size than when it was saved")
         if not all(key in description for key in ("factory", "rows", "dimension")):
             raise ValueError("it does not say what it is")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{folder}: not a complete index ({_reason(error)}); remove it to build it again"
-        ) from None
+        problem = f"not a complete index ({_reason(error)})"
+        raise DamagedIndex(f"{folder}: {problem}; {_REMEDY}") from None
     return description
 
 
@@ -194,12 +280,10 @@ def _core(index: faiss.Index) -> faiss.Index:
 
 
 def _set_effort(index: faiss.Index) -> None:
-    """FAISS looks into one inverted list, or at 16 neighbours, unless told otherwise: too few."""
+    """FAISS looks into one inverted list unless told otherwise: too few."""
     core = _core(index)
     if isinstance(core, faiss.IndexIVF):
         core.nprobe = min(core.nlist, max(8, core.nlist // 32))
-    if isinstance(core, faiss.IndexHNSW):
-        core.hnsw.efSearch = 128
 
 
 def _centroids(index: faiss.Index) -> list[int]:
@@ -251,19 +335,8 @@ def _row_bytes(index: faiss.Index) -> int:
     return index.sa_code_size()
 
 
-def recall(
-    search: Callable[[np.ndarray, int], Found],
-    search_exactly: Callable[[np.ndarray, int], Found],
-    queries: np.ndarray,
-    k: int,
-    seed: int = 0,
-) -> float:
-    """The share of the exact top k that a search finds, over at most 100 of the queries.
-
-    Args: search, search_exactly: as `CompressedIndexer.search` and `Indexer.search`.
-    """
-    draw = np.random.default_rng(seed).permutation(len(queries))[:100]
-    wanted = search_exactly(queries[np.sort(draw)], k).positions
-    found = search(queries[np.sort(draw)], k).positions
-    hits = sum(len(np.intersect1d(*rows)) for rows in zip(wanted, found, strict=True))
-    return hits / wanted.size if wanted.size else 1.0
+def recall(found: Found, exact: Found) -> float:
+    """The share of the exact top k that a search found, by its positions."""
+    pairs = zip(exact.positions, found.positions, strict=True)
+    hits = sum(len(np.intersect1d(*rows)) for rows in pairs)
+    return hits / exact.positions.size if exact.positions.size else 1.0

@@ -1,256 +1,210 @@
-"""Passages for questions, from opened files to places in the collection: what retrieval and a
-conversation share.
+"""The passages of a collection for questions: where the kind of search is chosen.
 
-With a retriever: `open_embeddings`, `load_checked_retriever`, `question_embedder`, and a
-`VectorSearch` over what these give. By words: a `WordSearch`.
+`open_search(options, ...)` opens a collection's index, with the retriever if one is needed, and
+`search(questions, k)` finds passages with it. Each index is a file of its own beside this one, with
+`search(queries, k) -> Found` and `ids(positions)`, and is named in `_open_index`.
 """
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from src.data.batches import question_text
 from src.data.passages import Passages
 from src.models.pretrained import check_vocabulary, load_tokenizer
-from src.models.retriever import Retriever, TextEmbedder, fingerprint, load_retriever
+from src.models.retriever import TextEmbedder, fingerprint, load_retriever
+from src.options import SearchOptions
 from src.runtime import distributed
-from src.runtime.terminal import count, size
+from src.runtime.terminal import count, has_bars, say, size
+from src.search import faiss_index
 from src.search.bm25 import BM25
+from src.search.embeddings import check_count, open_shards, require_same
 from src.search.exact import Found, Indexer, merge
-from src.search.faiss_index import CompressedIndexer, expected_memory, recall
 from src.search.gpu import GpuIndexer
-from src.search.shards import check_count, open_shards, require_same
+from src.training.metrics import passing_bar
 
-_QUESTIONS_AT_ONCE = 1024  # that are embedded, and searched in a compressed index
-
-
-class FoundPlaces(NamedTuple):
-    """The passages found for each question, best first: `passages[place]` for each of its places,
-    and their scores [q, k]. An approximate index can find fewer than k: fewer places then."""
-
-    places: list[list[int]]
-    scores: np.ndarray
+_QUESTIONS_AT_ONCE = 1024  # embedded at once
+_RECALL_SAMPLE = 100  # questions on which an approximate index is compared with exact search
 
 
-# ----------------------------------------------------------------------------------------------
-# By words
+def open_search(
+    options: SearchOptions, passages: Passages, device: torch.device, log: logging.Logger
+) -> "BM25Search | EmbeddingSearch":
+    """The search that the options ask for. Of several processes, each must call its methods."""
+    if options.bm25:
+        return BM25Search(options, passages, log)
+    return EmbeddingSearch(options, passages, device, log)
 
 
-class WordSearch:
-    """Search for the passages that share the most telling words with a question (BM25). Of several
-    processes, the main one has the index and searches.
-
-    Args:
-        keep: the index is kept beside the collection, and loaded when it is there.
-        show_progress: in building and in search.
-    """
-
-    def __init__(
-        self, passages: Passages, keep: bool, log: logging.Logger, show_progress: bool = False
-    ):
-        folder = Path(f"{passages.path}.bm25") if keep else None
-        self._index = distributed.in_main(
-            lambda: BM25.load_or_build(passages, folder, log, show_progress)
-        )
-
-    def search(self, questions: list[str], k: int) -> FoundPlaces:
-        """The k best passages of each question, the same in every process."""
-        found = distributed.in_main(lambda: self._index.search(questions, k))
-        found = distributed.share(found)[0]
-        return FoundPlaces(found.positions.tolist(), found.scores)
-
-
-# ----------------------------------------------------------------------------------------------
-# By a retriever
-
-
-def open_embeddings(
-    patterns: str, passages: Passages, block_rows: int, allow_mismatch: bool, device: torch.device
-) -> Indexer:
-    """The embeddings of a collection, to be searched exactly, on a GPU if the device is one.
-
-    Args: block_rows: how many of them are in memory at one time.
-    Errors: `InputError` when there are none, or, without `allow_mismatch`, when shards do not
-        belong together or are not as many embeddings as there are passages.
-    """
-    shards = open_shards(patterns, allow_mismatch)
-    if not allow_mismatch:
-        check_count(shards, passages.path, len(passages))
-    if device.type == "cuda":
-        return GpuIndexer(shards, block_rows, device)
-    return Indexer(shards, block_rows)
-
-
-def describe_search(exact: Indexer, block_rows: int, factory: str) -> str:
-    """What is searched and what that takes, for the log, before anything is loaded."""
-    memory = expected_memory(len(exact), exact.dimension, block_rows, factory)
-    shards = count(len(exact.shards), "shard")
+def _open_index(
+    options: SearchOptions, exact: Indexer, device: torch.device, log: logging.Logger
+) -> Any:
+    """The index over embeddings: the exact one itself, on a GPU, or one that FAISS makes of it."""
+    if options.factory:
+        return _open_faiss_index(options, exact, log)
     return (
-        f"{len(exact):,} embeddings of size {exact.dimension} in {shards}; "
-        f"{factory or 'exact'} search takes about {size(memory.building)} of memory"
+        GpuIndexer(exact.shards, options.indexing_batch_size, device)
+        if device.type == "cuda"
+        else exact
     )
 
 
-def load_checked_retriever(
-    path: str,
-    tokenizer: str,
-    passages: Passages,
-    exact: Indexer,
-    plain_text: bool,
-    allow_mismatch: bool,
-    tokenizer_option: str = "--tokenizer",
-) -> tuple[Retriever, PreTrainedTokenizerBase, str]:
-    """The retriever at a folder or hub name, its tokenizer, and its fingerprint.
+def _open_faiss_index(options: SearchOptions, exact: Indexer, log: logging.Logger) -> Any:
+    """The main process builds it. The others open it where it is saved, and share in searching;
+    otherwise theirs is None."""
+    factory, keep, allow_mismatch = (
+        options.factory,
+        options.save_or_load_index,
+        options.allow_mismatch,
+    )
 
-    Args: tokenizer: whose, if the retriever has none of its own; the value of an option.
-    Errors: `InputError` when they cannot be loaded, or, without `allow_mismatch`, when the
-        embeddings say that another retriever, collection or way of writing texts made them.
+    def load_or_build() -> faiss_index.CompressedIndexer:
+        with passing_bar(len(exact), "passage", "building the index") as bar:
+            return faiss_index.load_or_build(exact, factory, keep, allow_mismatch, log, bar.update)
+
+    index = distributed.in_main(load_or_build)
+    if keep and index is None:
+        folder = faiss_index.index_folder(exact, factory)
+        index = faiss_index.CompressedIndexer.load(folder, exact, factory, allow_mismatch, False)
+    return index
+
+
+class BM25Search:
+    """BM25. Of several processes, the main one has the index and searches.
+
+    Attributes: made_by: what the results depend on, as JSON values.
     """
-    retriever = load_retriever(path)
-    loaded = load_tokenizer(path, tokenizer, tokenizer_option)
-    check_vocabulary(retriever.config, loaded, tokenizer_option)
-    model, shard = fingerprint(retriever), exact.shards[0]
-    made_by = shard.metadata
-    if made_by and not allow_mismatch:
-        plain = json.loads(made_by.get("options", "{}")).get("plain_text", False)
-        for what, name, ours, theirs in (
-            ("the model", path, model, made_by.get("model")),
-            ("the collection", passages.path, passages.fingerprint(), made_by.get("passages")),
-            ("--plain_text", "this command", plain_text, plain),
-        ):
-            require_same(what, name, ours, shard.path, theirs)
-    return retriever, loaded, model
+
+    def __init__(self, options: SearchOptions, passages: Passages, log: logging.Logger):
+        folder = Path(f"{passages.path}.bm25") if options.save_or_load_index else None
+        shown = distributed.is_main() and has_bars()
+        self._index = distributed.in_main(
+            lambda: BM25.load_or_build(passages, folder, log, show_progress=shown)
+        )
+        self.made_by = {"model": "bm25", "passages": passages.fingerprint()}
+
+    def search(self, questions: list[str], k: int) -> Found:
+        """The k best passages of each question, the same in every process. Positions are those in
+        the collection."""
+
+        def find() -> Found:
+            with passing_bar(len(questions), "question", "searching") as bar:
+                return self._index.search(questions, k, bar.update)
+
+        return distributed.share(distributed.in_main(find))[0]
 
 
-def question_embedder(
-    retriever: Retriever,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    batch_size: int,
-    device: torch.device,
-    half: bool,
-    plain_text: bool,
-    on_questions: Callable[[int], None] | None = None,
-) -> Callable[[list[str]], np.ndarray]:
-    """From questions to their embeddings [q, d], computed on the device.
+class EmbeddingSearch:
+    """Search in the embeddings of a collection by those of questions.
 
-    Args:
-        max_length: tokens of a question; None: as many as the retriever was made for.
-        on_questions: is told how many more are embedded.
+    Errors: `InputError` when there are none, or, without `allow_mismatch`, when shards, collection
+        and retriever do not belong together.
+    Attributes: made_by: what the results depend on, as JSON values.
     """
-    retriever = (retriever.half() if half else retriever).to(device).eval()
-    max_length = max_length or retriever.config.question_maxlength
-    embed = TextEmbedder(retriever, tokenizer, "questions", max_length, batch_size, device)
 
-    def embed_all(questions: list[str]) -> np.ndarray:
-        parts = []
-        for start in range(0, len(questions), _QUESTIONS_AT_ONCE):
-            some = questions[start : start + _QUESTIONS_AT_ONCE]
-            parts.append(embed([question_text(text, plain_text) for text in some]))
-            if on_questions:
-                on_questions(len(some))
-        return np.concatenate(parts)
-
-    return embed_all
-
-
-class VectorSearch:
-    """Search in the embeddings of a collection: exact, or by the index that `open_index` gives."""
-
-    def __init__(self, exact: Indexer, passages: Passages):
-        self._exact, self._passages = exact, passages
-        self._index: CompressedIndexer | None = None
-        self._compressed = self._in_every_process = False
-
-    def open_index(
+    def __init__(
         self,
-        factory: str,
-        keep: bool,
-        allow_mismatch: bool,
+        options: SearchOptions,
+        passages: Passages,
+        device: torch.device,
         log: logging.Logger,
-        on_rows: Callable[[int], None] | None = None,
-    ) -> None:
-        """Use a compressed index from now on. It is built once: by the main process, whose kept
-        index the others open, so that they can share in searching.
+    ):
+        self._options, self._passages, self._device = options, passages, device
+        shards = open_shards(options.passages_embeddings, options.allow_mismatch)
+        if not options.allow_mismatch:
+            check_count(shards, passages.path, len(passages))
+        self._exact = Indexer(shards, options.indexing_batch_size)
+        self._describe(log)
+        self._load_retriever(log)
+        self._index = _open_index(options, self._exact, device, log)
 
-        Args:
-            factory: FAISS's name for its kind.
-            keep: it is kept beside the shards, and loaded when it is there.
-            on_rows: is told how many more rows went into an index that is built.
-        """
-        folder = Path(self._exact.shards[0].path).parent / f"index_{factory.replace(',', '_')}"
+    def _describe(self, log: logging.Logger) -> None:
+        exact, factory = self._exact, self._options.factory
+        memory = faiss_index.expected_memory(
+            len(exact), exact.dimension, self._options.indexing_batch_size, factory
+        )
+        shards = count(len(exact.shards), "shard")
+        embeddings = f"{len(exact):,} embeddings of size {exact.dimension} in {shards}"
+        needs = f"{factory or 'exact'} search takes about {size(memory.building)} of memory"
+        say(log, "search", "%s; %s", embeddings, needs)
 
-        def load() -> CompressedIndexer:
-            return CompressedIndexer.load(folder, self._exact, factory, allow_mismatch)
+    def _load_retriever(self, log: logging.Logger) -> None:
+        options, device = self._options, self._device
+        retriever = load_retriever(options.model_path)
+        base = "bert-base-uncased" if options.tokenizer == "none" else options.tokenizer
+        tokenizer = load_tokenizer(options.model_path, base, options.tokenizer_option)
+        check_vocabulary(retriever.config, tokenizer, options.tokenizer_option)
+        shard, model = self._exact.shards[0], fingerprint(retriever)
+        collection = self._passages.fingerprint()
+        self.made_by = {"model": model, "passages": collection, "embeddings": shard.metadata}
+        if shard.metadata and not options.allow_mismatch:
+            theirs = shard.metadata
+            plain = json.loads(theirs.get("options", "{}")).get("plain_text", False)
+            for what, name, ours, other in (
+                ("the model", options.model_path, model, theirs.get("model")),
+                ("the collection", self._passages.path, collection, theirs.get("passages")),
+                ("--plain_text", "this command", options.plain_text, plain),
+            ):
+                require_same(what, name, ours, shard.path, other)
+        n_parameters = sum(p.numel() for p in retriever.parameters()) / 1e6
+        say(log, "retriever", "%.1fM parameters, from %s", n_parameters, options.model_path)
+        if not options.no_fp16 and device.type == "cuda":
+            retriever = retriever.half()
+        length = options.question_maxlength or retriever.config.question_maxlength
+        self._embedder = TextEmbedder(
+            retriever.to(device).eval(),
+            tokenizer,
+            "questions",
+            length,
+            options.per_gpu_batch_size,
+            device,
+        )
 
-        def load_or_build() -> CompressedIndexer:
-            if keep and folder.exists():
-                index = load()
-                log.info("loaded %s", folder)
-                return index
-            index = CompressedIndexer.build(self._exact, factory, on_rows=on_rows)
-            if keep:
-                index.save(folder)
-                log.info("saved %s", folder)
-            return index
+    def search(self, questions: list[str], k: int) -> Found:
+        """The k best passages of each question, the same in every process. Positions are those in
+        the collection; an approximate index can find fewer than k."""
+        queries = self._embed(questions)
+        found = self._find(self._index, queries, k)
+        positions = np.full(found.positions.shape, -1)
+        for row, ids in zip(positions, self._exact.ids(found.positions), strict=True):
+            row[: len(ids)] = self._passages.find(ids)
+        return Found(found.scores, positions)
 
-        self._index = distributed.in_main(load_or_build)
-        if keep and self._index is None:
-            self._index = load()
-        self._compressed, self._in_every_process = True, keep
+    def recall(self, questions: list[str], k: int, seed: int = 0) -> float:
+        """The share of the exact top k that the index finds, on a sample of the questions."""
+        draw = np.random.default_rng(seed).permutation(len(questions))[:_RECALL_SAMPLE]
+        queries = self._embed([questions[number] for number in sorted(draw)])
+        return faiss_index.recall(
+            self._find(self._index, queries, k), self._find(self._exact, queries, k)
+        )
 
-    def search(
-        self, queries: np.ndarray, k: int, on_rows: Callable[[int], None] | None = None
-    ) -> FoundPlaces:
-        """The k passages nearest to each query [q, d], the same in every process.
+    def _embed(self, questions: list[str]) -> np.ndarray:
+        """Embeddings [q, d]."""
+        parts = [np.empty((0, self._exact.dimension), np.float32)]
+        with passing_bar(len(questions), "question", "embedding questions") as bar:
+            for start in range(0, len(questions), _QUESTIONS_AT_ONCE):
+                some = questions[start : start + _QUESTIONS_AT_ONCE]
+                texts = [question_text(text, self._options.plain_text) for text in some]
+                parts.append(self._embedder(texts))
+                bar.update(len(some))
+        return np.concatenate(parts[1:] or parts)
 
-        Args: on_rows: is told how many more rows this process has searched exactly.
-        """
-        if self._compressed:
-            found = self._search_index(queries, k)
-        else:
-            found = self._search_exactly(queries, k, on_rows)
-        places = [self._passages.find(row) for row in self._exact.ids(found.positions)]
-        return FoundPlaces(places, found.scores)
-
-    def recall(
-        self, queries: np.ndarray, k: int, on_rows: Callable[[int], None] | None = None
-    ) -> float:
-        """The share of the exact top k that the index finds, on a sample of the queries.
-
-        Args: on_rows: as in `search`.
-        """
-
-        def search_exactly(some: np.ndarray, k: int) -> Found:
-            return self._search_exactly(some, k, on_rows)
-
-        return recall(self._search_index, search_exactly, queries, k)
-
-    def _search_exactly(
-        self, queries: np.ndarray, k: int, on_rows: Callable[[int], None] | None = None
-    ) -> Found:
-        part = distributed.rank(), distributed.world_size()
-        found = self._exact.search(queries, k, part, on_rows)
-        return merge(distributed.share(found), found.scores.shape[1])
-
-    def _search_index(self, queries: np.ndarray, k: int) -> Found:
-        # FAISS's rounding depends on how many questions it is asked at once: so these are groups
-        # that do not depend on the number of processes.
-        groups = range(0, max(1, len(queries)), _QUESTIONS_AT_ONCE)
-
-        def search(starts: range) -> list[Found]:
-            return [self._index.search(queries[s : s + _QUESTIONS_AT_ONCE], k) for s in starts]
-
-        if self._in_every_process:
-            rank, world_size = distributed.rank(), distributed.world_size()
-            shares = distributed.share(search(groups[rank::world_size]))
-            parts = [shares[i % world_size][i // world_size] for i in range(len(groups))]
-        else:
-            parts = distributed.share(distributed.in_main(lambda: search(groups)))[0]
-        return Found(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    def _find(self, index: Any, queries: np.ndarray, k: int) -> Found:
+        """Search with all processes: exact search shares out the embeddings' blocks, the others
+        share out the questions, unless only the main process has the index."""
+        rank, world_size = distributed.rank(), distributed.world_size()
+        if isinstance(index, Indexer):
+            with passing_bar(len(self._exact), "passage", "searching") as bar:
+                found = index.search(queries, k, (rank, world_size), bar.update)
+            return merge(distributed.share(found), found.scores.shape[1])
+        if not self._options.save_or_load_index:
+            return distributed.share(distributed.in_main(lambda: index.search(queries, k)))[0]
+        shares = distributed.share(index.search(queries[rank::world_size], k))
+        found = Found.empty(len(queries), shares[0].scores.shape[1])
+        for number, share in enumerate(shares):
+            found.scores[number::world_size], found.positions[number::world_size] = share
+        return found

@@ -1,20 +1,18 @@
-"""Passage embeddings on disk: shards, how they are written, and which of them belong together.
+"""Passage embeddings on disk: shards, how they are read and written.
 
 A shard is one `safetensors` file: `embeddings` [n, d] in float16 or float32, and the passages' ids
 as `id_bytes` (UTF-8, one behind the other) with `id_offsets` [n + 1]. All of it is memory-mapped:
-21 million passages cost no memory, and their ids no strings, until they are asked for. The
-pickled shards of the reference, DPR and Contriever are opened in the same way.
+21 million passages cost no memory, and their ids no strings, until they are asked for.
 """
 
 import contextlib
 import dataclasses
-import glob
-import itertools
 import json
 import math
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from src.runtime.errors import InputError, first_line, shorten
-from src.search.legacy_pickle import read_legacy_embeddings
 
 # What a shard's metadata says of its making. Shards and indexes that differ in it do not mix.
 FINGERPRINTS = ("model", "passages", "options")
 _VERSION = {"format_version": "1"}
+_READ_BYTES = 1 << 22  # read at once
 _DTYPES = {name: np.dtype(code) for name, code in (("F16", "<f2"), ("F32", "<f4"))}
 _DTYPES |= {"I64": np.dtype("<i8"), "U8": np.dtype("u1")}
 
@@ -65,15 +63,65 @@ class StoredIds(Sequence[str]):
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """An opened shard. `embeddings` [n, d] is a memory map; a legacy pickle has no metadata."""
+    """An opened shard. `embeddings` [n, d] is a memory map; a legacy pickle has no metadata.
+
+    Args: opened_as: of the file that is mapped, to notice when it changes.
+    """
 
     path: str
     ids: Sequence[str]
     embeddings: np.ndarray
     metadata: dict[str, str]
+    opened_as: os.stat_result | None = None
 
     def __len__(self) -> int:
         return len(self.embeddings)
+
+    def read(self, first: int, out: np.ndarray) -> None:
+        """Copy the rows from `first` on into `out` [r, d], float32.
+
+        A memory map is read as a file: its pages would count as this process's memory, and touching
+        them after the file was cut off ends the process. Errors: `InputError` if it has changed.
+        """
+        source = self.embeddings
+        if not isinstance(source, np.memmap):
+            out[:] = source[first : first + len(out)]
+            return
+        row_bytes = source.itemsize * source.shape[1]
+        at_once = max(1, _READ_BYTES // max(1, row_bytes))
+        try:
+            with open(source.filename, "rb", buffering=0) as file:
+                self.check_unchanged(os.fstat(file.fileno()))
+                file.seek(source.offset + first * row_bytes)
+                for start in range(0, len(out), at_once):
+                    rows = out[start : start + at_once]
+                    stored = rows if source.dtype == out.dtype else np.empty(rows.shape, "<f2")
+                    if file.readinto(stored) != stored.nbytes:
+                        raise self._changed()
+                    rows[:] = stored
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
+
+    def check_unchanged(self, stat: os.stat_result | None = None) -> None:
+        """Errors: `InputError` when the file is not the one that was opened.
+
+        Args: stat: of the file as it is now, where it is known.
+        """
+        if self.opened_as is None:
+            return
+        try:
+            stat = stat or os.stat(self.embeddings.filename)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
+        before = self.opened_as
+        if (stat.st_size, stat.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise self._changed()
+
+    def _changed(self) -> InputError:
+        return InputError(
+            f"{self.path}: the file changed while it was being searched; run the command again "
+            "when it is complete"
+        )
 
     def number(self, key: str) -> int | None:
         """A number that the metadata gives (`shard_id`, `num_shards`, `first`), or None."""
@@ -86,22 +134,19 @@ class Shard:
 
 
 def read_shard(path: str | Path) -> Shard:
-    """Open a shard of ours, or a pickle of the reference, DPR or Contriever.
+    """Open a shard.
 
-    Errors: `InputError` that names the file when it is missing, cut off, broken, or neither.
+    Errors: `InputError` that names the file when it is missing, cut off, broken, or something else.
     """
     path = str(path)
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = file.read(length) if length < 1 << 26 else b""
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            is_pickle = not header.startswith(b"{") and file.read(1) == b"\x80"
+            opened_as = os.fstat(file.fileno())
+            size = opened_as.st_size
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    if is_pickle:
-        return Shard(path, *read_legacy_embeddings(path), metadata={})
     try:
         entries = json.loads(header)
         metadata = dict(entries.pop("__metadata__", {}))
@@ -119,7 +164,9 @@ def read_shard(path: str | Path) -> Shard:
             f"{path}: not a complete shard of embeddings ({first_line(error)}); make it again "
             "with generate_passage_embeddings.py"
         ) from None
-    return Shard(path, StoredIds(path, offsets, content), embeddings, metadata)
+    if not isinstance(embeddings, np.memmap):
+        opened_as = None
+    return Shard(path, StoredIds(path, offsets, content), embeddings, metadata, opened_as)
 
 
 def _map_tensor(path: str, entry: dict, data_start: int, dtypes: list[str]) -> np.ndarray:
@@ -133,100 +180,6 @@ def _map_tensor(path: str, entry: dict, data_start: int, dtypes: list[str]) -> n
     if begin == end:  # nothing can be mapped
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, "r", data_start + begin, shape)
-
-
-def open_shards(
-    patterns: str | Path | Sequence[str | Path], allow_mismatch: bool = False
-) -> list[Shard]:
-    """Open the shards that paths or globs name, in the order of their numbers.
-
-    Errors: `InputError` when a pattern finds nothing, when two shards have different dimensions,
-    and, without `allow_mismatch`, when their fingerprints differ or one is missing or doubled.
-    """
-    paths: list[str] = []
-    for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
-        found = [str(pattern)] if os.path.exists(pattern) else sorted(glob.glob(str(pattern)))
-        if not found:
-            raise InputError(
-                f"{pattern}: there are no embeddings of this name; "
-                "make them with generate_passage_embeddings.py"
-            )
-        if os.path.isdir(found[0]):
-            raise InputError(f'{found[0]}: a folder; name its shards, like "{found[0]}/wiki_*"')
-        paths += found
-    shards = sorted(map(read_shard, dict.fromkeys(paths)), key=_place)
-    for shard in shards:
-        ours, theirs = shards[0].embeddings.shape[1], shard.embeddings.shape[1]
-        if ours != theirs:
-            raise InputError(
-                f"{shards[0].path} and {shard.path}: their embeddings have {ours} and {theirs} "
-                "dimensions; search those of one model at a time"
-            )
-    if not allow_mismatch:
-        _check_together(shards)
-    return shards
-
-
-def _place(shard: Shard) -> tuple[int, str]:
-    """Shards go by number, not by name: wiki_100 comes after wiki_99."""
-    number = shard.number("shard_id")
-    if number is None:
-        digits = re.search("[0-9]{1,18}$", shard.path)
-        number = int(digits.group()) if digits else -1
-    return number, shard.path
-
-
-def _check_together(shards: list[Shard]) -> None:
-    for shard in shards:
-        for key in (*FINGERPRINTS, "num_shards"):
-            values = shards[0].metadata.get(key), shard.metadata.get(key)
-            require_same(key, shards[0].path, values[0], shard.path, values[1])
-    for before, shard in itertools.pairwise(shards):
-        number = shard.number("shard_id")
-        if number is not None and number == before.number("shard_id"):
-            raise InputError(
-                f"{before.path} and {shard.path} are both shard {number}; leave one out, or say "
-                "--allow_mismatch"
-            )
-    present = {shard.number("shard_id") for shard in shards}
-    total = shards[0].number("num_shards") or 0
-    missing = next((number for number in range(total) if number not in present), None)
-    if missing is not None:
-        raise InputError(
-            f"{shards[0].path} to {shards[-1].path}: shard {missing} of {total} is missing; "
-            f"make it with --shard_id {missing}, or say --allow_mismatch"
-        )
-    for before, shard in itertools.pairwise(shards):
-        first, next_first = before.number("first"), shard.number("first")
-        if first is not None and first + len(before) != next_first:
-            raise InputError(
-                f"{before.path} ends at passage {first + len(before)}, but {shard.path} begins at "
-                f"{next_first}; make both again, or say --allow_mismatch"
-            )
-
-
-def check_count(shards: Sequence[Shard], collection: str, n_passages: int) -> None:
-    """Pickles do not say whether one is missing: but each passage must have its embedding.
-
-    Errors: `InputError` that names shards and collection when they have not as many.
-    """
-    rows = sum(map(len, shards))
-    if rows != n_passages and not all(shard.metadata for shard in shards):
-        others = f" to {shards[-1].path}" if len(shards) > 1 else ""
-        raise InputError(
-            f"{shards[0].path}{others}: {rows} embeddings, but {collection} has "
-            f"{n_passages} passages; give all shards of this collection, or say --allow_mismatch"
-        )
-
-
-def require_same(what: str, path: str, value: object, other_path: str, other: object) -> None:
-    """Errors: `InputError` that names both files when two fingerprints differ."""
-    if value != other:
-        raise InputError(
-            f"{path} and {other_path} do not belong together: {what} is {shorten(value)} in the "
-            f"first and {shorten(other)} in the second; make both in one way, or say "
-            "--allow_mismatch"
-        )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -402,6 +355,15 @@ def is_finished(path: str | Path, metadata: dict[str, str]) -> bool:
         return read_shard(path).metadata == {**_VERSION, **metadata}
     except InputError:
         return False
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file."""
+    value = 0
+    with open(path, "rb") as file:
+        while piece := file.read(_READ_BYTES):
+            value = zlib.crc32(piece, value)
+    return value
 
 
 def _flush(file: Any) -> None:

@@ -1,7 +1,7 @@
 """A conversation with a reader: questions as they come, answers, and the passages behind these.
 
-`find_by_words` or `find_by_retriever` gives the search, `questions` what is asked, `converse` the
-replies, and `print_replies` what a person sees of them.
+`open_find` gives the search, `questions` what is asked, `converse` the replies, and `print_replies`
+what a person sees of them.
 """
 
 import contextlib
@@ -22,9 +22,10 @@ from src.data.examples import Example, Passage
 from src.data.passages import Passages
 from src.evaluation.answers import answer_spans
 from src.models.reader import FiDT5, answer_questions
+from src.options import SearchOptions
 from src.runtime import interrupt
-from src.runtime.terminal import has_bars, passing_bar, say
-from src.search import retrieve
+from src.runtime.terminal import say
+from src.search.retrieve import open_search
 
 Find = Callable[[str, int], list[Passage]]  # the k passages found for a question, best first
 
@@ -38,65 +39,22 @@ _KEPT = 1000  # questions in the history
 # Search
 
 
-def find_by_words(passages: Passages, keep: bool, log: logging.Logger) -> Find:
-    """Search by BM25. Args: as of `retrieve.WordSearch`."""
-    words = retrieve.WordSearch(passages, keep, log, has_bars())
-
-    def find(question: str, k: int) -> list[Passage]:
-        return _best(words.search([question], k), passages)
-
-    return find
-
-
-def find_by_retriever(
-    passages: Passages,
-    embeddings: str,
-    path: str,
-    tokenizer: str,
-    factory: str,
-    keep: bool,
-    block_rows: int,
-    half: bool,
-    plain_text: bool,
-    allow_mismatch: bool,
-    device: torch.device,
-    log: logging.Logger,
+def open_find(
+    options: SearchOptions, passages: Passages, device: torch.device, log: logging.Logger
 ) -> Find:
-    """Search in embeddings, as `passage_retrieval.py` does it.
-
-    Args:
-        path, tokenizer: the retriever, and whose tokenizer it has if none of its own.
-        factory, keep: of a compressed index, and whether it is kept; "" searches exactly.
-        half: questions are embedded in half precision.
-    """
-    exact = retrieve.open_embeddings(embeddings, passages, block_rows, allow_mismatch, device)
-    say(log, "search", "%s", retrieve.describe_search(exact, block_rows, factory))
-    retriever, own_tokenizer, _ = retrieve.load_checked_retriever(
-        path, tokenizer, passages, exact, plain_text, allow_mismatch, "--retriever_tokenizer"
-    )
-    size = sum(p.numel() for p in retriever.parameters()) / 1e6
-    say(log, "retriever", "%.1fM parameters, from %s", size, path)
-    embed = retrieve.question_embedder(retriever, own_tokenizer, None, 1, device, half, plain_text)
-    vectors = retrieve.VectorSearch(exact, passages)
-    if factory:
-        with passing_bar(len(exact), "passage", "building the index") as bar:
-            vectors.open_index(factory, keep, allow_mismatch, log, bar.update)
+    """The search that the options ask for, for one question at a time."""
+    search = open_search(options, passages, device, log)
 
     def find(question: str, k: int) -> list[Passage]:
-        with passing_bar(len(exact), "passage", "searching") as bar:
-            return _best(vectors.search(embed([question]), k, bar.update), passages)
+        found = search.search([question], k)
+        rows = [passages[position] for position in found.rows()[0]]
+        scores = found.scores[0, : len(rows)].tolist()
+        return [
+            Passage(row.title, row.text, score, rank)
+            for rank, (row, score) in enumerate(zip(rows, scores, strict=True))
+        ]
 
     return find
-
-
-def _best(found: retrieve.FoundPlaces, passages: Passages) -> list[Passage]:
-    """The passages found for the one question."""
-    places, scores = found.places[0], found.scores[0, : len(found.places[0])].tolist()
-    rows = [passages[place] for place in places]
-    return [
-        Passage(row.title, row.text, score, rank)
-        for rank, (row, score) in enumerate(zip(rows, scores, strict=True))
-    ]
 
 
 # ----------------------------------------------------------------------------------------------

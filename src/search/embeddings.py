@@ -1,0 +1,151 @@
+"""A collection's embeddings: opened by a pattern, and checked to belong together."""
+
+import contextlib
+import dataclasses
+import fcntl
+import glob
+import itertools
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from src.data.files import open_source
+from src.runtime.errors import InputError, shorten
+from src.search.legacy_pickle import read_legacy_embeddings
+from src.search.shards import FINGERPRINTS, Shard, ShardWriter, read_shard
+
+
+def open_shards(
+    patterns: str | Path | Sequence[str | Path], allow_mismatch: bool = False
+) -> list[Shard]:
+    """Open the shards that paths or globs name, in the order of their numbers.
+
+    Errors: `InputError` when a pattern finds nothing, when two shards have different dimensions,
+    and, without `allow_mismatch`, when their fingerprints differ or one is missing or doubled.
+    """
+    paths: list[str] = []
+    for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
+        found = [str(pattern)] if os.path.exists(pattern) else sorted(glob.glob(str(pattern)))
+        if not found:
+            raise InputError(
+                f"{pattern}: there are no embeddings of this name; "
+                "make them with generate_passage_embeddings.py"
+            )
+        if os.path.isdir(found[0]):
+            raise InputError(f'{found[0]}: a folder; name its shards, like "{found[0]}/wiki_*"')
+        paths += found
+    shards = sorted(map(open_shard, dict.fromkeys(paths)), key=_order)
+    for shard in shards:
+        ours, theirs = shards[0].embeddings.shape[1], shard.embeddings.shape[1]
+        if ours != theirs:
+            raise InputError(
+                f"{shards[0].path} and {shard.path}: their embeddings have {ours} and {theirs} "
+                "dimensions; search those of one model at a time"
+            )
+    if not allow_mismatch:
+        _check_together(shards)
+    return shards
+
+
+def _order(shard: Shard) -> tuple[int, str]:
+    """Shards go by number, not by name: wiki_100 comes after wiki_99."""
+    number = shard.number("shard_id")
+    if number is None:
+        digits = re.search("[0-9]{1,18}$", shard.path)
+        number = int(digits.group()) if digits else -1
+    return number, shard.path
+
+
+def _check_together(shards: list[Shard]) -> None:
+    for shard in shards:
+        for key in (*FINGERPRINTS, "num_shards"):
+            values = shards[0].metadata.get(key), shard.metadata.get(key)
+            require_same(key, shards[0].path, values[0], shard.path, values[1])
+    for before, shard in itertools.pairwise(shards):
+        number = shard.number("shard_id")
+        if number is not None and number == before.number("shard_id"):
+            raise InputError(
+                f"{before.path} and {shard.path} are both shard {number}; leave one out, or say "
+                "--allow_mismatch"
+            )
+    present = {shard.number("shard_id") for shard in shards}
+    total = shards[0].number("num_shards") or 0
+    missing = next((number for number in range(total) if number not in present), None)
+    if missing is not None:
+        raise InputError(
+            f"{shards[0].path} to {shards[-1].path}: shard {missing} of {total} is missing; "
+            f"make it with --shard_id {missing}, or say --allow_mismatch"
+        )
+    for before, shard in itertools.pairwise(shards):
+        first, next_first = before.number("first"), shard.number("first")
+        if first is not None and first + len(before) != next_first:
+            raise InputError(
+                f"{before.path} ends at passage {first + len(before)}, but {shard.path} begins at "
+                f"{next_first}; make both again, or say --allow_mismatch"
+            )
+
+
+def check_count(shards: Sequence[Shard], collection: str, n_passages: int) -> None:
+    """Pickles do not say whether one is missing: but each passage must have its embedding.
+
+    Errors: `InputError` that names shards and collection when they have not as many.
+    """
+    rows = sum(map(len, shards))
+    if rows != n_passages and not all(shard.metadata for shard in shards):
+        others = f" to {shards[-1].path}" if len(shards) > 1 else ""
+        raise InputError(
+            f"{shards[0].path}{others}: {rows} embeddings, but {collection} has "
+            f"{n_passages} passages; give all shards of this collection, or say --allow_mismatch"
+        )
+
+
+def require_same(what: str, path: str, value: object, other_path: str, other: object) -> None:
+    """Errors: `InputError` that names both files when two fingerprints differ."""
+    if value != other:
+        raise InputError(
+            f"{path} and {other_path} do not belong together: {what} is {shorten(value)} in the "
+            f"first and {shorten(other)} in the second; make both in one way, or say "
+            "--allow_mismatch"
+        )
+
+
+def open_shard(path: str | Path) -> Shard:
+    """Open a shard, or a pickle of the original, DPR or Contriever.
+
+    A pickle is opened by its copy as a shard, a hidden file beside it that is made at first. Where
+    that cannot be written, its embeddings are in memory, except for an array on the file itself.
+    """
+    source = Path(path)
+    with open_source(path, path) as file:
+        head = file.read(9)
+        if head[8:] == b"{" or head[:1] != b"\x80":
+            return read_shard(path)
+        with contextlib.suppress(OSError):  # where files can be locked, one process converts
+            fcntl.flock(file, fcntl.LOCK_EX)
+        stat = os.fstat(file.fileno())
+        prefix = f".{source.name}.converted-"
+        target = source.with_name(f"{prefix}{stat.st_size:x}-{stat.st_mtime_ns:x}")
+        if not target.exists():
+            ids, vectors = read_legacy_embeddings(path)
+            log = logging.getLogger("fid")
+            log.warning("converting %s, once", path)
+            for old in source.parent.glob(f"*{glob.escape(prefix)}*"):  # of the pickle before
+                old.unlink(missing_ok=True)
+            half = len(vectors) and vectors[0].itemsize == 2
+            kind = np.float16 if half else np.float32
+            size = vectors.shape[1] if isinstance(vectors, np.ndarray) else len(vectors[0])
+            try:
+                with ShardWriter(target, len(ids), size, kind, {}) as writer:
+                    for start in range(0, len(ids), 1 << 14):
+                        rows = slice(start, start + (1 << 14))
+                        writer.append(ids[rows], np.stack(vectors[rows]))
+                    writer.finish()
+            except InputError as error:
+                log.warning("%s; reading the pickle each time", error)
+                return Shard(str(path), ids, np.asarray(vectors).astype(kind, copy=False), {})
+        shard = read_shard(target)
+        return dataclasses.replace(shard, path=str(path), metadata={})
