@@ -32,7 +32,7 @@ from src.data.batches import (
     evaluation_places,
     make_loader,
 )
-from src.data.examples import load_data, read_example
+from src.data.examples import describe_passages, load_data, read_example
 from src.data.passages import Passages
 from src.evaluation.answers import SCORES, exact_match, f1
 from src.evaluation.results import (
@@ -169,7 +169,8 @@ def main(arguments: list[str] | None = None) -> None:
     data = distributed.together(
         lambda: load_data(options.eval_data, rank, world_size, bar=passing_bar)
     )
-    passages = f"at most {count(options.n_context, 'passage')} each"
+    needed_to = "score them" if options.write_crossattention_scores else ""
+    passages = describe_passages(data, options.n_context, needed_to)
     n, file = f"{len(data):,}", options.eval_data
     say(log, "data", "using %s of %s examples of %s, %s", n, n, file, passages)
     model = options.model_path, options.model_size, options.tokenizer

@@ -155,7 +155,7 @@ def scored_example(raw: dict[str, Any], answer: Answer, n_context: int) -> dict[
     passages = parse_example(raw, answer.index, "").passages
     contexts = []
     for number, passage in enumerate(passages):
-        context = dict(raw["ctxs"][passage.place])
+        context = dict(raw["ctxs"][passage.position])
         context.pop("score", None)
         if number < n_context:
             context["score"] = answer.scores[number]

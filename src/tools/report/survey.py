@@ -233,7 +233,7 @@ def survey(
             )
             verdicts.append(verdict)
         by_score.append(_first(flags) if right else None)
-        places = [p.place for p, flag in zip(passages, flags, strict=True) if flag]
+        places = [p.position for p, flag in zip(passages, flags, strict=True) if flag]
         as_found.append(min(places, default=-1) + 1 if right else None)
         if index in shown:
             records.append(_record(example, given, verdict, flags, n_read, passages_shown))
@@ -273,7 +273,7 @@ def _record(
         spans = answer_spans(example.answers, passage.text) if flags[place] else []
         parts, hidden = excerpt(passage.text, spans)
         passages.append(
-            {"k": place, "found": passage.place + 1, "title": passage.title, "parts": parts}
+            {"k": place, "found": passage.position + 1, "title": passage.title, "parts": parts}
             | ({"hidden": hidden} if hidden else {})
         )
     scores = [None if p.score is None else float(f"{p.score:.4g}") for p in example.passages]
