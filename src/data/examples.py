@@ -67,7 +67,7 @@ def _parse_row(line: str) -> dict:
 
     Fields are quoted as `csv` writes them. Errors: `BadValue`.
     """
-    line = line.rstrip() + "\n"
+    line = line + "\n"
     try:
         fields = next(tsv_reader([line]))
     except csv.Error as error:

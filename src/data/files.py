@@ -257,8 +257,9 @@ def unpack(path: str, bar: Bar) -> str:
         stat, archive = source.stat, Path(path)
         stamp = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
         target = archive.with_name(f".{archive.name}.{stamp}.unpacked")
-        # It has the archive's time until someone changes it (some file systems round times).
-        if target.exists() and abs(target.stat().st_mtime_ns - stat.st_mtime_ns) < 2 * 10**9:
+        # It is as old as the archive unless someone changes it. (Some file systems round to 2 s.)
+        time = stat.st_mtime_ns // (2 * 10**9) * 2 * 10**9
+        if target.exists() and target.stat().st_mtime_ns == time:
             return str(target)
         logging.getLogger("fid").warning("unpacking %s to %s, once", path, target)
         try:
@@ -275,7 +276,7 @@ def unpack(path: str, bar: Bar) -> str:
                     shown.update(file.tell() - position)
                     position = file.tell()
                 plain.flush()
-                os.utime(plain.fileno(), ns=(stat.st_atime_ns, stat.st_mtime_ns))
+                os.utime(plain.fileno(), ns=(time, time))
                 source.check_unchanged()
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             source.check_unchanged()

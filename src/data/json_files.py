@@ -32,7 +32,9 @@ class JsonFile:
 
     def _decode(self, start: int, end: int) -> Any:
         try:
-            return self._parse(b"".join(data for _, data in self._source.chunks(start, end)))
+            return self._parse(
+                b"".join(data for _, data in self._source.chunks(start, end)).rstrip()
+            )
         except BadValue as error:
             problem = str(error)
         except UnicodeDecodeError as error:

@@ -180,11 +180,12 @@ class Passages(Sequence[Passage]):
         rows = np.argsort(hashes, kind="stable")
         hashes = hashes[rows]
         for index in np.flatnonzero(hashes[1:] == hashes[:-1]):
-            one, other = rows[index : index + 2].tolist()
-            if self._id(one) == self._id(other):
-                line = self._source.line_number(int(self._offsets[one]))
-                problem = f"the id {shorten(self._id(one))} is that of line {line} too; change one"
-                raise self._source.error(int(self._offsets[other]), problem)
+            other = int(rows[index + 1])
+            for one in rows[np.searchsorted(hashes, hashes[index]) : index + 1].tolist():
+                if self._id(one) == self._id(other):
+                    line = self._source.line_number(int(self._offsets[one]))
+                    problem = f"the id {shorten(self._id(one))} is that of line {line} too"
+                    raise self._source.error(int(self._offsets[other]), f"{problem}; change one")
         yield hashes
         yield rows
 
@@ -330,11 +331,12 @@ def _find_columns(source: Source, position: int, row: list[str]) -> tuple[list[i
     cells = [cell.encode("latin-1").decode(errors="replace") for cell in row]
     names = [re.sub(r"[\s-]", "_", cell.strip().lstrip("#").lower()) for cell in cells]
     found = [[i for i, name in enumerate(names) if name in known] for known in _NAMES.values()]
-    if list(map(len, found)) in ([1, 1, 0], [1, 1, 1]):
+    counts = list(map(len, found))
+    if counts == [1, 1, 1] or (counts == [1, 1, 0] and len(list(filter(None, names))) == 2):
         return [*(columns[0] if columns else -1 for columns in found), len(row)], True
     shown = shorten("\t".join(cells), 60)
     # A passage has a digit in its id, or a text that is longer than a name or ends like a sentence.
-    is_name = [len(cell) <= 32 and cell.strip()[-1:] not in tuple(".!?") for cell in cells]
+    is_name = [re.fullmatch(r"[^\r\n]{0,32}(?<![.!?])", cell.strip()) for cell in cells]
     if len(row) > 1 and all(is_name) and not re.search(r"\d", cells[0]):
         problem = (
             f"the first row, {shown}, looks like a header with unknown names; name the columns id, "
