@@ -432,7 +432,9 @@ def test_a_worker_that_loads_data_reports_the_change(tmp_path):
     batches = iter(make_loader(dataset, [[(0, i)] for i in range(40)], list, num_workers=2))
     next(batches)
     change_in_place(path, "cut off")
-    with pytest.raises(InputError, match="changed while it was being read; run the command again$"):
+    with pytest.raises(
+        InputError, match=r"changed while it was being read; run the command again$"
+    ):
         list(batches)
 
 
@@ -521,7 +523,8 @@ def test_data_without_passages_says_what_it_has(name, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join([line(**{name: [{"text": "a"}]})] * 3))
     examples = load_data(path)
-    found = f'no example has passages under "ctxs" (the first has "question", "answers", "ctxs", "{name}")'
+    fields = f'"question", "answers", "ctxs", "{name}"'
+    found = f'no example has passages under "ctxs" (the first has {fields})'
     assert describe_passages(examples, 9) == f"questions alone: {found}"
     with pytest.raises(InputError) as caught:
         describe_passages(examples, 9, "score them")

@@ -31,10 +31,9 @@ class JsonFile:
         return self._decode(0, self._source.size)
 
     def _decode(self, start: int, end: int) -> Any:
+        record = b"".join(data for _, data in self._source.chunks(start, end)).rstrip()
         try:
-            return self._parse(
-                b"".join(data for _, data in self._source.chunks(start, end)).rstrip()
-            )
+            return self._parse(record)
         except BadValue as error:
             problem = str(error)
         except UnicodeDecodeError as error:
