@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Loop, from where the same command left off
     places = evaluation_places(len(data), options.per_gpu_batch_size, rank, world_size)
-    file = os.stat(options.eval_data)
+    file = data.source.stat
     made_by = {"model": digest(reader), "data": [file.st_size, file.st_mtime_ns]}
     made_by |= {"processes": world_size, "precision": precision, "options": vars(options)}
     answer_file = AnswerFile(run, rank, made_by)

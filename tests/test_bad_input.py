@@ -417,7 +417,7 @@ READER: dict[str, Case] = {
     "no passages to train on": ("train_reader", "--train_data {dpr.json} --n_context 2",
         r"dpr\.json: no example has passages under .* needed to train with --n_context 2; find"),
     "a file that was never written": ("test_reader", "--eval_data {nul.json}",
-        r"nul\.json, line 2: a NUL byte, so this is not UTF-8 text; re-encode the file, or copy"),
+        r"nul\.json, line 2: a NUL byte, so not UTF-8 text; re-encode the file, or copy"),
     "a broken example": ("test_reader", "--eval_data {cut.jsonl}",
         rf"cut\.jsonl, line 2.*{_MEND_JSON}"),
     "a score that is text": ("test_reader", "--eval_data {text_score.json}",

@@ -696,5 +696,5 @@ def test_a_sparse_collection_is_refused_at_once(tmp_path):
         path = write(tmp_path, content)
         if not content.startswith(b"\x1f"):
             os.truncate(path, 5 << 30)
-        with pytest.raises(InputError, match="a NUL byte, so this is not"):
+        with pytest.raises(InputError, match="a NUL byte, so not UTF-8 text"):
             Passages(path)

@@ -39,7 +39,7 @@ class Examples(JsonItems):
     def __init__(self, path: str | Path):
         super().__init__(path)
         start = int(self._spans[0, 0])
-        first = self._source.read(start, start + 1)
+        first = self.source.read(start, start + 1)
         self._has_rows = Path(self.path).suffix in _ROWS and first not in (b"{", b"[")
         self.unscored: list[int] = []
 
@@ -214,7 +214,7 @@ def load_data(
         passages = example.passages[:needs_scores]
         return not needs_scores or any(passage.score is not None for passage in passages)
 
-    size = os.path.getsize(path) // world_size  # of a process's share
+    size = examples.source.size // world_size  # of a process's share
     n_processes = min(_cpus(), size // _BYTES_WORTH_A_PROCESS, 16)
     indices = range(rank, len(examples), world_size)
     examples.unscored = _check_all(check, indices, n_processes, bar)

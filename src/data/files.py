@@ -91,13 +91,12 @@ class Source:
 
     def read(self, start: int, end: int) -> bytes:
         """The bytes from `start` to before `end`, which must lie within the file."""
-        data, handle = b"", self.file.fileno()
+        handle, data = self.file.fileno(), b""
         try:
-            while len(data) < end - start:  # one call reads at most 2 GiB
-                piece = os.pread(handle, end - start - len(data), start + len(data))
-                if not piece:
+            while piece := os.pread(handle, end - start - len(data), start + len(data)):
+                data = data + piece if data else piece  # one call reads at most 2 GiB
+                if len(data) == end - start:
                     break
-                data = data + piece if data else piece
         except OSError as error:
             raise self._unreadable(error) from None
         self.check_unchanged()
@@ -105,12 +104,7 @@ class Source:
 
     def check_unchanged(self) -> None:
         """Errors: `InputError` when the file is not what it was when it was first opened."""
-        found, stat = os.fstat(self.file.fileno()), self.stat
-        if (found.st_mtime_ns, found.st_size, found.st_ino) != (
-            stat.st_mtime_ns,
-            stat.st_size,
-            stat.st_ino,
-        ):
+        if _identity(os.fstat(self.file.fileno())) != _identity(self.stat):
             raise InputError(f"{self.path} changed while it was being read; run the command again")
 
     def chunks(self, start: int, end: int | None = None) -> Iterator[tuple[int, bytes]]:
@@ -120,9 +114,7 @@ class Source:
         for position in range(start, end, _CHUNK):
             data = self.read(position, min(position + _CHUNK, end))
             if b"\0" in data:
-                problem = (
-                    "a NUL byte, so this is not UTF-8 text; re-encode the file, or copy it again"
-                )
+                problem = "a NUL byte, so not UTF-8 text; re-encode the file, or copy it again"
                 raise self.error(position + data.index(b"\0"), problem)
             yield position, data
 
@@ -173,6 +165,10 @@ class Source:
         self.check_unchanged()
 
 
+def _identity(stat: os.stat_result) -> list[int]:
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
 def tsv_reader(lines: Iterable[str]) -> Iterator[list[str]]:
     """`csv.reader` for tabs, with room for fields longer than its 131,072 characters."""
     csv.field_size_limit(LONGEST_ROW)
@@ -211,7 +207,7 @@ def cached_array(
     The arrays are followed by the format, the source's size, time and inode, the cache's length,
     and the CRC-32 of everything before: a damaged cache would give other passages.
     """
-    stamp = [_FORMAT, source.size, source.stat.st_mtime_ns, source.stat.st_ino]
+    stamp = [_FORMAT, *_identity(source.stat)]
 
     def write(file: BinaryIO) -> np.ndarray:
         checksum = 0
@@ -271,7 +267,7 @@ def unpack(path: str, bar: Bar) -> str:
                 position = 0
                 while piece := packed.read(_CHUNK):
                     if b"\0" in piece:
-                        raise InputError(f"{path}: a NUL byte, so this is not text; fetch it again")
+                        raise InputError(f"{path}: a NUL byte, so not UTF-8 text; fetch it again")
                     plain.write(piece)
                     shown.update(file.tell() - position)
                     position = file.tell()

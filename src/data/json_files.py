@@ -25,27 +25,27 @@ class JsonFile:
 
     def __init__(self, path: str | Path):
         self.path = str(path)
-        self._source = Source(self.path)
+        self.source = Source(self.path)
 
     def json(self) -> Any:
-        return self._decode(0, self._source.size)
+        return self._decode(0, self.source.size)
 
     def _decode(self, start: int, end: int) -> Any:
-        record = b"".join(data for _, data in self._source.chunks(start, end)).rstrip()
+        record = b"".join(data for _, data in self.source.chunks(start, end)).rstrip()
         try:
             return self._parse(record)
         except BadValue as error:
             problem = str(error)
         except UnicodeDecodeError as error:
-            start, problem = start + error.start, "not UTF-8 text; re-encode the file"
+            start, problem = start + error.start, "not UTF-8 text; re-encode it"
         except json.JSONDecodeError as error:
-            line = self._source.line_number(start) + error.lineno - 1
+            line = self.source.line_number(start) + error.lineno - 1
             problem = f"bad JSON ({error.msg}); correct it, or make the file again"
             raise InputError(f"{self.path}, line {line}: {problem}") from None
         except (ValueError, RecursionError) as error:  # numbers or nesting beyond Python's limits
             problem = f"JSON that cannot be read ({first_line(error, 80)}); correct it, or make the"
             problem += " file again"
-        raise self._source.error(start, problem) from None
+        raise self.source.error(start, problem) from None
 
     def _parse(self, record: bytes) -> Any:
         return json.loads(record.decode())
@@ -62,7 +62,7 @@ class JsonItems(JsonFile, Sequence[dict]):
 
     def __init__(self, path: str | Path, key: str | None = None):
         super().__init__(path)
-        self._spans = _find_objects(self._source, key)
+        self._spans = _find_objects(self.source, key)
         self._numbers = np.arange(len(self._spans))  # of the items in the file
 
     def __len__(self) -> int:
@@ -73,12 +73,12 @@ class JsonItems(JsonFile, Sequence[dict]):
         item = self._decode(start, end)
         if not isinstance(item, dict):
             problem = f'an example must be an object like {{"question": ...}}, not {shorten(item)}'
-            raise self._source.error(start, problem)
+            raise self.source.error(start, problem)
         return item
 
     def where(self, index: int) -> str:
         """The file and example for an error message, numbered from 1 as editors and people do."""
-        line = self._source.line_number(int(self._spans[index, 0]))
+        line = self.source.line_number(int(self._spans[index, 0]))
         return f"{self.path}, example {self._numbers[index] + 1} (line {line})"
 
     def without(self, indices: Collection[int]) -> Self:
@@ -98,7 +98,7 @@ class JsonLists(JsonFile, Mapping[str, list]):
 
     def __init__(self, path: str | Path):
         super().__init__(path)
-        self._spans = _find_lists(self._source)
+        self._spans = _find_lists(self.source)
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -136,7 +136,6 @@ def json_list(items: Iterable[dict]) -> Iterator[str]:
 # Where the objects are
 
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
-_WINDOW = 1 << 18  # bytes
 # What each byte does to the depth of nesting.
 _DEPTH = np.zeros(256, dtype=np.int8)
 _DEPTH[[ord("["), ord("{")]] = 1
@@ -236,7 +235,9 @@ def _find_nested(source: Source, start: int) -> tuple[np.ndarray, int]:
     depth, in_string, escaped = 0, 0, False
     for position, data in source.chunks(start):
         view = np.frombuffer(data, dtype=np.uint8)
-        marks = _find_structure(view)
+        # Comparisons are faster than a table of all bytes; 32 turns [ and ] into { and }.
+        lowered = view | 32
+        (marks,) = ((view == _QUOTE) | (lowered == ord("{")) | (lowered == ord("}"))).nonzero()
         is_quote = view[marks] == _QUOTE
         quotes = _without_escaped(view, marks[is_quote], escaped)
         n_backslashes = len(data) - len(data.rstrip(b"\\"))
@@ -261,20 +262,6 @@ def _find_nested(source: Source, start: int) -> tuple[np.ndarray, int]:
         f"{source.path}: bad JSON (the file ends inside the {kind}: is it cut off?); make or copy "
         "it again"
     )
-
-
-def _find_structure(view: np.ndarray) -> np.ndarray:
-    """The positions of quotes and brackets: window by window, to stay in the processor's cache, and
-    by comparisons, which are faster than a table of all bytes."""
-    found = []
-    for start in range(0, len(view), _WINDOW):
-        window = view[start : start + _WINDOW]
-        lowered = window | 32  # turns [ and ] into { and }
-        marks = window == _QUOTE
-        marks |= lowered == ord("{")
-        marks |= lowered == ord("}")
-        found.append(np.flatnonzero(marks) + start)
-    return np.concatenate(found)
 
 
 def _without_escaped(view: np.ndarray, quotes: np.ndarray, first_is_escaped: bool) -> np.ndarray:

@@ -223,7 +223,7 @@ def write_retrieved(
                 continue
             contexts = []
             for place, score, hold in zip(places[index], scores[index], holds, strict=False):
-                identity, title, text = passages[place]
+                identity, title, text, *_ = passages[place]
                 context = {"id": identity, "title": title, "text": text, "score": float(score)}
                 contexts.append(context | ({"hasanswer": hold} if has_answers else {}))
             yield opening + json.dumps({**data[index], "ctxs": contexts})
