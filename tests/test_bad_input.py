@@ -413,7 +413,7 @@ READER: dict[str, Case] = {
     "questions that are not there": ("test_reader", "--eval_data no.json",
         rf"no\.json: {_CHECK_PATH}"),
     "nothing to score": ("test_reader", "--eval_data {dpr.json} --write_crossattention_scores",
-        r"dpr\.json: no example has passages under .*\"positive_ctxs\"\), .* needed to score them"),
+        r"dpr\.json: no example has passages under .*'positive_ctxs'.\), .* needed to score them"),
     "no passages to train on": ("train_reader", "--train_data {dpr.json} --n_context 2",
         r"dpr\.json: no example has passages under .* needed to train with --n_context 2; find"),
     "a file that was never written": ("test_reader", "--eval_data {nul.json}",
@@ -569,7 +569,7 @@ RETRIEVER: dict[str, Case] = {
         r"no_score\.json: none of the passages that are read has a score .*; write them "
         "with test_reader.py --write_crossattention_scores"),
     "positive_ctxs alone": ("train_retriever", "--train_data {dpr.json}",
-        r"dpr\.json: no example has passages under .* \(the first has .*\"positive_ctxs\"\), but "
+        r"dpr\.json: no example has passages under .* \(the first has .*'positive_ctxs'.\), but "
         "they are needed to distil from them; find some with passage_retrieval"),
     "dev data without scores": ("train_retriever", "--eval_data {no_score.json}",
         r"no_score\.json: none .*; write them with test_reader\.py"),

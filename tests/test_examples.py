@@ -510,7 +510,10 @@ def test_nothing_scored_is_an_error(tmp_path):
     path, log = tmp_path / "data.jsonl", logging.getLogger("fid")
     for contexts, message in (
         ([{"text": "a"}], "none of the passages .* has a score .* --write_crossattention_scores"),
-        (None, r'no example has passages under "ctxs" \(the first has "question", .* needed to di'),
+        (
+            None,
+            r"no example has passages under .ctxs. \(the first has .'question', .* needed to di",
+        ),
     ):
         path.write_text("\n".join([line(ctxs=contexts)] * 3))
         examples = load_data(path, needs_scores=5)
@@ -523,7 +526,7 @@ def test_data_without_passages_says_what_it_has(name, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join([line(**{name: [{"text": "a"}]})] * 3))
     examples = load_data(path)
-    fields = f'"question", "answers", "ctxs", "{name}"'
+    fields = f"['question', 'answers', 'ctxs', '{name}']"
     found = f'no example has passages under "ctxs" (the first has {fields})'
     assert describe_passages(examples, 9) == f"questions alone: {found}"
     with pytest.raises(InputError) as caught:

@@ -282,8 +282,11 @@ def test_it_is_a_sequence(tmp_path):
 def test_a_worker_opens_it_again(tmp_path):
     opened = Passages(write(tmp_path, HEADER + "1\ta\tA\n2\tb\tB\n"))
     sent = pickle.dumps(opened)
-    assert len(sent) < 500
+    assert len(sent) < 1000
     assert list(pickle.loads(sent)) == list(opened)
+    append(Path(opened.path))
+    with pytest.raises(InputError, match="changed while it was being read"):
+        pickle.loads(sent)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -248,8 +248,8 @@ def describe_passages(examples: Examples, n_context: int, needed_to: str = "") -
     """
     if any(read_example(examples, index).passages for index in range(len(examples))):
         return f"at most {count(n_context, 'passage')} each"
-    fields = ", ".join(f'"{name}"' for name in examples[0])
-    found = f'no example has passages under "ctxs" (the first has {fields[:200]})'
+    fields = shorten(list(examples[0]), 200)
+    found = f'no example has passages under "ctxs" (the first has {fields})'
     if needed_to:
         raise InputError(
             f"{examples.path}: {found}, but they are needed to {needed_to}; find some with "

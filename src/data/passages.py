@@ -140,15 +140,13 @@ class Passages(Sequence[Passage]):
         return [self._find_one(identity) for identity in ids]
 
     def _find_one(self, identity: str) -> int:
-        position = self._look_up(identity)
-        if position is None and identity.startswith(_DPR_PREFIX):
-            position = self._look_up(identity.removeprefix(_DPR_PREFIX))
-        if position is None:
-            raise InputError(
-                f"{self.path}: no passage has the id {shorten(identity)}; "
-                "give the collection that the id was taken from"
-            )
-        return position
+        for name in (identity, identity.removeprefix(_DPR_PREFIX)):
+            if (position := self._look_up(name)) is not None:
+                return position
+        raise InputError(
+            f"{self.path}: no passage has the id {shorten(identity)}; "
+            "give the collection that the id was taken from"
+        )
 
     def _look_up(self, identity: str) -> int | None:
         if len(self._id_table) == 1:
@@ -156,13 +154,8 @@ class Passages(Sequence[Passage]):
             return row if 0 <= row < len(self) else None
         hashes, rows = self._id_table.reshape(2, -1)
         wanted = _hash(identity)
-        # Different ids with the same hash, should there be any, are neighbours.
-        for index in range(int(np.searchsorted(hashes, wanted)), len(self)):
-            if hashes[index] != wanted:
-                break
-            if self._id(int(rows[index])) == identity:
-                return int(rows[index])
-        return None
+        start, end = np.searchsorted(hashes, wanted), np.searchsorted(hashes, wanted, "right")
+        return next((row for row in rows[start:end].tolist() if self._id(row) == identity), None)
 
     def _make_id_table(self) -> Iterator[np.ndarray]:
         """The first id if the others count up from it, as Wikipedia's do; otherwise the sorted
@@ -202,9 +195,13 @@ class Passages(Sequence[Passage]):
             hashed.update(self._source.read(start, min(start + 4096, size)))
         return hashed.hexdigest()
 
-    # A worker process opens the collection again.
+    # A worker process opens the collection again; unpickling the source checks that it is the same.
     def __reduce__(self) -> tuple:
-        return Passages, (self.path,)
+        return _reopen, (self.path, self._source)
+
+
+def _reopen(path: str, source: Source) -> Passages:
+    return Passages(path)
 
 
 _PART = 1 << 14  # passages read at a time
