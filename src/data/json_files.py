@@ -170,7 +170,9 @@ def _find_list_under(source: Source, key: str) -> np.ndarray:
     """Spans of the objects in the list under a key of the one object that a file holds."""
     # (In a JSON text, a quote mark inside a string has a backslash before it.)
     pattern = re.compile(rb'(?<!\\)"' + key.encode() + rb'"\s*:\s*\[')
-    missing = f'{source.path}: no list under "{key}" in this file; is it cut off, or another file?'
+    missing = (
+        f'{source.path}: no list under "{key}" in this file; was it cut off, or is it another one?'
+    )
     opening, tail = None, b""
     for position, data in source.chunks(0):
         data, position = tail + data, position - len(tail)
@@ -259,7 +261,7 @@ def _find_nested(source: Source, start: int) -> tuple[np.ndarray, int]:
         depth = int(depths[-1]) if len(depths) else depth
     kind = "list" if source.read(start, start + 1) == b"[" else "object"
     raise InputError(
-        f"{source.path}: bad JSON (the file ends inside the {kind}: is it cut off?); make or copy "
+        f"{source.path}: bad JSON (the file ends inside the {kind}: was it cut off?); make or copy "
         "it again"
     )
 
