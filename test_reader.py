@@ -35,7 +35,7 @@ from src.data.batches import (
     evaluation_places,
     make_loader,
 )
-from src.data.examples import load_data, read_example
+from src.data.examples import describe_passages, load_data, read_example
 from src.data.passages import Passages
 from src.evaluation.answers import SCORES, judge
 from src.evaluation.results import (
@@ -144,7 +144,8 @@ def main(arguments: list[str] | None = None) -> None:
     data = distributed.together(
         lambda: load_data(options.eval_data, rank, world_size, bar=passing_bar)
     )
-    passages = f"at most {count(options.n_context, 'passage')} each"
+    needed_to = "score them" if options.write_crossattention_scores else ""
+    passages = describe_passages(data, options.n_context, needed_to)
     n, file = f"{len(data):,}", options.eval_data
     say(log, "data", "using %s of %s examples of %s, %s", n, n, file, passages)
     model = options.model_path, options.model_size, options.tokenizer
@@ -152,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Loop, from where the same command left off
     places = evaluation_places(len(data), options.per_gpu_batch_size, rank, world_size)
-    file = os.stat(options.eval_data)
+    file = data.source.stat
     made_by = {"model": digest(reader), "data": [file.st_size, file.st_mtime_ns]}
     made_by |= {"processes": world_size, "precision": precision, "options": vars(options)}
     answer_file = AnswerFile(run, rank, made_by)

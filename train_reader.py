@@ -27,7 +27,7 @@ from src.data.batches import (
     make_loader,
     training_places,
 )
-from src.data.examples import load_data, read_example
+from src.data.examples import describe_passages, load_data, read_example
 from src.evaluation.answers import judge
 from src.models.encoder import parts_to_compile
 from src.models.pretrained import check_vocabulary, hide_bars, load_tokenizer, quiet_transformers
@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     train_data = distributed.together(
         lambda: load_data(options.train_data, rank, world_size, needs_target=True, bar=passing_bar)
     )
-    passages = f"at most {count(options.n_context, 'passage')} each"
+    needed_to = f"train with --n_context {options.n_context}" if options.n_context > 1 else ""
+    passages = describe_passages(train_data, options.n_context, needed_to)
     n, file = f"{len(train_data):,}", options.train_data
     say(log, "data", "training on %s of %s examples of %s, %s", n, n, file, passages)
     eval_data = None
@@ -82,6 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{options.eval_data}: no example has answers to evaluate on; give another file, "
                 "or --eval_data none"
             )
+        passages = describe_passages(eval_data, options.n_context)
         n, file = f"{len(eval_data):,}", options.eval_data
         say(log, "dev data", "evaluating on %s of %s examples of %s, %s", n, n, file, passages)
 

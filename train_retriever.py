@@ -30,7 +30,7 @@ from src.data.batches import (
     make_loader,
     training_places,
 )
-from src.data.examples import load_data
+from src.data.examples import Examples, describe_passages, load_data, skip_unscored
 from src.evaluation.rankings import count_inversions, last_gold_index, top_k_overlap
 from src.models.pretrained import check_vocabulary, hide_bars, load_tokenizer, quiet_transformers
 from src.models.retriever import (
@@ -77,22 +77,20 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "results", "%s", run)
 
     # Data
-    load = functools.partial(
-        load_data,
-        rank=rank,
-        world_size=world_size,
-        needs_scores=options.n_context,
-        bar=passing_bar,
-    )
-    train_data = distributed.together(lambda: load(options.train_data))
-    passages = f"at most {count(options.n_context, 'passage')} each"
-    n, file = f"{len(train_data):,}", options.train_data
-    say(log, "data", "training on %s of %s examples of %s, %s", n, n, file, passages)
+    def load(path: str, name: str, doing: str) -> Examples:
+        data = distributed.together(
+            lambda: load_data(path, rank, world_size, False, options.n_context, passing_bar)
+        )
+        total, data = len(data), skip_unscored(data, distributed.share(data.unscored), log)
+        passages = describe_passages(data, options.n_context)
+        numbers = f"{len(data):,}", f"{total:,}", path
+        say(log, name, f"{doing} on %s of %s examples of %s, %s", *numbers, passages)
+        return data
+
+    train_data = load(options.train_data, "data", "training")
     eval_data = None
     if options.eval_data != "none":
-        eval_data = distributed.together(lambda: load(options.eval_data))
-        n, file = f"{len(eval_data):,}", options.eval_data
-        say(log, "dev data", "evaluating on %s of %s examples of %s, %s", n, n, file, passages)
+        eval_data = load(options.eval_data, "dev data", "evaluating")
 
     # Model: from this run's own newest checkpoint, else from what the options name
     torch.manual_seed(options.seed)

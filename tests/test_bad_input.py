@@ -109,8 +109,10 @@ FILES: dict[str, str | bytes] = {
     "nan_score.json": with_score(float("nan")),
     "inf_score.json": with_score(float("inf")),
     "list_score.json": with_score([0.5]),
-    "no_score.json": with_score(None),
-    "no_ctxs.json": example(ctxs=None),
+    "no_score.json": json.dumps([{"question": "Who?", "ctxs": [{"text": "It is I."}]}]),
+    "dpr.json": json.dumps([{"question": "Who?", "answers": ["I"], "positive_ctxs": []}]),
+    "nul.json": b"[\n" + bytes(9999),
+    "names.tsv": "number\tabstract\tname\n1\tThe Nile is long.\tNile\n",
     "header.tsv": "id\ttext\ttitle\n",
     "columns.tsv": "id\ttext\ttitle\n1\tThe Nile is long.\tNile\n2\tThe Rhine is short.\n",
     "open_quote.tsv": 'id\ttext\ttitle\n1\t"The Nile is long.\tNile\n2\tThe Rhine.\tRhine\n',
@@ -348,7 +350,7 @@ def arguments(line: str, places: Path, out: Path) -> list[str]:
 
 Case = tuple[str, str, str]
 _CHECK_PATH = r"cannot be read \(No such file or directory\); check the path"
-_MEND_JSON = r"; mend it there, or make the file again"
+_MEND_JSON = r"; correct it, or make the file again"
 _COPY = r"; was the file cut off\? copy it, or make the model, again"
 _CONFIG = "; give the config.json that was saved with these weights, or make the model again"
 _OFFLINE = r".*couldn't connect.*"
@@ -360,7 +362,7 @@ READER: dict[str, Case] = {
     "train data that is not there": ("train_reader", "--train_data no.json",
         rf"no\.json: {_CHECK_PATH}"),
     "an empty file": ("train_reader", "--train_data {empty}",
-        "empty: the file is empty; give one with examples"),
+        "empty: the file is empty; write or copy it again"),
     "a list that is cut off": ("train_reader", "--train_data {cut.json}",
         r"cut\.json: bad JSON \(the file ends inside the list.*make or copy it again"),
     "a line that is cut off": ("train_reader", "--train_data {cut.jsonl}",
@@ -368,9 +370,9 @@ READER: dict[str, Case] = {
     "data in Latin-1": ("train_reader", "--train_data {latin.json}",
         r"latin\.json, line 1: not UTF-8 text; re-encode it"),
     "data in UTF-16": ("train_reader", "--train_data {utf16.json}",
-        r"utf16\.json, line 1: not UTF-8 text; re-encode it"),
+        r"utf16\.json, line 1: a NUL byte, so not UTF-8 text; re-encode"),
     "binary data": ("train_reader", "--train_data {binary.json}",
-        rf"binary\.json, line 1: bad JSON .*{_MEND_JSON}"),
+        r"binary\.json, line 1: a NUL byte, so not UTF-8 text; re-encode"),
     "a folder as data": ("train_reader", "--train_data {folder}",
         r"folder: cannot be read \(Is a directory\); check the path"),
     "a list of numbers": ("train_reader", "--train_data {numbers.json}",
@@ -383,8 +385,8 @@ READER: dict[str, Case] = {
         rf"nested\.jsonl, line 1: JSON that cannot be read \(maximum recursion.*{_MEND_JSON}"),
     "a number without end": ("train_reader", "--train_data {digits.jsonl}",
         rf"digits\.jsonl, line 1: JSON that cannot be read \(Exceeds the limit.*{_MEND_JSON}"),
-    "half a character": ("train_reader", "--train_data {surrogate.jsonl}",
-        r"surrogate\.jsonl, line 1: '\\ud83d' is half a character; remove it"),
+    "a surrogate": ("train_reader", "--train_data {surrogate.jsonl}",
+        r"surrogate\.jsonl, line 1: '\\ud83d' is an unpaired surrogate; remove it"),
     "no examples": ("train_reader", "--train_data {no_list.json}",
         r"no_list\.json: there are no examples in this file; give one with some"),
     "an answer that is no list": ("train_reader", "--train_data {one_answer.json}",
@@ -395,11 +397,11 @@ READER: dict[str, Case] = {
         r'unanswered\.json, example 1 \(line 1\): "target" or "answers" is needed'),
     "DPR's questions with a header": ("train_reader", "--train_data {header.csv}",
         r"header\.csv, line 2: the answers of a row must be a list of texts like .*, not "
-        "'answers'; mend it, or give JSON"),
+        "'answers'; correct it, or give JSON"),
     "DPR's questions without answers": ("test_reader", "--eval_data {columns.csv}",
-        r"columns\.csv, line 2: a row must be a question, a tab and .*, not 'who\\n'; mend it, or"),
+        r"columns\.csv, line 2: a row must be a question, a tab and .*, not 'who\\n'; correct it"),
     "answers that run a command": ("test_reader", "--eval_data {call.csv}",
-        r"call\.csv, line 1: the answers of a row must be a list of texts .*; mend it, or give "
+        r"call\.csv, line 1: the answers of a row must be a list of texts .*; correct it, or give "
         "JSON"),
     "dev data that is not there": ("train_reader", "--eval_data no.json",
         rf"no\.json: {_CHECK_PATH}"),
@@ -407,6 +409,12 @@ READER: dict[str, Case] = {
         r"unanswered\.json: no example has answers .*give another file, or --eval_data none"),
     "questions that are not there": ("test_reader", "--eval_data no.json",
         rf"no\.json: {_CHECK_PATH}"),
+    "nothing to score": ("test_reader", "--eval_data {dpr.json} --write_crossattention_scores",
+        r"dpr\.json: no example has passages under .*'positive_ctxs'.\), .* needed to score them"),
+    "no passages to train on": ("train_reader", "--train_data {dpr.json} --n_context 2",
+        r"dpr\.json: no example has passages under .* needed to train with --n_context 2; find"),
+    "a file that was never written": ("test_reader", "--eval_data {nul.json}",
+        r"nul\.json, line 2: a NUL byte, so not UTF-8 text; re-encode the file, or copy"),
     "a broken example": ("test_reader", "--eval_data {cut.jsonl}",
         rf"cut\.jsonl, line 2.*{_MEND_JSON}"),
     "a score that is text": ("test_reader", "--eval_data {text_score.json}",
@@ -554,13 +562,14 @@ READER: dict[str, Case] = {
 
 RETRIEVER: dict[str, Case] = {
     # data
-    "a passage without score": ("train_retriever", "--train_data {no_score.json}",
-        r"no_score\.json, example 2 \(line 14\): none of its passages has a score .*; write them "
+    "passages without scores": ("train_retriever", "--train_data {no_score.json}",
+        r"no_score\.json: none of the passages that are read has a score .*; write them "
         "with test_reader.py --write_crossattention_scores"),
-    "a question without passages": ("train_retriever", "--train_data {no_ctxs.json}",
-        r"no_ctxs\.json, example 2 .*: none of its passages has a score .*; write them with"),
+    "positive_ctxs alone": ("train_retriever", "--train_data {dpr.json}",
+        r"dpr\.json: no example has passages under .* \(the first has .*'positive_ctxs'.\), but "
+        "they are needed to distil from them; find some with passage_retrieval"),
     "dev data without scores": ("train_retriever", "--eval_data {no_score.json}",
-        r"no_score\.json, example 2 .*; write them with test_reader\.py"),
+        r"no_score\.json: none .*; write them with test_reader\.py"),
     "a score that is nan": ("train_retriever", "--train_data {nan_score.json}",
         r"nan_score\.json, example 2 .*passage 1: .* a finite number or left out, not nan"),
     "a score without end": ("train_retriever", "--train_data {inf_score.json}",
@@ -631,15 +640,17 @@ RETRIEVER: dict[str, Case] = {
 EMBED: dict[str, Case] = {
     # passages
     "passages that are not there": ("embed", "--passages no.tsv", rf"no\.tsv: {_CHECK_PATH}"),
-    "empty passages": ("embed", "--passages {empty}", "the file is empty; give one with passages"),
+    "empty passages": ("embed", "--passages {empty}", "empty: the file is empty; write or"),
     "a folder as passages": ("embed", "--passages {folder}",
         r"folder: .*\(Is a directory\); check"),
     "a header alone": ("embed", "--passages {header.tsv}",
         r"header\.tsv: there are no passages in this file; give one with some"),
     "a row of two columns": ("embed", "--passages {columns.tsv}",
-        r"columns\.tsv, line 3: a row must have 3 columns .*not the 2 of '2.*; mend it, or give"),
+        r"columns\.tsv, line 3: a row must have 3 columns, .*not the 2 of '2.*; correct it"),
     "data as passages": ("embed", "--passages {data.json}",
-        r"data\.json, line 1: a row must have 3 columns .*not the 1 of '\['; mend it, or give"),
+        r"data\.json, line 1: a row must have 3 columns .*not the 1 of '\['; correct it, or give"),
+    "unknown names of columns": ("embed", "--passages {names.tsv}",
+        r"names\.tsv, line 1: the first row, 'number\\tabstract\\tname', looks like a header with"),
     "an open quote mark": ("embed", "--passages {open_quote.tsv}",
         r"open_quote\.tsv, line 2: this row has no end; is a quote mark left open"),
     "passages in Latin-1": ("embed", "--passages {latin.tsv}",
@@ -656,10 +667,10 @@ EMBED: dict[str, Case] = {
         r'no_text\.jsonl, line 2: no text: "text" or "contents" must be text, not None'),
     "passages that are cut off": ("embed", "--passages {cut_passages.jsonl}",
         r"cut_passages\.jsonl, line 2: bad JSON .*; write one object on each line"),
-    "half a character in a passage": ("embed", "--passages {surrogate_passages.jsonl}",
-        r"surrogate_passages\.jsonl, line 1: '\\ud83d' is half a character; remove it"),
+    "a surrogate in a passage": ("embed", "--passages {surrogate_passages.jsonl}",
+        r"surrogate_passages\.jsonl, line 1: '\\ud83d' is an unpaired surrogate; remove it"),
     "lists in a passage without end": ("embed", "--passages {nested.jsonl}",
-        r"nested\.jsonl, line 1: JSON that cannot be read \(maximum recursion.*; mend it"),
+        r"nested\.jsonl, line 1: JSON that cannot be read \(maximum recursion.*; correct it"),
     # models
     "no retriever": ("embed", "--model_path none", "--model_path is missing: give the folder of a"),
     "a reader to embed with": ("embed", "--model_path {plain}", "plain: a t5 model.*; give a BERT"),
@@ -806,8 +817,8 @@ RETRIEVE: dict[str, Case] = {
     "many results": ("retrieve", "--n-docs many", "--n-docs.*: 'many' is not a whole number"),
     "more tokens of a question than the model reads": ("retrieve", "--question_maxlength 600",
         "reads at most 512 tokens, not 600: lower --question_maxlength"),
-    "half a character in a question": ("bm25", "--data {surrogate.jsonl}",
-        r"surrogate\.jsonl, line 1: '\\ud83d' is half a character; remove it"),
+    "a surrogate in a question": ("bm25", "--data {surrogate.jsonl}",
+        r"surrogate\.jsonl, line 1: '\\ud83d' is an unpaired surrogate; remove it"),
     "no questions": ("bm25", "--data {no_list.json}", r"no_list\.json: there are no .*; give one"),
     "a BM25 index that is something else": ("bm25", "--passages {indexed.tsv} --save_or_load_index",
         r"indexed\.tsv\.bm25: not a BM25 index, it holds notes\.txt; remove it"),

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -331,16 +332,18 @@ def test_the_files_of_folders(written):
     assert (written / "passages.tsv.bm25" / "collection.txt").exists()
 
 
-def test_the_side_files_of_a_collection(written):
+def test_the_caches_of_a_collection(written):
     passages = written / "passages.tsv"
     rows = passages.read_bytes().splitlines(keepends=True)
     starts = [0, *itertools.accumulate(map(len, rows))][1:]  # the first row holds the names
     stat = passages.stat()
-    for name, content in ((".offsets", [*starts, 0, 1, 2]), (".ids", None)):
+    for name, content in ((".offsets", [*starts, 0, 1, 2, 3]), (".ids", None)):
         found = np.fromfile(written / f".passages.tsv{name}", "<i8").tolist()
-        assert found[-4:] == [1, stat.st_size, stat.st_mtime_ns, len(found)]
-        assert content is None or found[:-4] == content
-    hashes, places = np.array(found[:-4]).reshape(2, -1)
+        checksum = zlib.crc32(np.array(found[:-2]))
+        stamp = [2, stat.st_size, stat.st_mtime_ns, stat.st_ino, len(found), checksum]
+        assert found[-6:] == stamp
+        assert content is None or found[:-6] == content
+    hashes, places = np.array(found[:-6]).reshape(2, -1)
     assert (np.diff(hashes) > 0).all()
     assert sorted(places) == list(range(120))
 
@@ -381,7 +384,7 @@ def test_retrieved_data_comes_back(rng, tmp_path):
         for row, chosen, values in zip(found, places, scores.tolist(), strict=True):
             read = [(c["id"], c["title"], c["text"], c["score"]) for c in row["ctxs"]]
             passages = [collection[place] for place in chosen]
-            assert read == [(*p, score) for p, score in zip(passages, values, strict=True)]
+            assert read == [(*p[:3], score) for p, score in zip(passages, values, strict=True)]
         right = [[c["hasanswer"] for c in row["ctxs"]] for row in found if row["answers"]]
         assert flags == right
         recalls = write_recall(tmp_path / name, flags, 4)

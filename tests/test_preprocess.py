@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from src.data import json_files
+from src.data import files
 from src.data.examples import Examples
 from src.data.json_files import JsonItems, JsonLists
 from src.runtime.errors import InputError
@@ -20,10 +20,10 @@ from tests.conftest import ROOT, run
 from tests.test_examples import random_text, random_value
 
 
-@pytest.fixture(params=[1 << 24, 64, 5])
+@pytest.fixture(params=[1 << 20, 64, 5])
 def chunk(request, monkeypatch):
     """Small chunks put every kind of boundary in the middle of every kind of thing."""
-    monkeypatch.setattr(json_files, "_CHUNK", request.param)
+    monkeypatch.setattr(files, "_CHUNK", request.param)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -234,8 +234,8 @@ CHANGES = {
         ("Data", 1, "Answer"), None, "the Value of the Answer must be text, not None"),
     "aliases that are no list": ("triviaqa-unfiltered/unfiltered-web-train.json",
         ("Data", 0, "Answer", "Aliases"), "x", "the Aliases of the Answer must be a list .* 'x'"),
-    "half a character": ("triviaqa-unfiltered/unfiltered-web-train.json",
-        ("Data", 0, "Question"), "\ud83d", r"example 1 \(line 1\): '\\ud83d' is half a character"),
+    "a surrogate": ("triviaqa-unfiltered/unfiltered-web-train.json",
+        ("Data", 0, "Question"), "\ud83d", r"example 1 \(line 1\): '\\ud83d' is an unpaired"),
 }  # fmt: skip
 
 

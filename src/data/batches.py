@@ -12,7 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from src.data.examples import Example, Examples, Passage, read_example
+from src.data.examples import Example, Examples, read_example
+from src.data.passages import Passage
 
 # ----------------------------------------------------------------------------------------------
 # Text and tokens of the reader

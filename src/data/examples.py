@@ -5,50 +5,53 @@ and its answers (`.csv`); see `docs/formats.md`.
 """
 
 import ast
+import contextlib
 import csv
 import dataclasses
+import logging
 import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import signal
 import warnings
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from src.data.json_files import JsonItems, check_characters
+from src.data.files import tsv_reader
+from src.data.json_files import BadValue, JsonItems, check_characters
+from src.data.passages import Passage
 from src.runtime.errors import InputError, shorten
-from src.runtime.terminal import Bar, no_bar
+from src.runtime.terminal import Bar, count, no_bar
 
 _BYTES_WORTH_A_PROCESS = 1 << 25  # of examples to check
 
 
 class Examples(JsonItems):
     """The examples of a data file, of JSON or of DPR's rows; `examples[i]` decodes the i-th.
-    NQ-open's `answer` and BEIR's `_id` and `text` get the names that ours have."""
+    NQ-open's `answer` and BEIR's `_id` and `text` are renamed to ours.
+
+    `unscored` holds the indices of those that `load_data` found without scored passages.
+    """
 
     def __init__(self, path: str | Path):
         super().__init__(path)
-        first = self._bytes[self._spans[0, 0] : self._spans[0, 0] + 1]
+        start = int(self._spans[0, 0])
+        first = self.source.read(start, start + 1)
         self._has_rows = Path(self.path).suffix in _ROWS and first not in (b"{", b"[")
+        self.unscored: list[int] = []
 
     def __getitem__(self, index: int) -> dict:
-        start, end = self._spans[index]
-        try:
-            example = super().__getitem__(index)
-        except _BadRow as error:
-            raise InputError(f"{self.path}, line {self._line(start)}: {error}") from None
-        text = self._bytes[start:end]
-        # How JSON has halves of characters; Python's texts have more ways.
-        if self._has_rows or b"\\ud" in text or b"\\uD" in text:
-            check_characters(example, lambda: f"{self.path}, line {self._line(start)}")
-        return _with_our_names(example)
+        return _with_our_names(super().__getitem__(index))
 
-    def _parse(self, text: str) -> Any:
-        return _parse_row(text) if self._has_rows else super()._parse(text)
+    def _parse(self, record: bytes) -> Any:
+        example = _parse_row(record.decode()) if self._has_rows else super()._parse(record)
+        # How JSON writes surrogates, perhaps unpaired; Python's literals have more ways.
+        if self._has_rows or b"\\ud" in record or b"\\uD" in record:
+            check_characters(example)
+        return example
 
 
 # ----------------------------------------------------------------------------------------------
@@ -59,24 +62,20 @@ _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _STRINGS = re.compile(rf"\[\s*(?:{_STRING}\s*(?:,\s*{_STRING}\s*)*,?)?\s*\]")
 
 
-class _BadRow(Exception):
-    """What is wrong with a row, and the cure."""
-
-
 def _parse_row(line: str) -> dict:
     """An example from a row of DPR's: question, tab, the answers as a Python list of texts.
 
-    Fields are quoted as `csv` writes them. Errors: `_BadRow`.
+    Fields are quoted as `csv` writes them. Errors: `BadValue`.
     """
-    line = line.rstrip("\r\n") + "\n"
+    line = line + "\n"
     try:
-        fields = next(csv.reader([line], delimiter="\t"))
+        fields = next(tsv_reader([line]))
     except csv.Error as error:
-        raise _BadRow(f"not a row of TSV ({error}); mend it, or give JSON") from None
+        raise BadValue(f"not a row of TSV ({error}); correct it, or give JSON") from None
     if len(fields) != 2 or fields[1].endswith("\n"):  # an open quote mark takes the line's end in
-        raise _BadRow(
+        raise BadValue(
             "a row must be a question, a tab and a list of answers like ['Paris', 'Lyon'], not "
-            f"{shorten(line, 60)}; mend it, or give JSON"
+            f"{shorten(line, 60)}; correct it, or give JSON"
         )
     question, answers = fields[0], fields[1].strip()
     try:
@@ -87,9 +86,9 @@ def _parse_row(line: str) -> dict:
             warnings.simplefilter("ignore")  # about backslashes that mean nothing
             return {"question": question, "answers": ast.literal_eval(answers)}
     except (ValueError, SyntaxError):
-        raise _BadRow(
+        raise BadValue(
             "the answers of a row must be a list of texts like ['Paris', 'Lyon'], not "
-            f"{shorten(answers, 60)}; mend it, or give JSON"
+            f"{shorten(answers, 60)}; correct it, or give JSON"
         ) from None
 
 
@@ -108,15 +107,6 @@ def _with_our_names(example: dict) -> dict:
 
 # ----------------------------------------------------------------------------------------------
 # Checked examples
-
-
-class Passage(NamedTuple):
-    """A retrieved passage. `place` is where it stood in the file's `ctxs`."""
-
-    title: str
-    text: str
-    score: float | None
-    place: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +140,7 @@ def parse_example(raw: dict, index: int, where: str) -> Example:
     contexts = [] if contexts is None else contexts
     if not isinstance(contexts, list):
         raise InputError(f'{where}: "ctxs" must be a list of passages, not {shorten(contexts)}')
-    passages = [_parse_passage(context, place, where) for place, context in enumerate(contexts)]
+    passages = [_parse_passage(context, i, where) for i, context in enumerate(contexts)]
     # Stable: equal scores keep their order, and passages without a score come last in theirs.
     passages.sort(key=lambda passage: math.inf if passage.score is None else -passage.score)
     identity = raw.get("id")
@@ -164,16 +154,15 @@ def parse_example(raw: dict, index: int, where: str) -> Example:
     )
 
 
-def _parse_passage(context: Any, place: int, where: str) -> Passage:
+def _parse_passage(context: Any, position: int, where: str) -> Passage:
     if not isinstance(context, dict):
-        raise InputError(f"{where}, passage {place + 1}: must be an object, not {shorten(context)}")
+        problem = f"must be an object, not {shorten(context)}"
+        raise InputError(f"{where}, passage {position + 1}: {problem}")
     text, title = context.get("text"), context.get("title")
-    if not isinstance(text, str):
-        raise InputError(f'{where}, passage {place + 1}: "text" must be text, not {shorten(text)}')
-    if title is not None and not isinstance(title, str):
-        raise InputError(
-            f'{where}, passage {place + 1}: "title" must be text, not {shorten(title)}'
-        )
+    for name, value in (("text", text), ("title", "" if title is None else title)):
+        if not isinstance(value, str):
+            problem = f'"{name}" must be text, not {shorten(value)}'
+            raise InputError(f"{where}, passage {position + 1}: {problem}")
     score = context.get("score")
     if score is not None:
         try:  # numbers or strings, as the reference's own files have both
@@ -182,14 +171,14 @@ def _parse_passage(context: Any, place: int, where: str) -> Passage:
             score = math.nan
         if not math.isfinite(score):
             raise InputError(
-                f'{where}, passage {place + 1}: "score" must be a finite number or left out, '
+                f'{where}, passage {position + 1}: "score" must be a finite number or left out, '
                 f"not {shorten(context['score'])}"
             )
-    return Passage(title or "", text, score, place)
+    return Passage(str(context.get("id", "")), title or "", text, score, position)
 
 
 def read_example(examples: Examples, index: int) -> Example:
-    """The checked example at a place in a file."""
+    """The checked example at an index of a file."""
     raw = examples[index]
     try:
         return parse_example(raw, index, "")
@@ -211,98 +200,94 @@ def load_data(
 
     Args:
         needs_target: the examples are to train a reader: each must have a target or answers.
-        needs_scores: the examples are to distil from: each must have a score on one of its first
-            `needs_scores` passages.
+        needs_scores: the examples are to distil from: those of this process's share without a score
+            on one of their first `needs_scores` passages are listed in `unscored`; 0: none are.
         bar: for the examples that are checked.
     """
     examples = Examples(path)
 
-    def check(index: int) -> None:
+    def check(index: int) -> bool:
         example = read_example(examples, index)
         if needs_target and example.target is None and not example.answers:
             where = examples.where(index)
             raise InputError(f'{where}: "target" or "answers" is needed to train on it')
-        if needs_scores and not any(p.score is not None for p in example.passages[:needs_scores]):
-            raise InputError(
-                f"{examples.where(index)}: none of its passages has a score of the reader; write "
-                "them with test_reader.py --write_crossattention_scores"
-            )
+        passages = example.passages[:needs_scores]
+        return not needs_scores or any(passage.score is not None for passage in passages)
 
-    size = os.path.getsize(path) // world_size
+    size = examples.source.size // world_size  # of a process's share
     n_processes = min(_cpus(), size // _BYTES_WORTH_A_PROCESS, 16)
     indices = range(rank, len(examples), world_size)
-    with bar(len(indices), "example", "checking examples") as shown:
-        _check_all(check, indices, n_processes, shown.update)
+    examples.unscored = _check_all(check, indices, n_processes, bar)
     return examples
 
 
+def skip_unscored(
+    examples: Examples, gathered: Iterable[list[int]], log: logging.Logger
+) -> Examples:
+    """The examples to distil from, given `unscored` of all processes.
+
+    Errors: `InputError` when none is left.
+    """
+    skipped = [index for indices in gathered for index in indices]
+    if len(skipped) == len(examples):
+        describe_passages(examples, 0, "distil from them")
+        raise InputError(
+            f"{examples.path}: none of the passages that are read has a score of the reader; write "
+            "them with test_reader.py --write_crossattention_scores"
+        )
+    if skipped:
+        n, total = f"{len(skipped):,}", count(len(examples), "question")
+        log.info("skipped %s of %s of %s without scored passages", n, total, examples.path)
+    return examples.without(skipped)
+
+
+def describe_passages(examples: Examples, n_context: int, needed_to: str = "") -> str:
+    """What is read of the examples' passages, for the log.
+
+    Errors: `InputError` when no example has any, if `needed_to` says what they are for.
+    """
+    if any(read_example(examples, index).passages for index in range(len(examples))):
+        return f"at most {count(n_context, 'passage')} each"
+    fields = shorten(list(examples[0]), 200)
+    found = f'no example has passages under "ctxs" (the first has {fields})'
+    if needed_to:
+        raise InputError(
+            f"{examples.path}: {found}, but they are needed to {needed_to}; find some with "
+            "passage_retrieval.py, or rename the field that holds them"
+        )
+    return f"questions alone: {found}"
+
+
 def _check_all(
-    check: Callable[[int], None],
-    indices: range,
-    n_processes: int,
-    on_examples: Callable[[int], None],
-) -> None:
-    """Run a check on each index, shared out among processes. Errors: the check's first one."""
-    if n_processes < 2:
-        for index in indices:
-            check(index)
-            on_examples(1)
-        return
-    # Forked, so that they have the opened file, and nothing is sent but what they find.
-    context = multiprocessing.get_context("fork")
-    pipes, processes = [], []
-    errors: list[tuple[int, str]] = []
-    try:
-        for number in range(n_processes):
-            ours, theirs = context.Pipe(duplex=False)
-            share = indices[number::n_processes]
-            process = context.Process(target=_check_share, args=(check, share, theirs))
-            process.start()
-            theirs.close()
-            pipes.append(ours)
-            processes.append(process)
-        while pipes:
-            for pipe in multiprocessing.connection.wait(pipes):
-                try:
-                    found = pipe.recv()
-                except EOFError:
-                    pipes.remove(pipe)
-                    continue
-                if isinstance(found, int):
-                    on_examples(found)
-                else:
-                    errors.append(found)
-    except BaseException:  # Ctrl-C, for one: none is to outlive this process
-        for process in processes:
-            process.kill()
-        raise
-    finally:
-        for process in processes:
-            process.join()
-    if errors:
-        raise InputError(min(errors)[1])
-    broken = [process.exitcode for process in processes if process.exitcode]
-    if broken:
-        raise RuntimeError(f"a process that checks examples ended with status {broken[0]}")
+    check: Callable[[int], bool], indices: range, n_processes: int, bar: Bar
+) -> list[int]:
+    """The indices that fail a check, divided among processes. Errors: the check's first one."""
+    parts = [indices[start : start + 100] for start in range(0, len(indices), 100)]
+    failed = []
+    with contextlib.ExitStack() as stack:
+        shown = stack.enter_context(bar(len(indices), "example", "checking examples"))
+        if n_processes < 2:
+            results = (_check_part(part, check) for part in parts)
+        else:  # forked, so that they have the opened file, and nothing is sent but results
+            context = multiprocessing.get_context("fork")
+            pool = ProcessPoolExecutor(n_processes, context, _start_checking, (check,))
+            results = stack.enter_context(pool).map(_check_part, parts)
+        for part, more in zip(parts, results, strict=True):
+            failed += more
+            shown.update(len(part))
+    return failed
 
 
-def _check_share(check: Callable[[int], None], indices: range, pipe: Connection) -> None:
-    """In a process of its own: send how many examples are well, at times, and the first error."""
+def _check_part(indices: range, check: Callable[[int], bool] | None = None) -> list[int]:
+    return [index for index in indices if not (check or _check)(index)]
+
+
+def _start_checking(check: Callable[[int], bool]) -> None:
+    """In a process of its own."""
+    global _check
+    _check = check
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # what they mean is the waiting process's to say
-    told = 0
-    try:
-        for done, index in enumerate(indices, start=1):
-            try:
-                check(index)
-            except InputError as error:
-                pipe.send((index, str(error)))
-                return
-            if done - told == 100 or done == len(indices):
-                pipe.send(done - told)
-                told = done
-    except BrokenPipeError:
-        return  # nobody waits any more
+        signal.signal(number, signal.SIG_IGN)  # the waiting process answers them
 
 
 def _cpus() -> int:

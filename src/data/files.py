@@ -1,11 +1,12 @@
-"""Files that are there whole or not at all, and files that are made once from another and kept."""
+"""Files: written atomically, read by byte positions, and cached next to what they are made from."""
 
 import contextlib
+import csv
 import fcntl
 import glob
 import gzip
+import itertools
 import logging
-import mmap
 import os
 import tempfile
 import zlib
@@ -57,25 +58,127 @@ def write_whole(path: Path, pieces: Iterable[str]) -> Path:
 
 
 # ----------------------------------------------------------------------------------------------
-# Made once and kept
+# Files read by byte positions
 
-_FORMAT = 1  # of side files: raise it when what they hold changes
-_PIECE = 1 << 20  # bytes looked at, or unpacked, at a time
-
-
-def open_source(source: str, path: str) -> BinaryIO:
-    """A file for reading in binary; errors name `path`, from which it was made, or which it is."""
-    try:
-        return open(source, "rb")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+LONGEST_ROW = 1 << 24  # bytes
+_CHUNK = 1 << 20  # bytes read at a time: what numpy makes of them stays in the processor's cache
 
 
-def line_number(data: mmap.mmap, position: int) -> int:
-    """The number of the line, from 1, that holds a byte position."""
-    buffer = np.frombuffer(data, dtype=np.uint8, count=int(position))
-    pieces = range(0, len(buffer), _PIECE)
-    return 1 + sum(int(np.count_nonzero(buffer[p : p + _PIECE] == ord("\n"))) for p in pieces)
+class Source:
+    """A file opened for reading by byte positions, without mapping it: a mapped file that is cut
+    off while it is being read would end the process by SIGBUS. Deleting or replacing the file does
+    no harm; a change in place is an error at the next read.
+
+    Args:
+        path: names the file in errors.
+        plain: the file to open if it is not `path` itself but was made from it.
+    Errors: `InputError` when the file cannot be read, is empty, or changes.
+    """
+
+    def __init__(self, path: str, plain: str | None = None):
+        self.path, self.plain = path, plain or path
+        self.file = self._open()
+        self.stat = os.fstat(self.file.fileno())
+        self.size = self.stat.st_size
+        if self.size == 0:
+            raise InputError(f"{path}: the file is empty; write or copy it again")
+
+    def _open(self) -> BinaryIO:
+        try:
+            return open(self.plain, "rb", buffering=0)
+        except OSError as error:
+            raise self._unreadable(error) from None
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes from `start` to before `end`, which must lie within the file."""
+        handle, data = self.file.fileno(), b""
+        try:
+            while piece := os.pread(handle, end - start - len(data), start + len(data)):
+                data = data + piece if data else piece  # one call reads at most 2 GiB
+                if len(data) == end - start:
+                    break
+        except OSError as error:
+            raise self._unreadable(error) from None
+        self.check_unchanged()
+        return data
+
+    def check_unchanged(self) -> None:
+        """Errors: `InputError` when the file is not what it was when it was first opened."""
+        if _identity(os.fstat(self.file.fileno())) != _identity(self.stat):
+            raise InputError(f"{self.path} changed while it was being read; run the command again")
+
+    def chunks(self, start: int, end: int | None = None) -> Iterator[tuple[int, bytes]]:
+        """The bytes in turn, with their positions. Errors: `InputError` for a NUL byte, which no
+        text holds: the file is binary, UTF-16, or was never written to its end."""
+        end = self.size if end is None else end
+        for position in range(start, end, _CHUNK):
+            data = self.read(position, min(position + _CHUNK, end))
+            if b"\0" in data:
+                problem = "a NUL byte, so not UTF-8 text; re-encode the file, or copy it again"
+                raise self.error(position + data.index(b"\0"), problem)
+            yield position, data
+
+    def skip_blanks(self, start: int) -> int:
+        """The position of the first byte from `start` on that is not white space, or the size."""
+        for position, data in self.chunks(start):
+            if text := data.lstrip():
+                return position + len(data) - len(text)
+        return self.size
+
+    def line_starts(self, start: int) -> Iterator[np.ndarray]:
+        """Where each line begins that is not blank, part by part."""
+        at_start = True
+        for position, data in self.chunks(start):
+            view = np.frombuffer(data, dtype=np.uint8)
+            starts = np.flatnonzero(view[:-1] == ord("\n")) + 1
+            starts = np.append(0, starts) if at_start else starts
+            at_start = data.endswith(b"\n")
+            first = view[starts]
+            is_text = first > ord(" ")
+            for row in np.flatnonzero(~is_text & (first != ord("\n"))).tolist():
+                is_text[row] = not self._is_blank_line(position + int(starts[row]))
+            yield starts[is_text] + position
+
+    def _is_blank_line(self, start: int) -> bool:
+        data = self.read(start, min(start + 4096, self.size))
+        line, line_end, _ = data.partition(b"\n")
+        return not line.strip() and (line_end != b"" or start + len(data) == self.size)
+
+    def line_number(self, position: int) -> int:
+        """The number of the line, from 1, that holds a byte position."""
+        pieces = range(0, position, _CHUNK)
+        return 1 + sum(self.read(p, min(p + _CHUNK, position)).count(b"\n") for p in pieces)
+
+    def error(self, position: int, problem: str) -> InputError:
+        return InputError(f"{self.path}, line {self.line_number(position)}: {problem}")
+
+    def _unreadable(self, error: OSError) -> InputError:
+        return InputError(f"{self.path}: cannot be read ({error.strerror}); check the path")
+
+    # Another process opens the file again; it must be the same one.
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "file"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.file = self._open()
+        self.check_unchanged()
+
+
+def _identity(stat: os.stat_result) -> list[int]:
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def tsv_reader(lines: Iterable[str]) -> Iterator[list[str]]:
+    """`csv.reader` for tabs, with room for fields longer than its 131,072 characters."""
+    csv.field_size_limit(LONGEST_ROW)
+    return csv.reader(lines, delimiter="\t")
+
+
+# ----------------------------------------------------------------------------------------------
+# Caches made from a file, next to it
+
+_FORMAT = 2  # of caches: raise it when their contents change
 
 
 @contextlib.contextmanager
@@ -94,56 +197,65 @@ def _replaced(target: Path, mode: int) -> Iterator[BinaryIO]:
         raise
 
 
-def kept(
-    source: str, stat: os.stat_result, suffix: str, make: Callable[[], Iterator[np.ndarray]]
+def cached_array(
+    source: Source, suffix: str, make: Callable[[], Iterator[np.ndarray]]
 ) -> np.ndarray:
-    """The int64 arrays of `make()`, joined and mapped from a side file, which is made if it is not
-    there, not whole, or not that of the source as it is now. It lies beside the source, or, where
-    that cannot be written, in the user's cache folder, or is this process's own.
+    """The int64 arrays of `make()`, joined and mapped from a cache, which is rebuilt when missing,
+    damaged or stale. The cache is next to the source, or, where that cannot be written, in the
+    user's cache folder, or is this process's own.
 
-    The arrays are followed by the format, the source's size and time, and the side file's length.
+    The arrays are followed by the format, the source's size, time and inode, the cache's length,
+    and the CRC-32 of everything before: a damaged cache would give other passages.
     """
-    stamp = [_FORMAT, stat.st_size, stat.st_mtime_ns]
+    stamp = [_FORMAT, *_identity(source.stat)]
 
     def write(file: BinaryIO) -> np.ndarray:
-        for array in make():
-            file.write(array.astype(np.int64, copy=False))
-        file.write(np.array([*stamp, file.tell() // 8 + 4], dtype=np.int64))
+        checksum = 0
+        for array in itertools.chain(make(), [stamp]):
+            data = np.asarray(array, dtype=np.int64).tobytes()
+            checksum = zlib.crc32(data, checksum)
+            file.write(data)
+        file.write(np.array([file.tell() // 8 + 2, checksum], dtype=np.int64))
         file.flush()
-        return np.asarray(np.memmap(file, np.int64, "r"))[:-4]
+        return np.asarray(np.memmap(file, np.int64, "r"))[:-6]
 
-    path = Path(source).absolute()
+    path = Path(source.plain).absolute()
     name = f".{path.name.lstrip('.')}{suffix}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     owner = blake2b(os.fsencode(path), digest_size=8).hexdigest()
-    places = [path.with_name(name), cache / "fusion-in-decoder" / f"{owner}{name}"]
-    for place in places:
-        with contextlib.suppress(OSError, ValueError):  # not there; not a whole number of numbers
-            found = np.asarray(np.memmap(place, np.int64, "r"))
-            if found[-4:].tolist() == [*stamp, len(found)]:
-                return found[:-4]
-    for place in places:
+    targets = [path.with_name(name), cache / "fusion-in-decoder" / f"{owner}{name}"]
+    for target in targets:
+        with contextlib.suppress(OSError, ValueError):  # missing; not a whole number of integers
+            found = np.asarray(np.memmap(target, np.int64, "r"))
+            if found[-6:-1].tolist() == [*stamp, len(found)] and found[-1] == zlib.crc32(
+                found[:-2]
+            ):
+                return found[:-6]
+    for target in targets:
         with contextlib.suppress(OSError):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with _replaced(place, stat.st_mode) as file:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _replaced(target, source.stat.st_mode) as file:
                 return write(file)
     with tempfile.TemporaryFile() as file:
         return write(file)
 
 
-def unpacked(path: str, bar: Bar) -> str:
-    """The path itself, or that of a gzipped file's plain text, which lies beside it and is made if
-    it is not there: a place in an archive cannot be read without all that stands before it."""
-    with open_source(path, path) as file:
+def unpack(path: str, bar: Bar) -> str:
+    """The path itself, or that of a gzipped file's plain text, which is next to it and made if
+    missing: a position in an archive cannot be read without everything before it."""
+    source = Source(path)
+    with source.file as file:
         if file.read(2) != b"\x1f\x8b":
             return path
         with contextlib.suppress(OSError):  # where the file system can lock, one process unpacks
             fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        stat, archive = os.fstat(file.fileno()), Path(path)
+        stat, archive = source.stat, Path(path)
         stamp = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
         target = archive.with_name(f".{archive.name}.{stamp}.unpacked")
-        if target.exists():
+        # It is as old as the archive unless someone changes it. (Some file systems round to 2 s.)
+        time = stat.st_mtime_ns // (2 * 10**9) * 2 * 10**9
+        if target.exists() and target.stat().st_mtime_ns == time:
             return str(target)
         logging.getLogger("fid").warning("unpacking %s to %s, once", path, target)
         try:
@@ -153,18 +265,24 @@ def unpacked(path: str, bar: Bar) -> str:
                 bar(stat.st_size, "B", "unpacking") as shown,
             ):
                 position = 0
-                while piece := packed.read(_PIECE):
+                while piece := packed.read(_CHUNK):
+                    if b"\0" in piece:
+                        raise InputError(f"{path}: a NUL byte, so not UTF-8 text; fetch it again")
                     plain.write(piece)
                     shown.update(file.tell() - position)
                     position = file.tell()
+                plain.flush()
+                os.utime(plain.fileno(), ns=(time, time))
+                source.check_unchanged()
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            source.check_unchanged()
             problem = f"the archive is cut off or damaged ({first_line(error)}); fetch it again"
             raise InputError(f"{path}: {problem}") from None
         except OSError as error:
-            problem = f"cannot be unpacked beside itself ({error.strerror})"
+            problem = f"cannot be unpacked next to it ({error.strerror})"
             cure = "run gunzip -k on a copy where there is room, and give the result"
             raise InputError(f"{path}: {problem}; {cure}") from None
     for old in archive.parent.glob(glob.escape(f".{archive.name}.") + "*.unpacked*"):
-        if not old.name.startswith(target.name):  # that of the archive as it was before
+        if not old.name.startswith(target.name):  # of an earlier version of the archive
             old.unlink(missing_ok=True)
     return str(target)

@@ -1,47 +1,57 @@
 """A passage collection, opened without reading it into memory.
 
 `Passages(path)` is a sequence over DPR's TSV (`id`, `text`, `title`) or JSONL with `id` or `_id`,
-`title`, and `text` or `contents` (BEIR, pyserini), either gzipped too. One pass finds where each
-passage begins; the places are kept in a side file, `.NAME.offsets`, which later openings and other
-processes map. So memory does not grow with the collection: 21 million passages open like a hundred.
+`title`, and `text` or `contents` (BEIR, pyserini), gzipped or not. One pass finds where each
+passage begins, a second one checks the ids; both results are cached in `.NAME.offsets` and
+`.NAME.ids`, which later openings and other processes map: 21 million passages open like a hundred.
 """
 
 import csv
+import io
 import itertools
 import json
-import mmap
 import operator
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from src.data.files import kept, line_number, open_source, unpacked
+from src.data.files import LONGEST_ROW, Source, cached_array, tsv_reader, unpack
+from src.data.json_files import BadValue, check_characters
 from src.runtime.errors import InputError, first_line, shorten
 from src.runtime.terminal import Bar, no_bar
 
+# Names of the columns of a TSV and of the fields of JSONL, as their authors have them.
+_NAMES = {
+    "id": ("id", "_id", "pid", "docid", "doc_id", "docno", "passage_id", "document_id"),
+    "text": ("text", "contents", "content", "passage", "passage_text", "body"),
+    "title": ("title", "page_title", "doc_title", "document_title"),
+}
+
 
 class Passage(NamedTuple):
-    """A passage of a collection; one without a title has "" there."""
+    """A passage of a collection, or of a question: then with its score, if it has one, and its
+    `position` in the question's `ctxs`. One without a title has ""."""
 
     id: str
     title: str
     text: str
+    score: float | None = None
+    position: int = -1
 
 
 class Passages(Sequence[Passage]):
     """The passages of a TSV or JSONL file; `passages[i]` decodes the i-th.
 
-    TSV is read as Python's `csv.reader(file, delimiter="\\t")` reads it; empty lines are left out.
-    A first row that holds the names id, text and title gives their order; without one it is this.
+    TSV is read as Python's `csv.reader(file, delimiter="\\t")` reads it; empty lines are skipped.
+    The columns are those that a header names, else id, text and title, or id and text.
 
-    Errors: `InputError` when the file is missing, empty, cut off inside a quoted field, or has a
-    row that is not of three columns. What else is wrong inside a passage (not UTF-8, bad JSON, no
-    text) is found when that passage is read; the first one is read at once.
+    Errors: `InputError` when the file is missing, empty, cut off inside a quoted field, has an
+    unknown header or a row with another number of columns, or has an id twice. Text that is not
+    UTF-8 is found when its passage is read.
 
     Args:
         bar: for what takes long with a new collection.
@@ -49,26 +59,18 @@ class Passages(Sequence[Passage]):
 
     def __init__(self, path: str | Path, bar: Bar = no_bar):
         self.path, self._bar = str(path), bar
-        self._source = unpacked(self.path, bar)
-        with open_source(self._source, self.path) as file:
-            self._stat = os.fstat(file.fileno())
-            if self._stat.st_size == 0:
-                raise InputError(f"{self.path}: the file is empty; give one with passages")
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        found = self._kept(".offsets", self._find_passages)
-        self._offsets = found[:-3]  # [n + 1]: where each passage begins, and where the last ends
-        self._columns = found[-3:].tolist()  # of id, text and title; -1 in JSONL
-        self._id_table: np.ndarray | None = None
-        self[0]  # a file of the wrong kind is reported now
-
-    def _kept(self, suffix: str, make: Callable[[], Iterator[np.ndarray]]) -> np.ndarray:
-        return kept(self._source, self._stat, suffix, make)
+        self._source = Source(self.path, unpack(self.path, bar))
+        found = cached_array(self._source, ".offsets", self._find_passages)
+        self._offsets = found[:-4]  # [n + 1]: where each passage begins, and where the last ends
+        # The columns of id, text and title (-1: none), and how many a row has (0 in JSONL).
+        *self._columns, self._n_columns = found[-4:].tolist()
+        self._id_table = cached_array(self._source, ".ids", self._make_id_table)
 
     def _find_passages(self) -> Iterator[np.ndarray]:
         """As the function of this name, with a progress bar."""
         position = 0
-        with self._bar(len(self._bytes), "B", "finding passages") as bar:
-            for array in _find_passages(self._bytes, self.path):
+        with self._bar(self._source.size, "B", "finding passages") as bar:
+            for array in _find_passages(self._source):
                 yield array
                 if len(array):
                     bar.update(int(array[0]) - position)
@@ -80,156 +82,153 @@ class Passages(Sequence[Passage]):
     def __getitem__(self, index: int) -> Passage:
         row = range(len(self))[index]  # IndexError, and the meaning of -1
         start, end = int(self._offsets[row]), int(self._offsets[row + 1])
-        record = self._bytes[start:end]
+        return self._decode(self._source.read(start, end), start)
+
+    def _decode(self, record: bytes, start: int) -> Passage:
         try:
             text = record.decode()
-            return _parse_json(text) if self._columns[0] < 0 else self._parse_row(text)
+            return self._parse_row(text) if self._n_columns else _parse_json(text)
         except UnicodeDecodeError as error:
             problem = f"byte {record[error.start]:#x} is not UTF-8 text; re-encode the file"
-            raise self._error(start + error.start, problem) from None
-        except ValueError as error:
-            raise self._error(start, str(error)) from None
+            raise self._source.error(start + error.start, problem) from None
+        except (ValueError, csv.Error) as error:
+            raise self._source.error(start, str(error)) from None
 
     def _parse_row(self, row: str) -> Passage:
         row = row.rstrip("\r\n")
-        try:
-            fields = next(csv.reader([row], delimiter="\t")) if '"' in row else row.split("\t")
-        except csv.Error as error:
-            raise ValueError(f"not a row of TSV ({error}); is a quote mark left open?") from None
+        fields = next(tsv_reader([row])) if '"' in row else row.split("\t")
+        if len(fields) != self._n_columns:
+            raise ValueError("not a whole row; remove the caches next to it (.NAME.offsets, .ids)")
         identity, text, title = self._columns
-        return Passage(fields[identity], fields[title], fields[text])
+        return Passage(fields[identity], "" if title < 0 else fields[title], fields[text])
 
-    def _error(self, position: int, problem: str) -> InputError:
-        return _error(self._bytes, self.path, position, problem)
+    def __iter__(self) -> Iterator[Passage]:
+        return itertools.starmap(self._decode, self._records(no_bar))
 
-    def ids(self) -> Iterator[str]:
+    def ids(self, bar: Bar = no_bar) -> Iterator[str]:
         """The passages' ids in order, one by one."""
-        return map(self._id, range(len(self)))
+        return itertools.starmap(self._decode_id, self._records(bar))
 
-    def _ids_in_parts(self) -> Iterator[Iterator[str]]:
-        """All ids part by part, with a progress bar."""
-        with self._bar(len(self), "passage", "reading ids") as bar:
+    def _records(self, bar: Bar) -> Iterator[tuple[bytes, int]]:
+        """Each passage's bytes and where they begin, read many at a time."""
+        with bar(len(self), "passage", "reading ids") as shown:
             for start in range(0, len(self), _PART):
-                rows = range(start, min(start + _PART, len(self)))
-                yield map(self._id, rows)
-                bar.update(len(rows))
+                offsets = self._offsets[start : start + _PART + 1].tolist()
+                first = offsets[0]
+                data = self._source.read(first, offsets[-1])
+                for begin, end in itertools.pairwise(offsets):
+                    yield data[begin - first : end - first], begin
+                shown.update(len(offsets) - 1)
 
     def _id(self, row: int) -> str:
-        if self._columns[0] == 0:  # the usual place: no need to decode the whole passage
-            start = int(self._offsets[row])
-            head, tab, _ = self._bytes[start : start + 32].partition(b"\t")
-            if tab and head.isalnum():  # ASCII, and without a quote mark
-                return head.decode()
         return self[row].id
 
+    def _decode_id(self, record: bytes, start: int) -> str:
+        if self._n_columns and self._columns[0] == 0:  # no need to decode the whole passage
+            head, _, _ = record.partition(b"\t")
+            if head.isalnum():  # ASCII, and without a quote mark
+                return head.decode()
+        return self._decode(record, start).id
+
     def find(self, ids: Sequence[str]) -> list[int]:
-        """The places of the passages with these ids: `passages[place].id == id`.
+        """The positions of the passages with these ids: `passages[position].id == id`.
 
-        The first call reads all ids once and keeps what it learns in a side file, `.NAME.ids`: ids
-        that count up by one from any number, as Wikipedia's do, need no table; for others it is one
-        of sorted hashes, which takes 24 bytes of memory a passage while it is made, and later none.
+        An id that no passage has and that begins with DPR's `wiki:` is looked up without it.
 
-        An id with DPR's `wiki:` before it, which no passage has, is that of the one without.
-
-        Errors: `InputError` for an id that is not there, and for ids that are not unique.
+        Errors: `InputError` for an id that is not in the collection.
         """
-        if self._id_table is None:
-            self._id_table = self._kept(".ids", self._make_id_table)
         return [self._find_one(identity) for identity in ids]
 
     def _find_one(self, identity: str) -> int:
-        place = self._look_up(identity)
-        if place is None and identity.startswith(_DPR_PREFIX):
-            place = self._look_up(identity.removeprefix(_DPR_PREFIX))
-        if place is None:
-            raise InputError(
-                f"{self.path}: no passage has the id {shorten(identity)}; "
-                "give the collection that the id was taken from"
-            )
-        return place
+        for name in (identity, identity.removeprefix(_DPR_PREFIX)):
+            if (position := self._look_up(name)) is not None:
+                return position
+        raise InputError(
+            f"{self.path}: no passage has the id {shorten(identity)}; "
+            "give the collection that the id was taken from"
+        )
 
     def _look_up(self, identity: str) -> int | None:
         if len(self._id_table) == 1:
-            place = int(identity) - int(self._id_table[0]) if _NUMBER.fullmatch(identity) else -1
-            if 0 <= place < len(self):
-                return place
-        else:
-            hashes, places = self._id_table.reshape(2, -1)
-            wanted = _hash(identity)
-            # Different ids with one hash, should there be any, lie side by side.
-            for at in range(int(np.searchsorted(hashes, wanted)), len(self)):
-                if hashes[at] != wanted:
-                    break
-                if self._id(int(places[at])) == identity:
-                    return int(places[at])
-        return None
+            row = int(identity) - int(self._id_table[0]) if _NUMBER.fullmatch(identity) else -1
+            return row if 0 <= row < len(self) else None
+        hashes, rows = self._id_table.reshape(2, -1)
+        wanted = _hash(identity)
+        start, end = np.searchsorted(hashes, wanted), np.searchsorted(hashes, wanted, "right")
+        return next((row for row in rows[start:end].tolist() if self._id(row) == identity), None)
 
     def _make_id_table(self) -> Iterator[np.ndarray]:
-        """The first id if the others count up from it, else all hashes, sorted, and their places.
+        """The first id if the others count up from it, as Wikipedia's do; otherwise the sorted
+        hashes of all ids, then their rows (24 bytes of memory a passage while it is made).
 
         Errors: `InputError` for two passages with the same id.
         """
         if _NUMBER.fullmatch(self._id(0)):
             first = int(self._id(0))
             counted = map(str, itertools.count(first))
-            if all(all(map(operator.eq, ids, counted)) for ids in self._ids_in_parts()):
+            if all(map(operator.eq, self.ids(self._bar), counted)):
                 yield np.array([first])
                 return
-        ids = itertools.chain.from_iterable(self._ids_in_parts())
-        hashes = np.fromiter(map(_hash, ids), np.int64, len(self))
-        places = np.argsort(hashes, kind="stable")
-        hashes = hashes[places]
-        for at in np.flatnonzero(hashes[1:] == hashes[:-1]):
-            one, other = places[at : at + 2].tolist()
-            if self._id(one) == self._id(other):
-                line = line_number(self._bytes, int(self._offsets[one]))
-                problem = f"the id {shorten(self._id(one))} is that of line {line} too; change one"
-                raise self._error(int(self._offsets[other]), problem)
+        hashes = np.fromiter(map(_hash, self.ids(self._bar)), np.int64, len(self))
+        rows = np.argsort(hashes, kind="stable")
+        hashes = hashes[rows]
+        for index in np.flatnonzero(hashes[1:] == hashes[:-1]):
+            other = int(rows[index + 1])
+            for one in rows[np.searchsorted(hashes, hashes[index]) : index + 1].tolist():
+                if self._id(one) == self._id(other):
+                    line = self._source.line_number(int(self._offsets[one]))
+                    problem = f"the id {shorten(self._id(one))} is that of line {line} too"
+                    raise self._source.error(int(self._offsets[other]), f"{problem}; change one")
         yield hashes
-        yield places
+        yield rows
 
     def fingerprint(self) -> str:
-        """A short text that tells this collection from others, wherever it lies, gzipped or not.
+        """A hash that identifies the collection's contents, gzipped or not, in any folder.
 
-        It is a hash of the file's size and of 256 blocks of 4 KiB spread evenly over it, the first
-        and the last included: a file up to 1 MiB is read whole; a change of a larger one that
-        keeps its size and misses the blocks goes unseen.
+        It covers the file's size and 256 blocks of 4 KiB spread evenly over it, the first and the
+        last included: all of a file up to 1 MiB; a change to a larger one that keeps its size and
+        misses the blocks goes unnoticed.
         """
-        size = len(self._bytes)
+        size = self._source.size
         hashed = blake2b(str(size).encode(), digest_size=16)
         for start in np.linspace(0, max(size - 4096, 0), 256).astype(np.int64).tolist():
-            hashed.update(self._bytes[start : start + 4096])
+            hashed.update(self._source.read(start, min(start + 4096, size)))
         return hashed.hexdigest()
 
-    # A memory map cannot be sent to a data-loading worker; the worker opens the file again.
+    # A worker process opens the collection again; unpickling the source checks that it is the same.
     def __reduce__(self) -> tuple:
-        return Passages, (self.path,)
+        return _reopen, (self.path, self._source)
 
 
-_PART = 1 << 16  # passages between two steps of a progress bar
-_DPR_PREFIX = "wiki:"  # DPR's embeddings name Wikipedia's passages so; its TSV does not
-_NUMBER = re.compile("0|[1-9][0-9]{0,17}")  # as `str` writes them, and an int64 holds them
+def _reopen(path: str, source: Source) -> Passages:
+    return Passages(path)
+
+
+_PART = 1 << 14  # passages read at a time
+_DPR_PREFIX = "wiki:"  # in DPR's embeddings of Wikipedia, but not in its TSV
+_NUMBER = re.compile("0|[1-9][0-9]{0,17}")  # as `str` writes them, within an int64
 
 
 def _parse_json(line: str) -> Passage:
     """A passage from one line of JSONL. Errors: ValueError that says what is wrong."""
     try:
         raw = json.loads(line)
-        if "\\ud" in line or "\\uD" in line:  # JSON can hold halves of characters
-            json.dumps(raw, ensure_ascii=False).encode()
+        if "\\ud" in line or "\\uD" in line:  # surrogates, perhaps unpaired
+            check_characters(raw)
     except json.JSONDecodeError as error:
         raise ValueError(f"bad JSON ({error.msg}); write one object on each line") from None
-    except UnicodeEncodeError as error:
-        half = ascii(error.object[error.start])
-        raise ValueError(f"{half} is half a character; remove it") from None
-    except (ValueError, RecursionError) as error:  # a number, or a depth, that nobody means
-        problem = f"JSON that cannot be read ({first_line(error, 80)}); mend it"
+    except BadValue:
+        raise
+    except (ValueError, RecursionError) as error:  # numbers or nesting beyond Python's limits
+        problem = f"JSON that cannot be read ({first_line(error, 80)}); correct it"
         raise ValueError(problem) from None
     if not isinstance(raw, dict):
         raise ValueError(f'a passage must be an object like {{"id": ...}}, not {shorten(raw)}')
-    identity, title = raw.get("id", raw.get("_id")), raw.get("title")
-    text = raw.get("text", raw.get("contents"))
-    if "text" not in raw and title is None and isinstance(text, str):
+    identity, text, title = (
+        next((raw[name] for name in _NAMES[field] if name in raw), None)
+        for field in ("id", "text", "title")
+    )
+    if "text" not in raw and "contents" in raw and title is None and isinstance(text, str):
         title, text = _split_contents(text)
     if isinstance(identity, bool) or not isinstance(identity, str | int):
         raise ValueError(f'"id" or "_id" must be text or a whole number, not {shorten(identity)}')
@@ -241,12 +240,12 @@ def _parse_json(line: str) -> Passage:
 
 
 def _split_contents(contents: str) -> tuple[str, str]:
-    """Title and text of pyserini's `contents`, whose first line is the title where there are two.
+    """Title and text of pyserini's `contents`: the first line is the title if text follows it.
 
     Its Wikipedia has the titles as DPR's TSV does, in quote marks that are doubled inside.
     """
-    title, line_end, text = contents.partition("\n")
-    if not line_end:
+    title, _, text = contents.partition("\n")
+    if not text.strip():
         return "", contents
     if len(title) > 1 and title[0] == title[-1] == '"':
         title = title[1:-1].replace('""', '"')
@@ -261,132 +260,109 @@ def _hash(identity: str) -> int:
 # ----------------------------------------------------------------------------------------------
 # Where the passages begin
 
-_WINDOW = 1 << 20  # bytes looked at in one go: what numpy makes of them fits the processor's cache
-_LONGEST = 1 << 24  # bytes of a row; `csv` takes no field of more than 131,072 characters
-_TAB, _NEWLINE, _QUOTE = ord("\t"), ord("\n"), ord('"')
-_MARK = np.zeros(256, dtype=bool)  # the bytes that can begin or end a field
-_MARK[list(b'\t\n\r"')] = True
 
-
-def _find_passages(data: mmap.mmap, path: str) -> Iterator[np.ndarray]:
+def _find_passages(source: Source) -> Iterator[np.ndarray]:
     """Arrays that make up, joined: where each passage begins; where the last one ends; the columns
-    of id, text and title, or -1 for JSONL. Errors: `InputError` as `Passages` says."""
-    start = 3 if data[:3] == b"\xef\xbb\xbf" else 0  # a byte-order mark
-    while data[start : start + 1] in (b"\r", b"\n"):
-        start += 1
-    columns, find = [-1, -1, -1], _find_lines
-    if data[start : start + 1] != b"{":
-        columns, find = [0, 1, 2], _find_rows
-        first = re.split(rb"[\r\n]", data[start : start + 64])[0]
-        names = first.decode(errors="replace").replace('"', "").split("\t")
-        if sorted(names) == ["id", "text", "title"]:
-            columns = [names.index(name) for name in ("id", "text", "title")]
-            start += len(first) + 1
-    n_passages = 0
-    for starts in find(data, start, path):
+    of id, text and title; how many columns there are. Errors: `InputError` as `Passages` says."""
+    start = 3 if source.read(0, min(3, source.size)) == b"\xef\xbb\xbf" else 0  # byte-order mark
+    first = source.skip_blanks(start)
+    n_passages, columns = 0, [-1, -1, -1, 0]
+    if source.read(first, min(first + 1, source.size)) == b"{":
+        parts = source.line_starts(start)
+    else:
+        rows = _find_rows(source, start)
+        parts = iter(())
+        for first in itertools.islice(rows, 1):
+            columns, is_header = _find_columns(source, *first)
+            all_rows = rows if is_header else itertools.chain([first], rows)
+            parts = _check_rows(source, all_rows, columns[-1])
+    for starts in parts:
         n_passages += len(starts)
         yield starts
     if n_passages == 0:
-        raise InputError(f"{path}: there are no passages in this file; give one with some")
-    yield np.array([len(data), *columns])
+        raise InputError(f"{source.path}: there are no passages in this file; give one with some")
+    yield np.array([source.size, *columns])
 
 
-def _find_lines(data: mmap.mmap, start: int, path: str) -> Iterator[np.ndarray]:
-    """The starts of the lines that are not empty, window by window."""
-    buffer = np.frombuffer(data, dtype=np.uint8)
-    yield np.array([start])
-    for window in range(start, len(buffer), _WINDOW):
-        starts = np.flatnonzero(buffer[window : window + _WINDOW] == _NEWLINE) + window + 1
-        starts = starts[starts < len(buffer)]
-        yield starts[~np.isin(buffer[starts], list(b"\r\n"))]
+_END = "\0"  # a row behind the last one, unless that is cut off in a quoted field; see `chunks`
 
 
-def _find_rows(data: mmap.mmap, start: int, path: str) -> Iterator[np.ndarray]:
-    """The starts of the rows that are not empty, window by window; each must have two tabs."""
-    buffer = np.frombuffer(data, dtype=np.uint8)
-    scratch = np.empty((2, _WINDOW), dtype=bool)
-    while start < len(buffer):
-        size = scratch.shape[1]
-        marks, kinds = _find_marks(buffer[start : start + size], scratch)
-        if start + size >= len(buffer):  # the file's end ends a row too
-            marks, kinds = np.append(marks, len(buffer) - start), np.append(kinds, _NEWLINE)
-        ends, tabs = _regular_row_ends(marks, kinds) or _row_ends(marks, kinds)
-        if len(ends) == 0 and start + size < len(buffer) and size < _LONGEST:
-            scratch = np.empty((2, 2 * size), dtype=bool)  # from here on: there may be more of them
-            continue
-        if len(ends) == 0:
-            problem = "this row has no end; is a quote mark left open, or was the file cut off?"
-            raise _error(data, path, start, problem)
-        ends += start
-        starts = np.append(start, ends[:-1] + 1)
-        filled = starts < ends  # the \n of a \r\n ends an empty row
-        wrong = np.flatnonzero(filled & (tabs != 2))
-        if len(wrong):
-            start, end = int(starts[wrong[0]]), int(ends[wrong[0]])
-            row = data[start : min(end, start + 200)].decode(errors="replace")
-            problem = (
-                "a row must have 3 columns (id, text, title) with tabs between them, not the "
-                f"{tabs[wrong[0]] + 1} of {shorten(row, 60)}; mend it, or give JSONL"
-            )
-            raise _error(data, path, start, problem)
-        yield starts[filled]
-        start = int(ends[-1]) + 1
+def _find_rows(source: Source, start: int) -> Iterator[tuple[int, list[str]]]:
+    """The rows as `csv` reads them, each with the position where it begins; as Latin-1, so that a
+    character is a byte. Errors: `InputError` for a row without an end."""
+    position = start
+
+    def lines() -> Iterator[str]:
+        nonlocal position
+        rest = ""
+        for _, data in source.chunks(start):
+            # The last line may go on in the next chunk.
+            *whole, rest = io.StringIO(rest + data.decode("latin-1"), newline="")
+            for line in whole:
+                position += len(line)
+                yield line
+            if len(rest) > LONGEST_ROW:
+                raise csv.Error
+        position += len(rest)
+        yield from (rest, _END) if rest else (_END,)
+
+    begin = start
+    try:
+        for row in tsv_reader(lines()):
+            if row == [_END]:
+                return
+            if row and row[-1].endswith(_END):
+                break
+            if row:
+                yield begin, row
+            begin = position
+    except csv.Error:  # longer than LONGEST_ROW
+        pass
+    problem = "this row has no end; is a quote mark left open, or was the file cut off?"
+    raise source.error(begin, problem)
 
 
-def _find_marks(view: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The places of the tabs, line ends and quote marks, and which of them each is.
-
-    Args:
-        scratch: [2, window]: new memory for each window would cost as much as the search.
-    """
-    # Below 14 are \t, \n, \r, and what hardly occurs in text and is sorted out afterwards.
-    found = np.less(view, 14, out=scratch[0, : len(view)])
-    found |= np.equal(view, _QUOTE, out=scratch[1, : len(view)])
-    (marks,) = found.nonzero()
-    known = _MARK[view.take(marks)]
-    if not known.all():
-        marks = marks[known]
-    return marks, view.take(marks)
-
-
-def _regular_row_ends(marks: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """`_row_ends` in one go, where each quote mark opens a field, closes one, or is one of a pair
-    in a quoted field, as in all that `csv` writes; otherwise None.
-
-    What has an even number of such quote marks before it is outside of quotes.
-    """
-    is_quote = kinds == _QUOTE
-    inside = np.logical_xor.accumulate(is_quote)  # what follows the mark
-    # A quote mark in its place touches another mark, or the first row's start, on its outside;
-    # what comes after the last mark changes nothing before it.
-    touches = np.concatenate([marks[:1] == 0, marks[1:] - marks[:-1] == 1, [True]])
-    if (is_quote & ~np.where(inside, touches[:-1], touches[1:])).any():
-        return None
-    (outside,) = (~(inside | is_quote)).nonzero()  # tabs and line ends
-    (breaks,) = (kinds.take(outside) != _TAB).nonzero()
-    tabs = np.concatenate([breaks[:1], breaks[1:] - breaks[:-1] - 1])
-    return marks.take(outside.take(breaks)), tabs
+def _find_columns(source: Source, position: int, row: list[str]) -> tuple[list[int], bool]:
+    """The columns of id, text and title, and how many there are, by a file's first row; and whether
+    that is a header. Errors: `InputError` for names that we do not know."""
+    cells = [cell.encode("latin-1").decode(errors="replace") for cell in row]
+    names = [re.sub(r"[\s-]", "_", cell.strip().lstrip("#").lower()) for cell in cells]
+    found = [[i for i, name in enumerate(names) if name in known] for known in _NAMES.values()]
+    counts = list(map(len, found))
+    if counts == [1, 1, 1] or (counts == [1, 1, 0] and len(list(filter(None, names))) == 2):
+        return [*(columns[0] if columns else -1 for columns in found), len(row)], True
+    shown = shorten("\t".join(cells), 60)
+    # A passage has a digit in its id, or a text that is longer than a name or ends like a sentence.
+    is_name = [re.fullmatch(r"[^\r\n]{0,32}(?<![.!?])", cell.strip()) for cell in cells]
+    if len(row) > 1 and all(is_name) and not re.search(r"\d", cells[0]):
+        problem = (
+            f"the first row, {shown}, looks like a header with unknown names; name the columns id, "
+            "text and title, or put such a row first if this one is a passage"
+        )
+        raise source.error(position, problem)
+    if len(row) == 3:
+        return [0, 1, 2, 3], False
+    if len(row) == 2 and not re.search(r"\s", cells[0]):
+        return [0, 1, -1, 2], False
+    problem = (
+        "a row must have 3 columns (id, text, title) with tabs between them, or 2 (id, text), not "
+        f"the {len(row)} of {shown}; correct it, or give JSONL"
+    )
+    raise source.error(position, problem)
 
 
-def _row_ends(marks: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the rows end whose marks these are, counted from the first one's start, and the number
-    of tabs between the fields of each: the rules by which `csv` reads anything, mark by mark."""
-    ends, tabs = [], []
-    field, n_tabs, quoted, closed = 0, 0, False, -2
-    for mark, kind in zip(marks.tolist(), kinds.tolist(), strict=True):
-        if kind == _QUOTE:
-            if quoted:
-                quoted, closed = False, mark
-            elif mark in (field, closed + 1):  # opens the field; or the second of a pair in it
-                quoted = True
-        elif not quoted:
-            field, n_tabs = mark + 1, n_tabs + 1
-            if kind != _TAB:
-                ends.append(mark)
-                tabs.append(n_tabs - 1)
-                n_tabs = 0
-    return np.array(ends, dtype=np.int64), np.array(tabs, dtype=np.int64)
-
-
-def _error(data: mmap.mmap, path: str, position: int, problem: str) -> InputError:
-    return InputError(f"{path}, line {line_number(data, position)}: {problem}")
+def _check_rows(
+    source: Source, rows: Iterable[tuple[int, list[str]]], n_columns: int
+) -> Iterator[np.ndarray]:
+    """The rows' positions, part by part. Errors: `InputError` for another number of columns."""
+    rows = iter(rows)
+    while part := list(itertools.islice(rows, _PART)):
+        for position, row in part:
+            if len(row) != n_columns:
+                shown = "\t".join(row).encode("latin-1").decode(errors="replace")
+                problem = (
+                    f"a row must have {n_columns} columns, as the first has, not the {len(row)} of "
+                    f"{shorten(shown, 60)}; correct it, or give JSONL"
+                )
+                raise source.error(position, problem)
+        yield np.array([position for position, _ in part])

@@ -155,7 +155,7 @@ def scored_example(raw: dict[str, Any], answer: Answer, n_context: int) -> dict[
     passages = parse_example(raw, answer.index, "").passages
     contexts = []
     for number, passage in enumerate(passages):
-        context = dict(raw["ctxs"][passage.place])
+        context = dict(raw["ctxs"][passage.position])
         context.pop("score", None)
         if number < n_context:
             context["score"] = answer.scores[number]
@@ -223,7 +223,7 @@ def write_retrieved(
                 continue
             contexts = []
             for place, score, hold in zip(places[index], scores[index], holds, strict=False):
-                identity, title, text = passages[place]
+                identity, title, text, *_ = passages[place]
                 context = {"id": identity, "title": title, "text": text, "score": float(score)}
                 contexts.append(context | ({"hasanswer": hold} if has_answers else {}))
             yield opening + json.dumps({**data[index], "ctxs": contexts})

@@ -18,8 +18,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from src.data.batches import ReaderCollator, ReaderItem, reader_texts
-from src.data.examples import Example, Passage
-from src.data.passages import Passages
+from src.data.examples import Example
+from src.data.passages import Passage, Passages
 from src.evaluation.answers import answer_spans
 from src.models.reader import FiDT5, answer_questions
 from src.options import SearchOptions
@@ -50,7 +50,7 @@ def open_find(
         rows = [passages[position] for position in found.rows()[0]]
         scores = found.scores[0, : len(rows)].tolist()
         return [
-            Passage(row.title, row.text, score, rank)
+            row._replace(score=score, position=rank)
             for rank, (row, score) in enumerate(zip(rows, scores, strict=True))
         ]
 
@@ -180,7 +180,7 @@ def converse(
     ):
         scores = answer.scores[: len(passages)]  # with no passage, the question alone has one
         read = [
-            Evidence(passage.title, passage.text, score, passage.score, passage.place + 1)
+            Evidence(passage.title, passage.text, score, passage.score, passage.position + 1)
             for passage, score in zip(passages, scores, strict=True)
         ]
         yield Reply(answer.text, sorted(read, key=lambda evidence: -evidence.score))

@@ -26,7 +26,14 @@ from tqdm import tqdm
 
 from src.data.examples import Examples, read_example
 from src.data.files import write_whole
-from src.data.json_files import JsonFile, JsonItems, JsonLists, check_characters, json_list
+from src.data.json_files import (
+    BadValue,
+    JsonFile,
+    JsonItems,
+    JsonLists,
+    check_characters,
+    json_list,
+)
 from src.data.passages import Passages
 from src.training.metrics import progress_bar, start_log
 
@@ -89,7 +96,10 @@ def read_tqa(questions: JsonItems, row: int, position: int) -> dict[str, Any]:
         "target": value.title() if value.isupper() else value,
         "answers": aliases,
     }
-    check_characters(example, lambda: questions.where(row))
+    try:
+        check_characters(example)
+    except BadValue as error:
+        raise InputError(f"{questions.where(row)}: {error}") from None
     return example
 
 

@@ -138,7 +138,7 @@ def survey(
             verdict = {"match": match, "f1": f1, "length": length, "holding": sum(flags[:n_read])}
             found.verdicts.append(verdict | {"top": any(flags[: min(n_read, 1)])})
         found.by_score.add(example, flags)
-        by_place = sorted(zip((p.place for p in passages), flags, strict=True))
+        by_place = sorted(zip((p.position for p in passages), flags, strict=True))
         found.as_found.add(example, (flag for _, flag in by_place))
         if index == shown[len(found.records) % n_shown]:
             record = {"id": example.id, "question": example.question, "given": given, **verdict}
@@ -162,7 +162,7 @@ def _evidence(
         passage = example.passages[rank]
         spans = answer_spans(example.answers, passage.text) if flags[rank] else []
         parts, hidden = excerpt(passage.text, spans)
-        row = {"k": rank, "found": passage.place + 1, "title": passage.title, "parts": parts}
+        row = {"k": rank, "found": passage.position + 1, "title": passage.title, "parts": parts}
         shown.append({**row, "hidden": hidden})
     return {
         "right": example.answers[:MOST_ANSWERS],
