@@ -22,9 +22,9 @@ import time
 from pathlib import Path
 
 from src.data.examples import load_data
-from src.data.files import check_place
+from src.data.files import claim_output
 from src.data.passages import Passages
-from src.evaluation.results import check_trec_ids, write_recall, write_retrieved
+from src.evaluation.results import MADE_BY, RECALL, check_trec_ids, write_recall, write_retrieved
 from src.models.pretrained import quiet_transformers
 from src.options import passage_retrieval_parser
 from src.runtime import distributed
@@ -43,7 +43,6 @@ def main(arguments: list[str] | None = None) -> None:
     options = passage_retrieval_parser().parse_args(arguments)
     factory = factory_string(options.index_factory, options.n_subquantizers, options.n_bits)
     retrieve.check_way(options.bm25, options.model_path, options.passages_embeddings, factory)
-    check_place(options.output_path)
 
     # Environment
     quiet_transformers()
@@ -51,6 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
     device = pick_device(launch.local_rank)
     distributed.start(launch, options.dist_timeout)
     part = distributed.rank(), distributed.world_size()
+    beside = (MADE_BY, RECALL)
+    distributed.in_main(lambda: claim_output(options.output_path, beside=beside))
     log = start_log(None)
     way = "by words" if options.bm25 else "with a retriever"
     say(log, "retrieve", "passages for questions, %s", way)

@@ -112,6 +112,17 @@ _POSITIVE = _number(float, 0, exclusive=True)
 _AT_LEAST_ZERO = _number(float, 0)
 
 
+def _folder_name(text: str) -> str:
+    if (
+        text in ("", ".", "..")
+        or set(text) & {"/", "\0"}
+        or len(text.encode(errors="replace")) > 255
+    ):
+        shown = repr(text if len(text) < 60 else f"{text[:60]}...")
+        raise argparse.ArgumentTypeError(f"{shown} is not the name of one folder, without slashes")
+    return text
+
+
 def _older_names(group: argparse._ArgumentGroup, option: str, *names: str) -> None:
     """Accept other spellings of an option that has been added to the group."""
     action = next(a for a in group._group_actions if option in a.option_strings)
@@ -172,7 +183,10 @@ def _add_compile(group: argparse._ArgumentGroup) -> None:
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--name", default="experiment_name", help="the run's name: a folder in --checkpoint_dir"
+        "--name",
+        type=_folder_name,
+        default="experiment_name",
+        help="the run's name: a folder in --checkpoint_dir",
     )
     group.add_argument("--checkpoint_dir", default="./checkpoint/", help="where runs are kept")
     group.add_argument(

@@ -1,58 +1,246 @@
-"""Files that are there whole or not at all, and files that are made once from another and kept."""
+"""Output files, reserved for one command and written atomically; caches made from other files."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import gzip
 import logging
 import mmap
 import os
+import secrets
+import shutil
+import stat
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from src.runtime.errors import InputError, first_line, shorten
+from src.runtime.errors import InputError, at_end, first_line
 from src.runtime.terminal import Bar
 
+# Beside an output NAME are `.NAME.lock`, while a command has reserved it, and, while it is written,
+# `.NAME.1234abcd.partial`, which its writer keeps locked: if it can be locked, its writer is dead.
 
-def check_place(path: str, option: str = "--output_path") -> None:
-    """Whether a file can be written where an option says: asked at the start, not after hours of
-    work. Errors: `InputError` when it cannot."""
-    place = Path(path)
+_locks: dict[Path, int] = {}  # this command's lock files and their descriptors
+
+
+@contextlib.contextmanager
+def writing(path: Path, remedy: str) -> Iterator[None]:
+    """A context that turns an `OSError` into an `InputError` naming the path and the remedy."""
     try:
-        if place.is_dir():
-            raise InputError(f"{option} {shorten(path)}: a folder; name a file in it")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=place.parent).close()
+        yield
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); give another {option}"
-        ) from None
+        problem = f"cannot be written ({error.strerror or error})"
+        raise InputError(f"{path}: {problem}; {remedy}") from error
 
 
-def write_whole(path: Path, pieces: Iterable[str]) -> Path:
-    """Write a file beside its place and rename it: complete or absent, also when it is the pieces
-    that fail."""
-    partial = path.with_name(f".{path.name}.partial")
+def require_regular(*paths: Path) -> None:
+    """Errors: `OSError` for a path that exists and is no regular file: only those are replaced."""
+    for path in paths:
+        if not os.path.lexists(path) or stat.S_ISREG(mode := os.lstat(path).st_mode):
+            continue
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device, pipe or socket")
+        raise OSError(errno.EEXIST, f"{path.name} is {kind}, not a regular file")
+
+
+def claim(target: Path, remedy: str, lock_file: Path | None = None, wait: bool = False) -> None:
+    """Reserve an output until this command ends, and remove what killed writers left of it. If this
+    command is killed, the kernel frees the output at once.
+
+    Args:
+        remedy: what a user can do instead, for the errors.
+        lock_file: a lasting file in the target, a folder; none: one is made beside the target, and
+            removed at the end. It is locked by `flock`, unless the file system cannot do that.
+        wait: for another command that has reserved it, rather than fail.
+    Errors: `InputError` when another command has reserved it, or it cannot be written.
+    """
+    file = (lock_file or target.with_name(f".{target.name}.lock")).absolute()
+    if file in _locks:
+        return
+    with writing(target, remedy):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        require_regular(file)
+        while True:
+            handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            if _lock(handle, wait) is False:
+                problem = f"another command{_holder(handle)} is writing it"
+                os.close(handle)
+                raise InputError(f"{target}: {problem}; wait for it, or {remedy}")
+            if file.exists() and os.path.samestat(os.fstat(handle), os.lstat(file)):
+                break
+            os.close(handle)  # the other command has ended, and removed the file
+    if not _locks:
+        at_end.callback(release)
+        # A worker process shares its parent's locks, and may outlive it.
+        os.register_at_fork(after_in_child=_close_locks)
+    _locks[file] = handle
+    remove_leftovers(file.parent, "" if lock_file else target.name)
+
+
+def claim_output(path: str, option: str = "--output_path", beside: Sequence[str] = ()) -> None:
+    """Reserve a file that an option names: found out at the start, not after hours of work.
+
+    Args: beside: what is added to its name for the files written beside it.
+    Errors: `InputError` when it cannot be written or replaced, or another command writes it.
+    """
+    target, remedy = Path(path), f"give another {option}"
+    names = [target, *(target.with_name(target.name + end) for end in beside if target.name)]
+    with writing(Path(path), remedy):
+        require_regular(*names)
+    claim(target, remedy)
+    with writing(target, remedy):
+        partial, handle = _new_partial(max(names, key=lambda name: len(name.name)))
+        partial.unlink()
+        os.close(handle)
+
+
+def release() -> None:
+    """Give up all outputs that this command has reserved."""
+    for file in _locks:
+        if file.suffix == ".lock":  # removed before it is unlocked, so that nobody gets it
+            file.unlink(missing_ok=True)
+    _close_locks()
+
+
+def _close_locks() -> None:
+    while _locks:
+        os.close(_locks.popitem()[1])
+
+
+def _lock(handle: int, wait: bool = False) -> bool | None:
+    """Lock an open file or folder. Returns whether it could be; None: its file system has no locks.
+    (On NFS, that is so for folders.)"""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8") as file:
-            file.writelines(pieces)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _holder(handle: int) -> str:
+    """ " (process N)" for the process on this machine that has locked an open file, or nothing."""
+    status = os.fstat(handle)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            # 1: FLOCK  ADVISORY  WRITE 1234 fe:00:5678 0 EOF
+            fields = line.split()
+            if fields[1] == "FLOCK" and fields[5] == f"{device}:{status.st_ino}":
+                return f" (process {fields[4]})"
+    return ""
+
+
+def _new_partial(target: Path, folder: bool = False) -> tuple[Path, int]:
+    """A new file, or folder, to write what will be the target. Returns its path and descriptor."""
+    while True:
+        name = f".{target.name.lstrip('.')}.{secrets.token_hex(4)}.partial"
+        partial = target.with_name(name)
+        if folder:
+            partial.mkdir()
+            handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        else:
+            create = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            handle = os.open(partial, create, 0o666)
+        if _lock(handle) is not False and partial.exists():
+            return partial, handle
+        os.close(handle)  # another command took it for a dead process's before it was locked
+
+
+def remove_leftovers(folder: Path, name: str) -> None:
+    """Remove what processes that were killed left of files and folders whose names begin so."""
+    pattern = f".{glob.escape(name.lstrip('.'))}*.{'[0-9a-f]' * 8}.partial"
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError):
+            is_folder = path.is_dir()
+            flags = os.O_RDONLY if is_folder else os.O_RDWR
+            handle = os.open(path, flags | os.O_NOFOLLOW)
+            if _lock(handle):
+                shutil.rmtree(path) if is_folder else path.unlink()
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path, mode: int | None = None) -> Iterator[BinaryIO]:
+    """A new file that takes the target's name when it is complete and on disk, and is removed when
+    writing fails.
+
+    Args: mode: its permissions; None: what the umask gives any new file.
+    Errors: `OSError` when it cannot be written, or the target is no regular file.
+    """
+    partial, handle = _new_partial(target)
+    try:
+        with open(handle, "w+b") as file:
+            yield file
             file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); give another place, or make room"
-        ) from error
+            if mode is not None:
+                os.fchmod(handle, mode & 0o666)
+            os.fsync(handle)
+            require_regular(target)
+            partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A new folder to be filled, which takes the target's name when it is complete and on disk, and
+    is removed when writing fails. A folder that has the name already is replaced.
+
+    Errors: `OSError` when it cannot be written, or the target is something else.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial, handle = _new_partial(target, folder=True)
+    try:
+        yield partial
+        flush_to_disk(*partial.iterdir(), partial)
+        if os.path.lexists(target):
+            if target.is_symlink() or not target.is_dir():
+                raise OSError(errno.EEXIST, f"{target.name} is not a folder")
+            old, old_handle = _new_partial(target, folder=True)
+            target.rename(old)
+            os.close(old_handle)
+            partial.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            partial.rename(target)
+        flush_to_disk(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     finally:
-        with contextlib.suppress(OSError):  # renamed, or never begun
-            partial.unlink()
+        os.close(handle)
+
+
+def flush_to_disk(*paths: Path) -> None:
+    """Make sure that files, or the entries of folders, are on disk."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_whole(
+    path: Path, pieces: Iterable[str], remedy: str = "give another place, or make room"
+) -> Path:
+    """Write a text file atomically: also when it is the pieces that fail, nothing is left.
+
+    Errors: `InputError` when it cannot be written.
+    """
+    with writing(path, remedy):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            file.writelines(piece.encode() for piece in pieces)
     return path
 
 
@@ -78,24 +266,8 @@ def line_number(data: mmap.mmap, position: int) -> int:
     return 1 + sum(int(np.count_nonzero(buffer[p : p + _PIECE] == ord("\n"))) for p in pieces)
 
 
-@contextlib.contextmanager
-def _replaced(target: Path, mode: int) -> Iterator[BinaryIO]:
-    """A file that takes its place whole or not at all, whoever else writes the same at once."""
-    handle, partial = tempfile.mkstemp(".partial", target.name, target.parent)
-    try:
-        with open(handle, "w+b") as file:
-            yield file
-            file.flush()
-            os.fchmod(handle, mode & 0o666)  # for all who may read the source
-            os.fsync(handle)
-        os.replace(partial, target)
-    except BaseException:
-        os.unlink(partial)
-        raise
-
-
 def kept(
-    source: str, stat: os.stat_result, suffix: str, make: Callable[[], Iterator[np.ndarray]]
+    source: str, status: os.stat_result, suffix: str, make: Callable[[], Iterator[np.ndarray]]
 ) -> np.ndarray:
     """The int64 arrays of `make()`, joined and mapped from a side file, which is made if it is not
     there, not whole, or not that of the source as it is now. It lies beside the source, or, where
@@ -103,7 +275,7 @@ def kept(
 
     The arrays are followed by the format, the source's size and time, and the side file's length.
     """
-    stamp = [_FORMAT, stat.st_size, stat.st_mtime_ns]
+    stamp = [_FORMAT, status.st_size, status.st_mtime_ns]
 
     def write(file: BinaryIO) -> np.ndarray:
         for array in make():
@@ -118,14 +290,16 @@ def kept(
     owner = blake2b(os.fsencode(path), digest_size=8).hexdigest()
     places = [path.with_name(name), cache / "fusion-in-decoder" / f"{owner}{name}"]
     for place in places:
+        remove_leftovers(place.parent, name)
         with contextlib.suppress(OSError, ValueError):  # not there; not a whole number of numbers
+            require_regular(place)  # (to open a pipe would wait for ever)
             found = np.asarray(np.memmap(place, np.int64, "r"))
             if found[-4:].tolist() == [*stamp, len(found)]:
                 return found[:-4]
     for place in places:
         with contextlib.suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
-            with _replaced(place, stat.st_mode) as file:
+            with atomic_file(place, status.st_mode) as file:
                 return write(file)
     with tempfile.TemporaryFile() as file:
         return write(file)
@@ -140,17 +314,18 @@ def unpacked(path: str, bar: Bar) -> str:
         with contextlib.suppress(OSError):  # where the file system can lock, one process unpacks
             fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        stat, archive = os.fstat(file.fileno()), Path(path)
-        stamp = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
+        status, archive = os.fstat(file.fileno()), Path(path)
+        remove_leftovers(archive.parent, archive.name)
+        stamp = f"{status.st_size:x}-{status.st_mtime_ns:x}"
         target = archive.with_name(f".{archive.name}.{stamp}.unpacked")
-        if target.exists():
+        if target.is_file() and not target.is_symlink():
             return str(target)
         logging.getLogger("fid").warning("unpacking %s to %s, once", path, target)
         try:
             with (
-                _replaced(target, stat.st_mode) as plain,
+                atomic_file(target, status.st_mode) as plain,
                 gzip.open(file) as packed,
-                bar(stat.st_size, "B", "unpacking") as shown,
+                bar(status.st_size, "B", "unpacking") as shown,
             ):
                 position = 0
                 while piece := packed.read(_PIECE):

@@ -1,13 +1,14 @@
 """BM25, the search by words that finds the first passages for a reader; by the library bm25s."""
 
 import logging
-import shutil
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import bm25s
 import numpy as np
 
+from src.data.files import atomic_folder, claim, writing
 from src.data.passages import Passages
 from src.runtime.errors import InputError, first_line
 from src.search.exact import Found
@@ -39,7 +40,10 @@ class BM25:
             show_progress: by the library's own bars, in building and in search for many questions.
         Errors: `InputError` when the folder holds another collection's index, or cannot be written.
         """
-        if folder is not None and folder.exists():
+        if folder is not None and not os.path.lexists(folder):
+            # Another command may be building it now: then it is loaded when that one is ready.
+            claim(folder, "leave out --save_or_load_index", wait=True)
+        if folder is not None and os.path.lexists(folder):
             return cls(cls._load(passages, folder, log), len(passages), show_progress)
         log.info("building the BM25 index of %d passages", len(passages))
         words = _words(_Texts(passages), show_progress)
@@ -103,13 +107,8 @@ def _words(
 
 
 def _save(index: bm25s.BM25, passages: Passages, folder: Path) -> None:
-    """Write beside the folder's place and rename: the index is complete or absent."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        index.save(partial, show_progress=False)
-        (partial / _FINGERPRINT).write_text(passages.fingerprint())
-        partial.rename(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from error
+    """Write the index into a folder, atomically."""
+    with writing(folder, "make room, or leave out --save_or_load_index"):
+        with atomic_folder(folder) as partial:
+            index.save(partial, show_progress=False)
+            (partial / _FINGERPRINT).write_text(passages.fingerprint())

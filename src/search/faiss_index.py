@@ -6,7 +6,6 @@ loaded memory-mapped, without the embeddings.
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +13,10 @@ from typing import Any, NamedTuple
 import faiss
 import numpy as np
 
+from src.data.files import atomic_folder
 from src.runtime.errors import InputError, shorten
 from src.search.exact import Found, Indexer, check_request, merge
-from src.search.shards import FINGERPRINTS, ShardWriter, flush_to_disk, read_shard, require_same
+from src.search.shards import FINGERPRINTS, ShardWriter, read_shard, require_same
 
 _INDEX_FILE, _IDS_FILE, _META_FILE = "index.faiss", "ids.safetensors", "index.json"
 
@@ -24,8 +24,10 @@ _INDEX_FILE, _IDS_FILE, _META_FILE = "index.faiss", "ids.safetensors", "index.js
 def factory_string(index_factory: str, n_subquantizers: int, n_bits: int) -> str:
     """The FAISS factory string that the options ask for; an empty one stands for exact search.
 
-    Errors: `InputError` when they ask for two things.
+    Errors: `InputError` when they ask for two things, or for what cannot be an index folder's name.
     """
+    if "/" in index_factory or len(index_factory.encode()) > 200:
+        raise InputError(f"--index_factory {shorten(index_factory)}: not a factory string of FAISS")
     if index_factory and n_subquantizers:
         raise InputError(
             f"--index_factory {index_factory} and --n-subquantizers {n_subquantizers}: give one; "
@@ -88,26 +90,16 @@ class CompressedIndexer:
         Errors: `InputError` when it cannot be written.
         """
         folder = Path(folder)
-        partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
         try:
-            for leftover in (partial, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            partial.mkdir(parents=True)
-            faiss.write_index(self._index, str(partial / _INDEX_FILE))
-            self._save_ids(partial / _IDS_FILE)
-            sizes = {name: (partial / name).stat().st_size for name in (_INDEX_FILE, _IDS_FILE)}
-            meta = {**self.description, "files": sizes}
-            (partial / _META_FILE).write_text(json.dumps(meta, indent=1) + "\n")
-            flush_to_disk(*partial.iterdir(), partial)
-            if folder.exists():
-                folder.rename(old)
-            partial.rename(folder)
-            flush_to_disk(folder.parent)
-        # FAISS writes by itself, and says everything with a RuntimeError.
+            with atomic_folder(folder) as partial:
+                faiss.write_index(self._index, str(partial / _INDEX_FILE))
+                self._save_ids(partial / _IDS_FILE)
+                sizes = {name: (partial / name).stat().st_size for name in (_INDEX_FILE, _IDS_FILE)}
+                meta = {**self.description, "files": sizes}
+                (partial / _META_FILE).write_text(json.dumps(meta, indent=1) + "\n")
+        # FAISS writes by itself, and reports everything with a RuntimeError.
         except (OSError, RuntimeError, InputError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise InputError(f"{folder}: the index cannot be written ({_reason(error)})") from error
-        shutil.rmtree(old, ignore_errors=True)
 
     def _save_ids(self, path: Path) -> None:
         # A shard without columns: ids are kept and opened as they are beside embeddings.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from src.data.examples import load_data
-from src.data.files import check_place, write_whole
+from src.data.files import claim_output, write_whole
 from src.evaluation.answers import ANSWERS, SCORES, read_answers
 from src.options import report_parser
 from src.runtime.errors import InputError, reports_input_errors, shorten
@@ -316,7 +316,7 @@ def main(arguments: list[str] | None = None) -> None:
             "a run's (--checkpoint_dir/--name)"
         )
     output = options.output or str(folder / "report.html")
-    check_place(output, "--output")
+    claim_output(output, "--output")
 
     # What there is
     run_options = read_run_options(folder)
