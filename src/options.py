@@ -113,13 +113,10 @@ _AT_LEAST_ZERO = _number(float, 0)
 
 
 def _folder_name(text: str) -> str:
-    if (
-        text in ("", ".", "..")
-        or set(text) & {"/", "\0"}
-        or len(text.encode(errors="replace")) > 255
-    ):
-        shown = repr(text if len(text) < 60 else f"{text[:60]}...")
-        raise argparse.ArgumentTypeError(f"{shown} is not the name of one folder, without slashes")
+    is_plain = text not in ("", ".", "..") and not set(text) & {"/", "\0"}
+    if not is_plain or len(text.encode(errors="replace")) > 255:
+        shown = text if len(text) < 60 else f"{text[:60]}..."
+        raise argparse.ArgumentTypeError(f"{shown!r} cannot be a folder's name; leave out slashes")
     return text
 
 

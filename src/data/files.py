@@ -46,7 +46,7 @@ def require_regular(*paths: Path) -> None:
             continue
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link"}
         kind = kinds.get(stat.S_IFMT(mode), "a device, pipe or socket")
-        raise OSError(errno.EEXIST, f"{path.name} is {kind}, not a regular file")
+        raise OSError(errno.EEXIST, f"{path.name or path} is {kind}, not a regular file")
 
 
 def claim(target: Path, remedy: str, lock_file: Path | None = None, wait: bool = False) -> None:

@@ -108,7 +108,7 @@ def _words(
 
 def _save(index: bm25s.BM25, passages: Passages, folder: Path) -> None:
     """Write the index into a folder, atomically."""
-    with writing(folder, "make room, or leave out --save_or_load_index"):
-        with atomic_folder(folder) as partial:
-            index.save(partial, show_progress=False)
-            (partial / _FINGERPRINT).write_text(passages.fingerprint())
+    remedy = "make room, or leave out --save_or_load_index"
+    with writing(folder, remedy), atomic_folder(folder) as partial:
+        index.save(partial, show_progress=False)
+        (partial / _FINGERPRINT).write_text(passages.fingerprint())
