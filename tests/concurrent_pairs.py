@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from tests.conftest import REFERENCE
 from tests.kill_and_resume import start
 
@@ -63,7 +65,7 @@ def work_folder(base: Path):
         os.chdir(before)
 
 
-def snapshot() -> dict[str, bytes]:
+def snapshot() -> dict[str, object]:
     """All that is in the working folder; without what holds times, and TensorBoard's file names."""
     found = {}
     for path in Path().rglob("*"):
@@ -72,10 +74,23 @@ def snapshot() -> dict[str, bytes]:
         elif "tfevents" not in path.name:
             is_timed = path.name == "run.log" or path.suffix in (".offsets", ".ids")
             found[str(path)] = b"" if is_timed else path.read_bytes()
+        if path.name == "training_state.pt":  # equal states can be pickled differently
+            found[str(path)] = plain(torch.load(path))
+        if path.name == "checkpoint.json":
+            found[str(path)] = re.sub(rb'"training_state.pt": \d+', b"", path.read_bytes())
     return found
 
 
-def differences(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
+def plain(value: object) -> object:
+    """A training state with its tensors as bytes."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def differences(one: dict[str, object], other: dict[str, object]) -> list[str]:
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
@@ -105,7 +120,7 @@ def end(children: list[int], number: int = 0) -> tuple[int, list[str]]:
     return status, Path(f"../{Path.cwd().name}.{number}.0.err").read_text().splitlines()
 
 
-def undisturbed(script: str, processes: int, base: Path) -> tuple[dict[str, bytes], float]:
+def undisturbed(script: str, processes: int, base: Path) -> tuple[dict[str, object], float]:
     """What one command leaves, and the seconds that it takes."""
     with work_folder(base):
         began = time.monotonic()
@@ -115,7 +130,7 @@ def undisturbed(script: str, processes: int, base: Path) -> tuple[dict[str, byte
 
 
 def check_pair(
-    script: str, processes: int, base: Path, whole: dict[str, bytes], delay: float
+    script: str, processes: int, base: Path, whole: dict[str, object], delay: float
 ) -> str:
     """Start a pair, the second command `delay` seconds after the first. Returns how it ended."""
     with work_folder(base):

@@ -690,7 +690,7 @@ EMBED: dict[str, Case] = {
     "a shard inside a file": ("embed", "--output_path {out}/file/x",
         r"file/x_00: cannot be written \(File exists\); use another --output_path"),
     "a folder in a shard's place": ("embed", "--output_path {out}/folder/wiki",
-        r"folder/wiki_00: cannot be written \(wiki_00 is a folder, .*\); use another --output_path"),
+        r"folder/wiki_00: cannot be written \(wiki_00 is a folder, .*; use another --output_path"),
 }  # fmt: skip
 
 RETRIEVE: dict[str, Case] = {
@@ -861,7 +861,7 @@ REPORT: dict[str, Case] = {
     "no question on the page": ("report", "{counted} --max_questions 0",
         "--max_questions: 0 must be at least 1" + _HELP),
     "a page in a folder's place": ("report", "{counted} -o {folder}",
-        r"folder: cannot be written \(folder is a folder, not a regular .*\); give another --output"),
+        r"folder: cannot be written \(folder is a folder, not a .*\); give another --output"),
     "a page in a file's folder": ("report", "{counted} -o {empty}/page.html",
         r"page\.html: cannot be written \((File exists|Not a directory)\); give another --output"),
     "numbers without a step": ("report", "{miscounted}",

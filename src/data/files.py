@@ -100,6 +100,15 @@ def claim_output(path: str, option: str = "--output_path", beside: Sequence[str]
         os.close(handle)
 
 
+def claim_unless_made(folder: Path, remedy: str) -> bool:
+    """Whether a folder that is made once is there. If not, reserve it, after waiting for a command
+    that may be making it now."""
+    remove_leftovers(folder.parent, folder.name)
+    if not os.path.lexists(folder):
+        claim(folder, remedy, wait=True)
+    return os.path.lexists(folder)
+
+
 def release() -> None:
     """Give up all outputs that this command has reserved."""
     for file in _locks:
@@ -155,13 +164,13 @@ def _new_partial(target: Path, folder: bool = False) -> tuple[Path, int]:
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
-    """Remove what processes that were killed left of files and folders whose names begin so."""
-    pattern = f".{glob.escape(name.lstrip('.'))}*.{'[0-9a-f]' * 8}.partial"
-    for path in folder.glob(pattern):
+    """Remove what killed processes left of files and folders whose names begin with `name`."""
+    hidden = f".{glob.escape(name.lstrip('.'))}*."
+    partials = folder.glob(f"{hidden}{'[0-9a-f]' * 8}.partial")
+    for path in (*partials, *folder.glob(f"{hidden.replace('*.', '.')}lock")):
         with contextlib.suppress(OSError):
             is_folder = path.is_dir()
-            flags = os.O_RDONLY if is_folder else os.O_RDWR
-            handle = os.open(path, flags | os.O_NOFOLLOW)
+            handle = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if is_folder else os.O_RDWR))
             if _lock(handle):
                 shutil.rmtree(path) if is_folder else path.unlink()
             os.close(handle)

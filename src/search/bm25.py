@@ -1,14 +1,13 @@
 """BM25, the search by words that finds the first passages for a reader; by the library bm25s."""
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import bm25s
 import numpy as np
 
-from src.data.files import atomic_folder, claim, writing
+from src.data.files import atomic_folder, claim_unless_made, writing
 from src.data.passages import Passages
 from src.runtime.errors import InputError, first_line
 from src.search.exact import Found
@@ -40,10 +39,7 @@ class BM25:
             show_progress: by the library's own bars, in building and in search for many questions.
         Errors: `InputError` when the folder holds another collection's index, or cannot be written.
         """
-        if folder is not None and not os.path.lexists(folder):
-            # Another command may be building it now: then it is loaded when that one is ready.
-            claim(folder, "leave out --save_or_load_index", wait=True)
-        if folder is not None and os.path.lexists(folder):
+        if folder is not None and claim_unless_made(folder, "leave out --save_or_load_index"):
             return cls(cls._load(passages, folder, log), len(passages), show_progress)
         log.info("building the BM25 index of %d passages", len(passages))
         words = _words(_Texts(passages), show_progress)

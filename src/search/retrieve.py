@@ -7,7 +7,6 @@ With a retriever: `open_embeddings`, `load_checked_retriever`, `question_embedde
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from src.data.batches import question_text
-from src.data.files import claim
+from src.data.files import claim_unless_made
 from src.data.passages import Passages
 from src.models.pretrained import check_vocabulary, load_tokenizer
 from src.models.retriever import Retriever, TextEmbedder, fingerprint, load_retriever
@@ -209,10 +208,7 @@ class VectorSearch:
             return CompressedIndexer.load(folder, self._exact, factory, allow_mismatch)
 
         def load_or_build() -> CompressedIndexer:
-            if keep and not os.path.lexists(folder):
-                # Another command may be building it now: then it is loaded when that one is ready.
-                claim(folder, "leave out --save_or_load_index", wait=True)
-            if keep and os.path.lexists(folder):
+            if keep and claim_unless_made(folder, "leave out --save_or_load_index"):
                 index = load()
                 log.info("loaded %s", folder)
                 return index
