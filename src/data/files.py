@@ -8,6 +8,7 @@ import gzip
 import logging
 import mmap
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -72,8 +73,9 @@ def claim(target: Path, remedy: str, lock_file: Path | None = None, wait: bool =
                 problem = f"another command{_holder(handle)} is writing it"
                 os.close(handle)
                 raise InputError(f"{target}: {problem}; wait for it, or {remedy}")
-            if file.exists() and os.path.samestat(os.fstat(handle), os.lstat(file)):
-                break
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.lstat(file)):
+                    break
             os.close(handle)  # the other command has ended, and removed the file
     if not _locks:
         at_end.callback(release)
@@ -90,12 +92,11 @@ def claim_output(path: str, option: str = "--output_path", beside: Sequence[str]
     Errors: `InputError` when it cannot be written or replaced, or another command writes it.
     """
     target, remedy = Path(path), f"give another {option}"
-    names = [target, *(target.with_name(target.name + end) for end in beside if target.name)]
-    with writing(Path(path), remedy):
-        require_regular(*names)
-    claim(target, remedy)
     with writing(target, remedy):
-        partial, handle = _new_partial(max(names, key=lambda name: len(name.name)))
+        require_regular(target, *(Path(f"{target}{end}") for end in beside))
+    claim(target, remedy)
+    with writing(target, remedy):  # the longest of all names
+        partial, handle = _new_partial(Path(f"{target}{max(beside, key=len, default='')}"))
         partial.unlink()
         os.close(handle)
 
@@ -137,13 +138,10 @@ def _lock(handle: int, wait: bool = False) -> bool | None:
 def _holder(handle: int) -> str:
     """ " (process N)" for the process on this machine that has locked an open file, or nothing."""
     status = os.fstat(handle)
-    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     with contextlib.suppress(OSError):
-        for line in Path("/proc/locks").read_text().splitlines():
-            # 1: FLOCK  ADVISORY  WRITE 1234 fe:00:5678 0 EOF
-            fields = line.split()
-            if fields[1] == "FLOCK" and fields[5] == f"{device}:{status.st_ino}":
-                return f" (process {fields[4]})"
+        found = re.search(rf": FLOCK .* (\d+) {file} ", Path("/proc/locks").read_text())
+        return f" (process {found[1]})" if found else ""
     return ""
 
 
