@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from src.data.batches import passage_text
+from src.data.outputs import claim
 from src.data.passages import Passages
 from src.models.lengths import one_ahead
 from src.models.pretrained import check_vocabulary, load_tokenizer, quiet_transformers
@@ -31,7 +32,7 @@ from src.runtime import distributed
 from src.runtime.device import compile_layers, describe, pick_device
 from src.runtime.launch import StopRequest, detect_launch
 from src.runtime.terminal import count, duration, say, say_next
-from src.search.shards import ShardWriter, is_finished, shard_path
+from src.search.shards import ShardWriter, is_finished, remove_unfinished, shard_path
 from src.training.metrics import passing_bar, progress_bar, start_log
 
 # A process embeds a block at a time; then the blocks of all are written: this much is lost at most
@@ -62,6 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
     processes = count(world_size, "process", "processes")
     say(log, "device", "%s; %s; %s", describe(device), precision, processes)
     say(log, "results", "%s", path)
+
+    remedy = "use another --output_path or --shard_id"
+    distributed.in_main(lambda: claim(path, remedy))
 
     # Passages and model
     if distributed.is_main():
@@ -112,6 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
             say_next(log, "find passages for questions", command)
 
     if is_finished(path, metadata):
+        if distributed.is_main():
+            remove_unfinished(path)
         say(log, "done", "%s is complete already", path)
         say_what_is_next()
         distributed.stop()

@@ -26,9 +26,9 @@ import time
 from pathlib import Path
 
 from src.data.examples import load_data
-from src.data.files import check_place
+from src.data.outputs import claim_output
 from src.data.passages import Passages
-from src.evaluation.results import check_trec_ids, write_recall, write_retrieved
+from src.evaluation.results import MADE_BY, RECALL, check_trec_ids, write_recall, write_retrieved
 from src.models.pretrained import quiet_transformers
 from src.runtime import distributed
 from src.runtime.device import describe, pick_device
@@ -43,7 +43,6 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     options = passage_retrieval_parser().parse_args(arguments)
     search_options = select(SearchOptions, options)
-    check_place(options.output_path)
 
     # Environment
     quiet_transformers()
@@ -51,6 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
     device = pick_device(launch.local_rank)
     distributed.start(launch, options.dist_timeout)
     part = distributed.rank(), distributed.world_size()
+    beside = (MADE_BY, RECALL)
+    distributed.in_main(lambda: claim_output(options.output_path, beside=beside))
     log = start_log(None)
     way = "with BM25" if options.bm25 else "with a retriever"
     say(log, "retrieve", "passages for questions, %s", way)

@@ -96,6 +96,20 @@ def number(
     return parse
 
 
+def _folder_name(text: str) -> str:
+    is_plain = text not in ("", ".", "..") and not set(text) & {"/", "\0"}
+    if not is_plain or len(text.encode(errors="replace")) > 255:
+        shown = text if len(text) < 60 else f"{text[:60]}..."
+        raise argparse.ArgumentTypeError(f"{shown!r} cannot be a folder's name; leave out slashes")
+    return text
+
+
+def _factory(text: str) -> str:
+    if "/" in text or len(text.encode(errors="replace")) > 200:  # it becomes a folder's name
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a factory string of FAISS")
+    return text
+
+
 COUNT, COUNT_OR_ZERO = number(int, at_least=1), number(int, at_least=0)
 
 
@@ -126,8 +140,8 @@ def _group(parser: argparse.ArgumentParser, title: str) -> tuple[Add, Add]:
             group.add_argument(*also, **more)
         return action
 
-    def new(*arguments) -> None:
-        add(*arguments).is_new = True
+    def new(*arguments, **more) -> None:
+        add(*arguments, **more).is_new = True
 
     return add, new
 
@@ -268,7 +282,8 @@ def _processes(parser: _Parser, batch_size: int) -> None:
 
 def _run(parser: _Parser) -> None:
     add, new = _group(parser, "run")
-    add("--name", "NAME", "experiment_name", "the run's name: a folder in --checkpoint_dir")
+    add("--name", _folder_name, "experiment_name", "the run's name: a folder in --checkpoint_dir",
+        metavar="NAME")
     add("--checkpoint_dir", "FOLDER", "./checkpoint/", "folder of all runs")
     new("--precision", ["auto", "fp32", "bf16", "fp16"], "auto",
         "number format of matrix products; auto: bf16 where the GPU supports it, else fp32")
@@ -284,7 +299,8 @@ def _search(add: Add, new: Add) -> None:
     add("--save_or_load_index", bool, False,
         "save a compressed or BM25 index next to its source, and load it the next time")
     add("--indexing_batch_size", COUNT, 50000, "embeddings in memory at a time")
-    new("--index_factory", "TEXT", "", "FAISS factory string of a compressed index; none: exact")
+    new("--index_factory", _factory, "", "FAISS factory string of a compressed index; none: exact",
+        metavar="TEXT")
     add("--no_fp16", bool, False, "embed questions in fp32 on a GPU too")
 
 

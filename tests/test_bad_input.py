@@ -553,9 +553,11 @@ READER: dict[str, Case] = {
     "a file as run": ("train_reader", "--name file",
         r"out/file: cannot be written \(File exists\); .*another --checkpoint_dir or --name"),
     "a name without end": ("train_reader", f"--name {'n' * 300}",
-        r"n: cannot be written \(File name too long\); .*another --checkpoint_dir or --name"),
+        r"--name: 'n+\.\.\.' cannot be a folder's name; leave out slashes" + _HELP),
+    "a name that leaves its folder": ("test_reader", "--name ../run",
+        "--name: '../run' cannot be a folder's name; leave out slashes" + _HELP),
     "a folder in the results' place": ("test_reader", "--eval_data {one.json} --name answered",
-        r"answered/final_output\.txt: .*a folder .*; .*another --name"),
+        r"final_output\.txt: cannot be written \(final.* is a folder, .*\); .*another --name"),
     "a run of a retriever": ("train_reader", "--checkpoint_dir {runs}",
         "run/checkpoint/step-1: a bert model, but a t5 is needed here; give"),
 }  # fmt: skip
@@ -696,7 +698,7 @@ EMBED: dict[str, Case] = {
     "a shard inside a file": ("embed", "--output_path {out}/file/x",
         r"file/x_00: cannot be written \(File exists\); use another --output_path"),
     "a folder in a shard's place": ("embed", "--output_path {out}/folder/wiki",
-        "folder/wiki_00: a folder is in this place; use another --output_path"),
+        r"folder/wiki_00: cannot be written \(wiki_00 is a folder, .*; use another --output_path"),
 }  # fmt: skip
 
 RETRIEVE: dict[str, Case] = {
@@ -824,9 +826,11 @@ RETRIEVE: dict[str, Case] = {
         r"indexed\.tsv\.bm25: not a BM25 index, it holds notes\.txt; remove it"),
     # places
     "a folder to write into": ("retrieve", "--output_path {out}/folder",
-        "--output_path '.*folder': a folder; name a file in it"),
+        r"folder: cannot be written \(folder is a folder, not a .*\); give another --output_path"),
+    "a device to write into": ("bm25", "--output_path /dev/null",
+        r"/dev/null: cannot be written \(null is a device, .*\); give another --output_path"),
     "nothing to write into": ("bm25", "--output_path ''",
-        "--output_path '': a folder; name a file"),
+        r"\.: cannot be written \(. is a folder, not a .*\); give another --output_path"),
     "a file to write into inside a file": ("bm25", "--output_path {out}/file/found.json",
         r"file/found\.json: cannot be written \(File exists\); give another --output_path"),
 }  # fmt: skip
@@ -863,7 +867,7 @@ REPORT: dict[str, Case] = {
     "no question on the page": ("report", "{counted} --max_questions 0",
         "--max_questions: 0 must be at least 1" + _HELP),
     "a page in a folder's place": ("report", "{counted} -o {folder}",
-        "--output .*folder': a folder; name a file in it"),
+        r"folder: cannot be written \(folder is a folder, not a .*\); give another --output"),
     "a page in a file's folder": ("report", "{counted} -o {empty}/page.html",
         r"page\.html: cannot be written \((File exists|Not a directory)\); give another --output"),
     "numbers without a step": ("report", "{miscounted}",
@@ -915,7 +919,7 @@ PREPROCESS: dict[str, Case] = {
     "a passage that the collection lacks": ("preprocess", "{data_id} --only nq",
         r"train\.json, question '3': .*psgs_w100\.tsv: no passage has the id 'x21'; give the coll"),
     "a folder in a split's place": ("preprocess", "{data_place} --only tqa",
-        r"TQA/dev\.json: a folder is in this place; remove it"),
+        r"TQA/dev\.json: cannot be written \(dev\.json is a folder, .*\); remove it"),
 }  # fmt: skip
 
 KINDS = (READER, RETRIEVER, EMBED, RETRIEVE, EVALUATION, REPORT, PREPROCESS)

@@ -338,9 +338,6 @@ def test_an_altered_index_is_built_again(exact, tmp_path, caplog):
 
 def test_saving_takes_the_place_of_the_index_before(exact, tmp_path):
     folder = tmp_path / "index"
-    for leftover in (".index.partial", ".index.old"):  # of a process that was killed
-        (tmp_path / leftover).mkdir()
-        (tmp_path / leftover / "index.faiss").write_text("half")
     for factory in ("SQ8", "SQfp16"):
         CompressedIndexer.build(exact, factory).save(folder)
         assert read_description(folder)["factory"] == factory

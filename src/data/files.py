@@ -1,4 +1,4 @@
-"""Files: written atomically, read by byte positions, and cached next to what they are made from."""
+"""Files: read by byte positions, and cached next to what they are made from."""
 
 import contextlib
 import csv
@@ -17,45 +17,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from src.runtime.errors import InputError, first_line, shorten
+from src.data.outputs import atomic_file, remove_leftovers, require_regular
+from src.runtime.errors import InputError, first_line
 from src.runtime.terminal import Bar
-
-
-def check_place(path: str, option: str = "--output_path") -> None:
-    """Whether a file can be written where an option says: asked at the start, not after hours of
-    work. Errors: `InputError` when it cannot."""
-    place = Path(path)
-    try:
-        if place.is_dir():
-            raise InputError(f"{option} {shorten(path)}: a folder; name a file in it")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=place.parent).close()
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); give another {option}"
-        ) from None
-
-
-def write_whole(path: Path, pieces: Iterable[str]) -> Path:
-    """Write a file beside its place and rename it: complete or absent, also when it is the pieces
-    that fail."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); give another place, or make room"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # renamed, or never begun
-            partial.unlink()
-    return path
-
 
 # ----------------------------------------------------------------------------------------------
 # Files read by byte positions
@@ -181,22 +145,6 @@ def tsv_reader(lines: Iterable[str]) -> Iterator[list[str]]:
 _FORMAT = 2  # of caches: raise it when their contents change
 
 
-@contextlib.contextmanager
-def _replaced(target: Path, mode: int) -> Iterator[BinaryIO]:
-    """A file that takes its place whole or not at all, whoever else writes the same at once."""
-    handle, partial = tempfile.mkstemp(".partial", target.name, target.parent)
-    try:
-        with open(handle, "w+b") as file:
-            yield file
-            file.flush()
-            os.fchmod(handle, mode & 0o666)  # for all who may read the source
-            os.fsync(handle)
-        os.replace(partial, target)
-    except BaseException:
-        os.unlink(partial)
-        raise
-
-
 def cached_array(
     source: Source, suffix: str, make: Callable[[], Iterator[np.ndarray]]
 ) -> np.ndarray:
@@ -225,7 +173,9 @@ def cached_array(
     owner = blake2b(os.fsencode(path), digest_size=8).hexdigest()
     targets = [path.with_name(name), cache / "fusion-in-decoder" / f"{owner}{name}"]
     for target in targets:
+        remove_leftovers(target.parent, name)
         with contextlib.suppress(OSError, ValueError):  # missing; not a whole number of integers
+            require_regular(target)  # opening a pipe would wait forever
             found = np.asarray(np.memmap(target, np.int64, "r"))
             if found[-6:-1].tolist() == [*stamp, len(found)] and found[-1] == zlib.crc32(
                 found[:-2]
@@ -234,7 +184,7 @@ def cached_array(
     for target in targets:
         with contextlib.suppress(OSError):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with _replaced(target, source.stat.st_mode) as file:
+            with atomic_file(target, source.stat.st_mode) as file:
                 return write(file)
     with tempfile.TemporaryFile() as file:
         return write(file)
@@ -251,16 +201,17 @@ def unpack(path: str, bar: Bar) -> str:
             fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         stat, archive = source.stat, Path(path)
+        remove_leftovers(archive.parent, archive.name)
         stamp = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
         target = archive.with_name(f".{archive.name}.{stamp}.unpacked")
         # It is as old as the archive unless someone changes it. (Some file systems round to 2 s.)
         time = stat.st_mtime_ns // (2 * 10**9) * 2 * 10**9
-        if target.exists() and target.stat().st_mtime_ns == time:
+        if target.is_file() and not target.is_symlink() and target.stat().st_mtime_ns == time:
             return str(target)
         logging.getLogger("fid").warning("unpacking %s to %s, once", path, target)
         try:
             with (
-                _replaced(target, stat.st_mode) as plain,
+                atomic_file(target, stat.st_mode) as plain,
                 gzip.open(file) as packed,
                 bar(stat.st_size, "B", "unpacking") as shown,
             ):

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from src.data.examples import Examples, parse_example, read_example
-from src.data.files import write_whole
 from src.data.json_files import json_list
+from src.data.outputs import require_regular, write_whole, writing
 from src.data.passages import Passages
 from src.evaluation.answers import ANSWERS, SCORES, find_answers
 from src.evaluation.rankings import recall_at_k
@@ -32,10 +32,10 @@ def _silently(n_more: int) -> None:
 
 
 def check_results(folder: Path) -> None:
-    """Errors: `InputError`, before hours of work, where a result's place is taken by a folder."""
-    for path in (folder / ANSWERS, folder / SCORES):
-        if path.is_dir():
-            raise InputError(f"{path}: a folder is in this place; remove it, or use another --name")
+    """Errors: `InputError`, before hours of work, where a result would replace no regular file."""
+    for path in (folder / ANSWERS, folder / SCORES, _beside(folder / SCORES, MADE_BY)):
+        with writing(path, "remove it, or use another --name"):
+            require_regular(path)
 
 
 def _part(folder: Path, rank: int) -> Path:
@@ -46,8 +46,8 @@ class AnswerFile:
     """One process's part: a line that says what made it, then a line a batch, each a list of
     [index, answer, scores].
 
-    A part that the same command left unfinished is gone on with; `finished` holds its answers by
-    the batch. Any other is begun anew.
+    A part that the same command left unfinished is continued; `finished` holds its answers, batch
+    by batch. Any other is replaced.
 
     Args:
         made_by: all that the answers depend on, as JSON values.
@@ -55,6 +55,8 @@ class AnswerFile:
 
     def __init__(self, folder: Path, rank: int, made_by: dict[str, Any]):
         self.path = _part(folder, rank)
+        with writing(self.path, "remove it"):
+            require_regular(self.path)
         self.finished: list[list[Answer]] = []
         header = json.dumps({"made_by": made_by}) + "\n"
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
@@ -71,14 +73,9 @@ class AnswerFile:
 
     def write(self, answers: list[Answer]) -> None:
         rows = [[answer.index, answer.text, answer.scores] for answer in answers]
-        try:
+        with writing(self.path, "make room, and the same command resumes after the last batch"):
             self._file.write(json.dumps(rows) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot be written ({error.strerror}); make room, and the same "
-                "command goes on after the last finished batch"
-            ) from error
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()

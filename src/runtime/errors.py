@@ -7,6 +7,7 @@ a script with one line too (`src/runtime/interrupt.py`), and output that is clos
 with none.
 """
 
+import contextlib
 import errno
 import functools
 import os
@@ -20,6 +21,8 @@ from src.runtime import interrupt
 
 _STDOUT = 1  # its file descriptor
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a full disk, quota or file size limit
+
+at_end = contextlib.ExitStack()  # what to do when a command ends, with or without an error
 
 
 class InputError(ValueError):
@@ -45,7 +48,7 @@ def reports_input_errors(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> None:
         try:
-            with interrupt.Interrupts():
+            with interrupt.Interrupts(), at_end:
                 try:
                     main(*args, **kwargs)
                 except SystemExit:  # from --help, for one

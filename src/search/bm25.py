@@ -2,13 +2,13 @@
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import bm25s
 import numpy as np
 
+from src.data.outputs import atomic_folder, load_or_claim, writing
 from src.data.passages import Passages
 from src.runtime.errors import InputError
 from src.search.exact import Found
@@ -45,15 +45,15 @@ class BM25:
             show_progress: while building, by the library's own bars.
         Errors: `InputError` when no passage has a word, or the folder cannot be written.
         """
-        if folder is not None and folder.exists():
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                if (folder / _FINGERPRINT).read_text() == _fingerprint(passages, folder):
-                    index = bm25s.BM25.load(folder, mmap=True)
-                    log.info("loaded %s", folder)
-                    return cls(index, len(passages))
-            _remove(folder)
-            what = "incomplete, altered or of another collection"
-            log.info("%s is %s: building it again", folder, what)
+        if folder is not None:
+            remedy = "leave out --save_or_load_index"
+            index = load_or_claim(folder, lambda: _load(passages, folder), remedy)
+            if index is not None:
+                log.info("loaded %s", folder)
+                return cls(index, len(passages))
+            if folder.exists():
+                what = "incomplete, altered or of another collection"
+                log.info("%s is %s: building it again", folder, what)
         log.info("building the BM25 index of %d passages", len(passages))
         words = _words(_Texts(passages), show_progress)
         if not words.vocab:
@@ -120,25 +120,24 @@ def _fingerprint(passages: Passages, folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _remove(folder: Path) -> None:
-    """Remove an index. Errors: `InputError` when the folder holds anything else, or cannot be."""
+def _load(passages: Passages, folder: Path) -> bm25s.BM25 | None:
+    """A saved index, or None if it is not a whole one of this collection. Errors: `InputError` when
+    the folder holds anything else, which must not be replaced."""
     try:
         others = sorted({path.name for path in folder.iterdir()} - _FILES)
         if others:
             raise InputError(f"{folder}: not a BM25 index, it holds {others[0]}; remove it")
-        shutil.rmtree(folder)
     except OSError as error:
         raise InputError(f"{folder}: not a BM25 index ({error.strerror}); remove it") from None
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if (folder / _FINGERPRINT).read_text() == _fingerprint(passages, folder):
+            return bm25s.BM25.load(folder, mmap=True)
+    return None
 
 
 def _save(index: bm25s.BM25, passages: Passages, folder: Path) -> None:
-    """Write beside the folder's place and rename: the index is complete or absent."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    """Write the index into a folder, atomically."""
+    remedy = "make room, or leave out --save_or_load_index"
+    with writing(folder, remedy), atomic_folder(folder) as partial:
         index.save(partial, show_progress=False)
         (partial / _FINGERPRINT).write_text(_fingerprint(passages, partial))
-        partial.rename(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"{folder}: cannot be written ({error.strerror})") from error

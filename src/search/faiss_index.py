@@ -8,7 +8,6 @@ import functools
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,16 +16,11 @@ from typing import Any, NamedTuple
 import faiss
 import numpy as np
 
+from src.data.outputs import atomic_folder, load_or_claim
 from src.runtime.errors import InputError, shorten
 from src.search.embeddings import require_same
 from src.search.exact import Found, Indexer, check_request, inner_products, stable_top_k
-from src.search.shards import (
-    FINGERPRINTS,
-    ShardWriter,
-    checksum,
-    flush_to_disk,
-    read_shard,
-)
+from src.search.shards import FINGERPRINTS, ShardWriter, checksum, read_shard
 
 _INDEX_FILE, _IDS_FILE, _META_FILE = "index.faiss", "ids.safetensors", "index.json"
 _REMEDY = "remove it to build it again"
@@ -115,26 +109,16 @@ class CompressedIndexer:
         Errors: `InputError` when it cannot be written.
         """
         folder = Path(folder)
-        partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
         try:
-            for leftover in (partial, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            partial.mkdir(parents=True)
-            faiss.write_index(self._index, str(partial / _INDEX_FILE))
-            self._save_ids(partial / _IDS_FILE)
-            files = {name: _stamp(partial / name) for name in (_INDEX_FILE, _IDS_FILE)}
-            meta = {**self.description, "files": files}
-            (partial / _META_FILE).write_text(json.dumps(meta, indent=1) + "\n")
-            flush_to_disk(*partial.iterdir(), partial)
-            if folder.exists():
-                folder.rename(old)
-            partial.rename(folder)
-            flush_to_disk(folder.parent)
-        # FAISS writes by itself, and says everything with a RuntimeError.
+            with atomic_folder(folder) as partial:
+                faiss.write_index(self._index, str(partial / _INDEX_FILE))
+                self._save_ids(partial / _IDS_FILE)
+                files = {name: _stamp(partial / name) for name in (_INDEX_FILE, _IDS_FILE)}
+                meta = {**self.description, "files": files}
+                (partial / _META_FILE).write_text(json.dumps(meta, indent=1) + "\n")
+        # FAISS writes by itself, and reports everything with a RuntimeError.
         except (OSError, RuntimeError, InputError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise InputError(f"{folder}: the index cannot be written ({_reason(error)})") from error
-        shutil.rmtree(old, ignore_errors=True)
 
     def _save_ids(self, path: Path) -> None:
         # A shard without columns: ids are kept and opened as they are beside embeddings.
@@ -195,14 +179,19 @@ def load_or_build(
     Args: keep: False builds an index and does not save it. Others as in `CompressedIndexer`.
     """
     folder = index_folder(exact, factory)
-    if keep and folder.exists():
+
+    def load() -> CompressedIndexer | None:
         try:
-            index = CompressedIndexer.load(folder, exact, factory, allow_mismatch)
+            return CompressedIndexer.load(folder, exact, factory, allow_mismatch)
         except DamagedIndex as error:
             if not {path.name for path in folder.iterdir()} <= {_INDEX_FILE, _IDS_FILE, _META_FILE}:
                 raise  # whatever else is in there is not to be replaced
             log.info("%s: building it again", str(error).removesuffix(f"; {_REMEDY}"))
-        else:
+            return None
+
+    if keep:
+        index = load_or_claim(folder, load, "leave out --save_or_load_index")
+        if index is not None:
             log.info("loaded %s", folder)
             return index
     index = CompressedIndexer.build(exact, factory, on_rows=on_rows)

@@ -5,7 +5,6 @@ as `id_bytes` (UTF-8, one behind the other) with `id_offsets` [n + 1]. All of it
 21 million passages cost no memory, and their ids no strings, until they are asked for.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -13,16 +12,18 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from src.data.outputs import flush_to_disk, require_regular, write_whole, writing
 from src.runtime.errors import InputError, first_line, shorten
 
 # What a shard's metadata says of its making. Shards and indexes that differ in it do not mix.
 FINGERPRINTS = ("model", "passages", "options")
+_RESUMES = "make room, and the same command resumes after the last finished block"
 _VERSION = {"format_version": "1"}
 _READ_BYTES = 1 << 22  # read at once
 _DTYPES = {name: np.dtype(code) for name, code in (("F16", "<f2"), ("F32", "<f4"))}
@@ -208,8 +209,7 @@ class ShardWriter:
         self, path: str | Path, rows: int, dimension: int, dtype: Any, metadata: dict[str, str]
     ):
         self.path, self.discarded = Path(path), None
-        self._partial = self.path.with_name(f".{self.path.name}.partial")
-        self._progress = self.path.with_name(f".{self.path.name}.progress.json")
+        self._partial, self._progress = _unfinished(self.path)
         self._kind = {2: "F16", 4: "F32"}[np.dtype(dtype).itemsize]
         self._shape, self._metadata = (rows, dimension), {**_VERSION, **metadata}
         row_bytes = dimension * _DTYPES[self._kind].itemsize
@@ -220,12 +220,13 @@ class ShardWriter:
         self._vectors_start = self._offsets_start + 8 * (rows + 1)
         self._text_start = self._vectors_start + rows * row_bytes
         self._row_bytes = row_bytes
-        self.position, self._text_bytes = self._find_progress()
         self._file: Any = None
-        if self.path.is_dir():  # said now, not hours later
-            raise InputError(f"{self.path}: a folder is in this place; use another --output_path")
-        with self._explain_errors("use another --output_path"):
+        with writing(self.path, "use another --output_path"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            require_regular(self.path, self._partial, self._progress)
+            self.position, self._text_bytes = self._find_progress()
+            if not self.position:
+                remove_unfinished(self.path)
             needed = (rows - self.position) * (row_bytes + 8)
             free = shutil.disk_usage(self.path.parent).free
             if needed > free:
@@ -234,7 +235,7 @@ class ShardWriter:
                     f"{free / 1e9:.1f} GB left; make room, or use another --output_path"
                 )
             self._open()
-            if not self.position:  # it can be written; until there is something, nothing is left
+            if not self.position:  # it can be written; until it holds rows, nothing is left
                 self._file.close()
                 self._partial.unlink()
                 self._file = None
@@ -247,7 +248,8 @@ class ShardWriter:
             self._file.close()
 
     def _open(self) -> None:
-        self._file = open(self._partial, "r+b" if self.position else "w+b")  # noqa: SIM115
+        flags = os.O_RDWR | os.O_NOFOLLOW | (0 if self.position else os.O_CREAT | os.O_EXCL)
+        self._file = open(os.open(self._partial, flags, 0o666), "r+b")  # noqa: SIM115
         self._file.truncate(self._text_start + self._text_bytes)
 
     def append(self, ids: Sequence[str], vectors: np.ndarray) -> None:
@@ -268,7 +270,7 @@ class ShardWriter:
             )
         texts = [text.encode("utf-8", "surrogatepass") for text in ids]
         ends = self._text_bytes + np.cumsum([len(text) for text in texts], dtype="<i8")
-        with self._explain_errors():
+        with writing(self.path, _RESUMES):
             self._write(self._offsets_start + 8 * (self.position + 1), ends.tobytes())
             self._write(self._vectors_start + self._row_bytes * self.position, block.data)
             self._write(self._text_start + self._text_bytes, b"".join(texts))
@@ -276,23 +278,20 @@ class ShardWriter:
             self.position += len(ids)
             self._text_bytes += sum(map(len, texts))
             progress = {**self._identity(), "rows": self.position, "text_bytes": self._text_bytes}
-            fresh = self._progress.with_suffix(".new")
-            with open(fresh, "w") as file:
-                json.dump(progress, file)
-                _flush(file)
-            fresh.replace(self._progress)
+            write_whole(self._progress, [json.dumps(progress)], _RESUMES)
 
     def finish(self) -> Path:
         """Put the shard in its place, and return that."""
         if self.position != self._shape[0]:
             raise ValueError(f"{self.path}: {self.position} of {self._shape[0]} rows are written")
-        with self._explain_errors():
+        with writing(self.path, _RESUMES):
             self._write(0, self._header(self._text_bytes))
             _flush(self._file)
             self._file.close()
+            require_regular(self.path)
             self._partial.replace(self.path)
             flush_to_disk(self.path.parent)
-            self._progress.unlink(missing_ok=True)
+            remove_unfinished(self.path)
         return self.path
 
     def _identity(self) -> dict[str, Any]:
@@ -337,17 +336,6 @@ class ShardWriter:
         self._file.seek(place)
         self._file.write(content)
 
-    @contextlib.contextmanager
-    def _explain_errors(
-        self, cure: str = "make room, and the same command goes on from the last finished block"
-    ) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot be written ({error.strerror}); {cure}"
-            ) from error
-
 
 def is_finished(path: str | Path, metadata: dict[str, str]) -> bool:
     """Whether a complete shard with this metadata is in its place, so that none need be written."""
@@ -366,16 +354,17 @@ def checksum(path: Path) -> int:
     return value
 
 
+def remove_unfinished(path: Path) -> None:
+    """Remove what a stopped writer left of a shard that is complete, or is made anew."""
+    for unfinished in _unfinished(path):
+        unfinished.unlink(missing_ok=True)
+
+
+def _unfinished(path: Path) -> tuple[Path, Path]:
+    """The files of a shard in the making: its rows so far, and how many they are."""
+    return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.progress.json")
+
+
 def _flush(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def flush_to_disk(*paths: Path) -> None:
-    """Make sure that files are on disk, or what stands in folders."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

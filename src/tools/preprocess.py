@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from src.data.examples import Examples, read_example
-from src.data.files import write_whole
 from src.data.json_files import (
     BadValue,
     JsonFile,
@@ -34,6 +33,7 @@ from src.data.json_files import (
     check_characters,
     json_list,
 )
+from src.data.outputs import claim, require_regular, write_whole, writing
 from src.data.passages import Passages
 from src.training.metrics import progress_bar, start_log
 
@@ -132,8 +132,8 @@ def open_splits(folder: Path, dataset: Dataset) -> list[Split]:
     published = {part: dataset.open(downloads, part) for part in sorted(parts)}
     splits = []
     for split in missing:
-        if paths[split].is_dir():
-            raise InputError(f"{paths[split]}: a folder is in this place; remove it")
+        with writing(paths[split], "remove it"):
+            require_regular(paths[split])
         index = JsonFile(downloads / "dataindex" / f"{dataset.name}.{split}.idx.json")
         questions = published[PUBLISHED[split]]
         rows = check_rows(index, questions)
@@ -189,6 +189,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not splits:
         log.info("done already: %s", ", ".join(f"{folder / DATASETS[name].name}" for name in names))
         return
+    for split in splits:
+        claim(split.path, "give another folder")
     passages = Passages(folder / "psgs_w100.tsv")
     log.info("%d passages of %s", len(passages), passages.path)
     with progress_bar(sum(len(split.rows) for split in splits), unit="question") as bar:

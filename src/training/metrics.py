@@ -1,20 +1,20 @@
 """What a run says: log, progress bar, `metrics.jsonl`, TensorBoard, averages."""
 
-import contextlib
 import json
 import logging
-import os
 import platform
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from src.data.outputs import claim, require_regular, write_whole, writing
 from src.runtime import distributed, terminal
 from src.runtime.errors import InputError, drop_unread_output
+
+_ELSEWHERE = "give another --checkpoint_dir or --name"
 
 
 class _BesideTheBar(logging.Handler):
@@ -34,8 +34,12 @@ def start_log(file: Path | None) -> logging.Logger:
     """The log of the main process, on the screen and in a file; the other processes' says nothing.
 
     Args:
-        file: where to append, or None for the screen alone.
+        file: `run.log`, to append to, or None for the screen alone. It is also the lock of the
+            run's folder, which is made, and reserved until this command ends.
+    Errors: `InputError`, in every process, when another command writes there, or this one cannot.
     """
+    if file is not None:
+        distributed.in_main(lambda: claim(file.parent, _ELSEWHERE, lock_file=file))
     logging.raiseExceptions = False  # a log line that finds the disk full must not end a run
     log = logging.getLogger("fid")
     for handler in list(log.handlers):
@@ -47,8 +51,7 @@ def start_log(file: Path | None) -> logging.Logger:
         return log
     handlers: list[logging.Handler] = [_BesideTheBar()]
     if file is not None:
-        with _in_run_folder(file.parent):
-            handlers.append(logging.FileHandler(file))
+        handlers.append(logging.FileHandler(file))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
@@ -62,21 +65,7 @@ def write_options(folder: Path, options: dict[str, Any]) -> None:
     versions = {"python": platform.python_version()}
     versions |= {name: metadata.version(name) for name in ("torch", "transformers")}
     record = {"options": options, "command": sys.argv, "versions": versions}
-    with _in_run_folder(folder):
-        (folder / "options.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-@contextlib.contextmanager
-def _in_run_folder(folder: Path) -> Iterator[None]:
-    """Make a run's folder and write in it. Errors: `InputError` when that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be written ({error.strerror}); make room there, or give another "
-            "--checkpoint_dir or --name"
-        ) from error
+    write_whole(folder / "options.json", [json.dumps(record, indent=1) + "\n"], _ELSEWHERE)
 
 
 def progress_bar(total: int, unit: str, initial: int = 0) -> tqdm:
@@ -130,6 +119,8 @@ class Metrics:
 
 
 def _keep_until(path: Path, step: int, evaluation_due: bool) -> None:
+    with writing(path, _ELSEWHERE):
+        require_regular(path)
     if not path.exists():
         return
     kept = []
@@ -141,9 +132,7 @@ def _keep_until(path: Path, step: int, evaluation_due: bool) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # the last line of a run that was killed while it wrote
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    write_whole(path, kept, _ELSEWHERE)
 
 
 class Average:

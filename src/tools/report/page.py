@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from src.data.examples import load_data
-from src.data.files import check_place, write_whole
+from src.data.outputs import claim_output, write_whole
 from src.evaluation.answers import ANSWERS, SCORES, read_answers
 from src.evaluation.rankings import Ranking, rank_answers
 from src.options import report_parser
@@ -281,7 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
             "a run's (--checkpoint_dir/--name)"
         )
     output = Path(options.output or folder / "report.html")
-    check_place(str(output), "--output")
+    claim_output(str(output), "--output")
 
     run_options = read_run_options(folder)
     path, how = find_data(folder, options.data, run_options)
