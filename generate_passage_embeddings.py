@@ -7,11 +7,6 @@ Writes one shard (wikipedia_embeddings/wiki_00); as many jobs as there are shard
 side. Started again with the same command, it goes on from the last finished block.
 """
 
-from src.runtime.interrupt import die_quietly
-
-if __name__ == "__main__":
-    die_quietly()  # while the packages load
-
 import json
 import os
 import time
@@ -27,7 +22,7 @@ from src.models.retriever import TextEmbedder, fingerprint, load_retriever
 from src.options import changed, passage_embeddings_parser
 from src.runtime import distributed
 from src.runtime.device import compile_layers, describe, pick_device
-from src.runtime.errors import InputError, reports_input_errors
+from src.runtime.errors import InputError, on_interrupt, reports_input_errors
 from src.runtime.launch import StopRequest, detect_launch
 from src.runtime.terminal import count, duration, say, say_next
 from src.search.shards import ShardWriter, is_finished, shard_path
@@ -153,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     begin, step = (first + before) // BLOCK_ROWS * BLOCK_ROWS, world_size * BLOCK_ROWS
     starts = [start + rank * BLOCK_ROWS for start in range(begin, last, step)]
-    stop_request.include_interrupt(lambda: "goes on after the last finished block")
+    on_interrupt(lambda: "resumes after the last finished block")
     bar = progress_bar(last - first, "passage", initial=before)
     with ThreadPoolExecutor(1) as thread:  # it reads and tokenizes the block that is next
         blocks = (ready.result() for ready in one_ahead(thread.submit(read, s) for s in starts))
@@ -167,7 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
                     ids = [identity for part_ids, _ in parts for identity in part_ids]
                     writer.append(ids, np.concatenate([rows for _, rows in parts]))
 
-            distributed.together(write)
+            distributed.raise_on_all(write)
             finished = min(last - first, finished + step - (first + finished) % BLOCK_ROWS)
             bar.update(finished - bar.n)
             if distributed.any_process(stop_request.requested):

@@ -11,11 +11,6 @@ Writes the questions with their passages as `ctxs`, which the reader reads, or a
 and keeps beside them, how many questions have an answer in their first 1, 5, 20 and 100 passages.
 """
 
-from src.runtime.interrupt import die_quietly
-
-if __name__ == "__main__":
-    die_quietly()  # while the packages load
-
 import os
 import shlex
 import time
@@ -58,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "results", "%s", options.output_path)
 
     # Data
-    data = distributed.together(lambda: load_data(options.data, *part, bar=passing_bar))
+    data = distributed.raise_on_all(lambda: load_data(options.data, *part, bar=passing_bar))
     of = f"{len(data):,} of {count(len(data), 'question')}"
     found_each = f"{count(options.n_docs, 'passage')} for each"
     say(log, "data", "%s of %s, %s", of, options.data, found_each)
@@ -68,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     passages = Passages(options.passages, passing_bar)
     say(log, "passages", "%s of %s", count(len(passages), "passage"), options.passages)
     if options.output_format == "trec":
-        distributed.together(lambda: check_trec_ids(data, passages))
+        distributed.raise_on_all(lambda: check_trec_ids(data, passages))
     questions = [data[index]["question"] for index in range(len(data))]
     made_by = {"model": "bm25", "passages": passages.fingerprint(), "options": vars(options)}
 

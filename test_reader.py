@@ -13,11 +13,6 @@ passage scores (dataset_wscores.json) into `--checkpoint_dir/--name`, in the inp
 Answers what you ask from the passages that are found for it, and shows them; keeps no results.
 """
 
-from src.runtime.interrupt import die_quietly
-
-if __name__ == "__main__":
-    die_quietly()  # while the packages load
-
 import logging
 import os
 import time
@@ -29,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from src.data.batches import (
     ReaderCollator,
     ReaderDataset,
-    evaluation_places,
+    evaluation_batches,
     make_loader,
 )
 from src.data.examples import load_data, read_example
@@ -48,7 +43,7 @@ from src.models.reader import Answer, FiDT5, answer_questions, load_reader
 from src.options import changed, check_conversation, test_reader_parser
 from src.runtime import distributed
 from src.runtime.device import compile_layers, describe, pick_device, resolve_precision
-from src.runtime.errors import InputError, reports_input_errors
+from src.runtime.errors import InputError, on_interrupt, reports_input_errors
 from src.runtime.launch import StopRequest, detect_launch
 from src.runtime.terminal import count, duration, say, say_next
 from src.search.retrieve import check_way
@@ -166,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "results", "%s", run)
 
     # Data and model
-    data = distributed.together(
+    data = distributed.raise_on_all(
         lambda: load_data(options.eval_data, rank, world_size, bar=passing_bar)
     )
     passages = f"at most {count(options.n_context, 'passage')} each"
@@ -176,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     reader, tokenizer = open_reader(*model, device, options.compile, log)
 
     # Loop, from where the same command left off
-    places = evaluation_places(len(data), options.per_gpu_batch_size, rank, world_size)
+    places = evaluation_batches(len(data), options.per_gpu_batch_size, rank, world_size)
     file = os.stat(options.eval_data)
     made_by = {"model": digest(reader), "data": [file.st_size, file.st_mtime_ns]}
     made_by |= {"processes": world_size, "precision": precision, "options": vars(options)}
@@ -203,7 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     for answers in answer_file.finished:
         judge(answers)
     number = n_finished
-    stop_request.include_interrupt(lambda: "goes on after the last finished batch")
+    on_interrupt(lambda: "resumes after the last finished batch")
     bar = progress_bar(len(places), "batch", initial=n_finished)
     with answer_file:
         for number, answers in enumerate(

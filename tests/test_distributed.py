@@ -144,25 +144,25 @@ def test_collectives(tmp_path):
             average = Average()
             average.add(rank, weight=rank)
             assert abs(average.over_all().value() - 5 / 3) < 1e-12
-            assert distributed.together(lambda: rank) == rank
+            assert distributed.raise_on_all(lambda: rank) == rank
 
             def task():
                 if rank == 1:
                     raise InputError("bad file")
 
             try:
-                distributed.together(task)
+                distributed.raise_on_all(task)
             except InputError as error:
                 assert str(error) == "bad file"
             else:
                 raise SystemExit("no error reached this process")
-            assert distributed.in_main(lambda: rank) == (0 if rank == 0 else None)
+            assert distributed.run_on_main(lambda: rank) == (0 if rank == 0 else None)
 
             def task():
                 raise InputError(f"process {{rank}}'s file")
 
             try:
-                distributed.in_main(task)
+                distributed.run_on_main(task)
             except InputError as error:
                 assert str(error) == "process 0's file"
             else:

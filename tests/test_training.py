@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from src.data.batches import ReaderCollator, ReaderDataset, make_loader, training_places
+from src.data.batches import ReaderCollator, ReaderDataset, make_loader, training_batches
 from src.data.examples import load_data
 from src.models.pretrained import load_tokenizer
 from src.models.reader import load_reader, reader_loss
 from src.runtime.errors import InputError
-from src.training.checkpoint import Checkpoints, find_newest, load_state
-from src.training.loop import Position, restore, train
+from src.training.checkpoint import Checkpoints, find_newest, read_meta
+from src.training.loop import Evaluation, Position, Settings, State, train
 from src.training.metrics import Metrics
-from src.training.optim import build_optimizer, build_scheduler
+from src.training.optim import build_optimizer, build_schedule
 
 LOG = logging.getLogger("tests")
 CPU = torch.device("cpu")
@@ -38,12 +38,12 @@ def test_twenty_updates_equal_the_reference(reference, tmp_path):
     dataset = ReaderDataset(
         load_data(reference / "data.json"), record["n_context"], with_target=True
     )
-    places = [[(0, index) for index in batch] for batch in record["batches"]]
+    batches = [[(0, index) for index in batch] for batch in record["batches"]]
     collate = ReaderCollator(tokenizer, record["text_maxlength"])
     optimizer = build_optimizer(reader, options["optim"], options["lr"], options["weight_decay"])
-    scheduler = build_scheduler(
-        optimizer,
+    learning_rate = build_schedule(
         options["scheduler"],
+        options["lr"],
         options["warmup_steps"],
         options["total_steps"],
         options["scheduler_steps"],
@@ -51,26 +51,20 @@ def test_twenty_updates_equal_the_reference(reference, tmp_path):
     )
     metrics = Metrics(tmp_path, 0)
     train(
-        reader,
+        State(reader, optimizer, CPU),
         reader_loss,
-        iter(make_loader(dataset, places, collate, 0)),
-        optimizer,
-        scheduler,
+        iter(make_loader(dataset, batches, collate, 0)),
+        learning_rate,
         Checkpoints(tmp_path / "checkpoint", reader.save_pretrained, 0, {}),
         metrics,
         LOG,
-        CPU,
-        total_steps=20,
-        metric="none",
-        higher_is_better=True,
-        clip=options["clip"],
-        save_freq=1000,
+        Settings(total_steps=20, clip=options["clip"], save_freq=1000),
     )
     metrics.close()
     assert read_metrics(tmp_path, "train/loss") == pytest.approx(record["loss"], rel=1e-3)
     assert read_metrics(tmp_path, "train/grad_norm") == pytest.approx(record["grad_norm"], rel=1e-3)
     # Ours is the rate of the update itself, the record's the one set after it.
-    rates = [*read_metrics(tmp_path, "train/lr")[1:], optimizer.param_groups[0]["lr"]]
+    rates = [*read_metrics(tmp_path, "train/lr")[1:], learning_rate(20)]
     assert rates == pytest.approx(record["lr"], abs=1e-9)
 
 
@@ -93,8 +87,8 @@ def regression_loss(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.
 
 def regression_batches(start: int, size: int = 2):
     inputs = torch.randn(11, 3, generator=torch.Generator().manual_seed(1))
-    for places in training_places(11, size, 0, 1, seed=0, start=start):
-        index = [i for _, i in places]
+    for batch in training_batches(11, size, 0, 1, seed=0, start=start):
+        index = [i for _, i in batch]
         yield {"index": index, "x": inputs[index], "y": inputs[index].sum(dim=1, keepdim=True)}
 
 
@@ -103,13 +97,13 @@ def run(
     total_steps: int = 12,
     loss_function=regression_loss,
     cuts_off=lambda: False,
+    should_stop=lambda: False,
     **kwargs,
 ) -> tuple[Dropped, Position, dict]:
     """Train in a folder as the scripts do, from its newest checkpoint if there is one.
     `cuts_off` says whether a signal comes while an evaluation is under way."""
     model = Dropped()
     optimizer = build_optimizer(model, "adamw", 0.05, 0.1)
-    scheduler = build_scheduler(optimizer, "linear", 2, 12, None, False)
 
     def save_model(path: Path) -> None:
         torch.save(model.state_dict(), path / "weights.pt")
@@ -122,32 +116,28 @@ def run(
         with torch.no_grad():
             return {"error": regression_loss(model, batch)[0].item()}
 
+    settings = Settings(
+        **{"total_steps": total_steps, "accumulation_steps": 2, "eval_freq": 3, "save_freq": 4}
+        | kwargs
+    )
     newest, _ = find_newest(folder / "checkpoint")
     torch.manual_seed(7)
-    state, position = None, Position()
+    state = State(model, optimizer, CPU, settings.precision)
     if newest:
         model.load_state_dict(torch.load(newest / "weights.pt"))
-        state = load_state(newest)
-        position = restore(state, optimizer, scheduler)
-    metrics = Metrics(folder, position.step, position.evaluation_due)
-    settings = {"accumulation_steps": 2, "eval_freq": 3, "save_freq": 4} | kwargs
+        state.restore(newest, seed=0)
+    metrics = Metrics(folder, state.position.step, state.position.evaluation_due)
     position = train(
-        model,
+        state,
         loss_function,
-        regression_batches(position.examples_seen),
-        optimizer,
-        scheduler,
-        Checkpoints(folder / "checkpoint", save_model, 0, {}),
+        regression_batches(state.position.examples_seen),
+        build_schedule("linear", 0.05, 2, 12, None, False),
+        Checkpoints(folder / "checkpoint", save_model, 0, {"seed": 0}),
         metrics,
         LOG,
-        CPU,
-        total_steps=total_steps,
-        metric="error",
-        higher_is_better=False,
-        evaluate=evaluate,
-        position=position,
-        scaler_state=state["scaler"] if state else None,
-        **settings,
+        settings,
+        Evaluation(evaluate, "error", higher_is_better=False),
+        should_stop,
     )
     metrics.close()
     return model, position, optimizer.state_dict()
@@ -175,7 +165,7 @@ def test_a_stopped_run_equals_one_that_never_stopped(stops, tmp_path):
             assert torch.equal(value, resumed_state["state"][key][name])
     assert metrics_lines(tmp_path / "parts") == metrics_lines(tmp_path / "whole")
     best = [
-        load_state(tmp_path / name / "checkpoint" / "best_dev")["position"]
+        read_meta(tmp_path / name / "checkpoint" / "best_dev")["position"]
         for name in ("whole", "parts")
     ]
     assert best[0] == best[1]
@@ -208,10 +198,10 @@ def test_a_run_that_failed_while_evaluating_resumes_before_it(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         original = Checkpoints._save
 
-        def save(self, name, state, periodic):
+        def save(self, name, *more):
             if name == "best_dev" and next(calls) == 1:
                 raise Failure
-            return original(self, name, state, periodic)
+            return original(self, name, *more)
 
         patch.setattr(Checkpoints, "_save", save)
         with pytest.raises(Failure):
@@ -226,7 +216,7 @@ def test_best_and_latest(tmp_path):
     run(tmp_path)
     errors = read_metrics(tmp_path, "dev/error")
     assert len(errors) == 4  # after updates 3, 6, 9, 12
-    best = load_state(tmp_path / "checkpoint" / "best_dev")
+    best = read_meta(tmp_path / "checkpoint" / "best_dev")
     assert best["position"]["best"] == min(errors)
     assert best["step"] == 3 * (1 + errors.index(min(errors)))
     folders = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())

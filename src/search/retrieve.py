@@ -72,14 +72,14 @@ class WordSearch:
         self, passages: Passages, keep: bool, log: logging.Logger, show_progress: bool = False
     ):
         folder = Path(f"{passages.path}.bm25") if keep else None
-        self._index = distributed.in_main(
+        self._index = distributed.run_on_main(
             lambda: BM25.load_or_build(passages, folder, log, show_progress)
         )
 
     def search(self, questions: list[str], k: int) -> FoundPlaces:
         """The k best passages of each question, the same in every process."""
-        found = distributed.in_main(lambda: self._index.search(questions, k))
-        found = distributed.share(found)[0]
+        found = distributed.run_on_main(lambda: self._index.search(questions, k))
+        found = distributed.all_gather(found)[0]
         return FoundPlaces(found.positions.tolist(), found.scores)
 
 
@@ -217,7 +217,7 @@ class VectorSearch:
                 log.info("saved %s", folder)
             return index
 
-        self._index = distributed.in_main(load_or_build)
+        self._index = distributed.run_on_main(load_or_build)
         if keep and self._index is None:
             self._index = load()
         self._compressed, self._in_every_process = True, keep
@@ -254,7 +254,7 @@ class VectorSearch:
     ) -> Found:
         part = distributed.rank(), distributed.world_size()
         found = self._exact.search(queries, k, part, on_rows)
-        return merge(distributed.share(found), found.scores.shape[1])
+        return merge(distributed.all_gather(found), found.scores.shape[1])
 
     def _search_index(self, queries: np.ndarray, k: int) -> Found:
         # FAISS's rounding depends on how many questions it is asked at once: so these are groups
@@ -266,8 +266,8 @@ class VectorSearch:
 
         if self._in_every_process:
             rank, world_size = distributed.rank(), distributed.world_size()
-            shares = distributed.share(search(groups[rank::world_size]))
+            shares = distributed.all_gather(search(groups[rank::world_size]))
             parts = [shares[i % world_size][i // world_size] for i in range(len(groups))]
         else:
-            parts = distributed.share(distributed.in_main(lambda: search(groups)))[0]
+            parts = distributed.all_gather(distributed.run_on_main(lambda: search(groups)))[0]
         return Found(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))

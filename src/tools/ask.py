@@ -22,7 +22,6 @@ from src.data.examples import Example, Passage
 from src.data.passages import Passages
 from src.evaluation.answers import answer_spans
 from src.models.reader import FiDT5, answer_questions
-from src.runtime import interrupt
 from src.runtime.terminal import has_bars, passing_bar, say
 from src.search import retrieve
 
@@ -123,8 +122,7 @@ def _typed() -> Iterator[str]:
     remember = _open_history()
     while True:
         try:
-            with interrupt.only_raised():
-                question = input("question: ").strip()
+            question = input("question: ").strip()
         except KeyboardInterrupt:
             print()
             continue
