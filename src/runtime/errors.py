@@ -118,10 +118,11 @@ def _report(error: Exception) -> None:
     if isinstance(error, InputError):
         # A data-loading worker hands on its traceback; the message is on its last line.
         _end(str(error).strip().split("\n")[-1].removeprefix("src.runtime.errors.InputError: "))
-    # What gloo raises is a plain RuntimeError.
+    # PyTorch's errors of torch.distributed; what gloo raises is a plain RuntimeError.
     if type(error).__name__.startswith("Dist") or "/gloo/" in first_line(error):
-        lost = f"lost contact with another process ({first_line(error, 120)})"
-        _end(f"{lost}: look for the first error in the log; the same command resumes", status=1)
+        why = first_line(error).split("] ", 1)[-1].split(". ")[0]  # without the place in its source
+        lost = f"lost contact with another process ({why}): the first error in the log may tell why"
+        _end(f"{lost}; the same command resumes", status=1)
 
 
 def drop_unread_output() -> bool:

@@ -101,8 +101,12 @@ class Checkpoints:
             meta |= {"options": self._options, "files": sizes}
             (partial / META_FILE).write_text(_as_text(meta))
             _flush_to_disk(partial)
-        except Exception as error:  # the model's own writers raise kinds of their own
+        except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
+            # A full disk, as Python, safetensors and torch.save tell of it.
+            kinds = ("os error", "inline_container")
+            if not (isinstance(error, OSError) or any(kind in str(error) for kind in kinds)):
+                raise
             raise InputError(
                 f"{target}: the checkpoint cannot be written ({first_line(error)}); "
                 "what was there before still is"
