@@ -1,7 +1,7 @@
 """Training scripts in which something raises: do all their processes end, and how?
 
-    printf '%s' '[["train_reader", ["--train_data", ...], "torch.nn.utils:clip_grad_norm_", 3, 1, 0],
-        ...]' | python -m tests.fail_and_leave
+    printf '%s' '[["train_reader", ["--train_data", ...], "torch.nn.utils:clip_grad_norm_", 3, 1,
+        0], ...]' | python -m tests.fail_and_leave
 
 Each case is a script, its options, a module's (or its class's) function, the number of the call
 that fails, the number of processes, and which of them fails. Processes are copies of this one,

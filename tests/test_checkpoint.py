@@ -181,10 +181,100 @@ def test_nothing_is_unpickled(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_changed_options():
+def test_changed_options(tmp_path):
     before, now = {"lr": 1, "clip": 2, "old": 3}, {"lr": 1, "clip": 4, "new": 5}
-    assert changed_options(before, now) == [
-        "clip was 2 and is 4",
-        "new was None and is 5",
-        "old was 3 and is None",
+    assert changed_options(tmp_path, before, now) == ["clip was 2 and is 4"]
+    with pytest.raises(InputError, match=r"run: .*--model_size base, which cannot become large"):
+        changed_options(tmp_path / "run", {"model_size": "base"}, {"model_size": "large"})
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_step_and_best_of_one_update_are_written_once(links, tmp_path, monkeypatch):
+    if not links:
+
+        def no_links(*_: object) -> None:
+            raise OSError(95, "Operation not supported")
+
+        monkeypatch.setattr(os, "link", no_links)
+    written = []
+
+    def save_once(folder: Path) -> None:
+        written.append(folder)
+        save_model(folder)
+
+    checkpoints = Checkpoints(tmp_path, save_once, 0, {})
+    step = checkpoints.save_step({"step": 5, "evaluation_due": True}, state(5)[1])
+    checkpoints.save_best({"step": 5, "evaluation_due": False}, state(5)[1])
+    checkpoints.update_step({"step": 5, "evaluation_due": False})
+    assert len(written) == 1
+    assert [read_meta(tmp_path / name)["position"] for name in ("step-5", "best_dev")] == [
+        {"step": 5, "evaluation_due": False}
+    ] * 2
+    same = [
+        (tmp_path / name / "model.safetensors").stat().st_ino for name in ("step-5", "best_dev")
     ]
+    assert (same[0] == same[1]) == links
+    # Each can be replaced or removed, and the other stays as it is.
+    contents = {file.name: file.read_bytes() for file in step.iterdir()}
+    checkpoints.save_best(*state(7))
+    assert len(written) == 2
+    assert saved_step(tmp_path / "best_dev") == 7
+    assert {file.name: file.read_bytes() for file in step.iterdir()} == contents
+    checkpoints.save_step(*state(9))
+    checkpoints.save_best(*state(9))
+    shutil.rmtree(tmp_path / "step-9")
+    assert saved_step(tmp_path / "best_dev") == 9
+    assert read_meta(tmp_path / "best_dev") is not None
+
+
+def test_killed_while_an_old_checkpoint_is_removed(tmp_path, monkeypatch):
+    """At any moment, nothing incomplete looks like a checkpoint, and the next start ends with the
+    folders of a run that was not killed."""
+
+    class Killed(BaseException):
+        pass
+
+    left = [0]
+
+    def killing(original):
+        def call(*args, **kwargs):
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return original(*args, **kwargs)
+
+        return call
+
+    for moment in range(20):
+        folder = tmp_path / str(moment)
+        make(folder).save_step(*state(1))
+        left[0] = moment
+        with monkeypatch.context() as patch:
+            for name in ("unlink", "rmdir", "rename"):
+                patch.setattr(os, name, killing(getattr(os, name)))
+            with contextlib.suppress(Killed):
+                make(folder, keep=1).save_step(*state(2))
+        assert find_newest(folder)[1] == []
+        recover_interrupted_saves(folder, keep=1)
+        newest = find_newest(folder)[0]
+        assert names(folder) == ["latest", newest.name]
+        assert (folder / "latest").resolve() == newest
+    assert newest.name == "step-2"
+    assert left[0] > 0  # the last was not killed
+
+
+def test_killed_while_a_position_is_updated(tmp_path):
+    path = make(tmp_path).save_step(*state(1))
+    (path / ".checkpoint.json.partial").write_text('{"step"')
+    (line,) = recover_interrupted_saves(tmp_path)
+    assert ".checkpoint.json.partial" in line
+    assert names(path) == ["checkpoint.json", "model.safetensors", "training_state.pt"]
+
+
+def test_a_bug_while_saving_is_no_full_disk(tmp_path):
+    def bug(folder: Path) -> None:
+        raise LookupError("a bug")
+
+    with pytest.raises(LookupError):
+        Checkpoints(tmp_path, bug, 0, {}).save_step(*state(1))
+    assert names(tmp_path) == []

@@ -164,8 +164,7 @@ CHANGES: dict[str, dict[str, Change]] = {
         "no_title": ([], lambda seen: "title:" in texts(seen), False, True),
         "num_beams": ([2], lambda seen: answering(seen)[1], 2, 1),
         "generation_max_length": ([7], lambda seen: answering(seen)[0], 7, 50),
-        "use_checkpoint": ([], lambda seen: seen.state.model.t5.encoder.gradient_checkpointing,
-                           True, False),
+        "use_checkpoint": ([], lambda seen: seen.state.model.use_checkpoint, True, False),
     },
     "retriever": BOTH | {
         "n_context": ([3], lambda seen: next(seen.batches)["gold_scores"].shape[1], 3, 2),

@@ -98,6 +98,7 @@ def run(
     loss_function=regression_loss,
     cuts_off=lambda: False,
     should_stop=lambda: False,
+    dev_factor: float = 1.0,
     **kwargs,
 ) -> tuple[Dropped, Position, dict]:
     """Train in a folder as the scripts do, from its newest checkpoint if there is one.
@@ -114,7 +115,7 @@ def run(
         batch = next(regression_batches(0, 11))
         assert not model.training
         with torch.no_grad():
-            return {"error": regression_loss(model, batch)[0].item()}
+            return {"error": dev_factor * regression_loss(model, batch)[0].item()}
 
     settings = Settings(
         **{"total_steps": total_steps, "accumulation_steps": 2, "eval_freq": 3, "save_freq": 4}
@@ -224,6 +225,22 @@ def test_best_and_latest(tmp_path):
     assert (tmp_path / "checkpoint" / "latest").resolve().name == "step-12"
 
 
+def test_the_last_update_is_saved_once(tmp_path, monkeypatch):
+    """`step-N` and, when it is the best, `best_dev`, and the next start has nothing to do."""
+    saved = []
+    original = torch.save
+    monkeypatch.setattr(
+        torch, "save", lambda what, path: (saved.append(path), original(what, path))
+    )
+    run(tmp_path, eval_freq=12, save_freq=12)
+    assert [path.name for path in saved] == ["weights.pt", "training_state.pt"]
+    folder = tmp_path / "checkpoint"
+    positions = [read_meta(folder / name)["position"] for name in ("step-12", "best_dev")]
+    assert positions[0] == positions[1]
+    assert not positions[0]["evaluation_due"]
+    assert (folder / "latest").resolve().name == "step-12"
+
+
 def test_a_finished_run_does_nothing(tmp_path):
     run(tmp_path)
     before = metrics_lines(tmp_path)
@@ -265,11 +282,106 @@ def test_half_precision_keeps_full_weights(tmp_path):
         assert errors[-1] < errors[0]
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path):
+# ----------------------------------------------------------------------------------------------
+# Numbers that are not finite
+
+
+def times(factor: float, from_call: int = 1, until_call: float = math.inf):
+    """The loss times a factor in some of its calls (two an update)."""
+    calls = itertools.count(1)
+
     def loss(model, batch):
         value, count = regression_loss(model, batch)
-        return value * math.nan, count
+        return value * (factor if from_call <= next(calls) <= until_call else 1.0), count
 
-    with pytest.raises(InputError, match=r"update 1 is nan.*--lr"):
-        run(tmp_path, loss_function=loss)
+    return loss
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(value, precision, tmp_path):
+    remedy = "--precision bf16" if precision == "fp16" else "--lr"
+    with pytest.raises(InputError, match=rf"loss of update 5 is (nan|inf).*{remedy}"):
+        run(tmp_path, loss_function=times(value, from_call=9), precision=precision)
+    newest, _ = find_newest(tmp_path / "checkpoint")
+    assert newest.name == "step-4"
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def overflowing(until_update: float):
+    """A loss whose gradient is infinite at first, while the loss itself is finite."""
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(context, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * math.inf
+
+    calls = itertools.count()
+
+    def loss(model, batch):
+        value, count = regression_loss(model, batch)
+        return (Overflow.apply(value) if next(calls) // 2 < until_update else value), count
+
+    return loss
+
+
+def test_a_few_skipped_updates_are_normal_in_fp16(tmp_path):
+    run(tmp_path, loss_function=overflowing(3), precision="fp16")
+    assert len(read_metrics(tmp_path, "train/loss")) == 12
+    assert len(read_metrics(tmp_path, "train/grad_norm")) == 9
+    with pytest.raises(InputError, match="gradient of update 1 is"):
+        run(tmp_path / "fp32", loss_function=overflowing(3))
+
+
+def test_twenty_skipped_updates_in_a_row_are_not(tmp_path):
+    with pytest.raises(InputError, match=r"20 updates in a row, up to 20.*--precision bf16"):
+        run(tmp_path, 40, overflowing(math.inf), precision="fp16", eval_freq=100)
+    run(tmp_path / "nineteen", 40, overflowing(19), precision="fp16", eval_freq=100)
+
+
+def test_a_run_without_one_update_fails(tmp_path):
+    settings = {"precision": "fp16", "eval_freq": 100, "save_freq": 100}
+    asked = itertools.count(1)
+    run(tmp_path, 12, overflowing(math.inf), should_stop=lambda: next(asked) == 5, **settings)
+    with pytest.raises(InputError, match=r"every update has been skipped.*--precision bf16"):
+        run(tmp_path, 12, overflowing(math.inf), **settings)
+    assert find_newest(tmp_path / "checkpoint")[0].name == "step-5"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_trained_on(value, tmp_path, monkeypatch):
+    original = Dropped.__init__
+
+    def spoiled(self):
+        original(self)
+        with torch.no_grad():
+            self.net[2].bias.fill_(value)
+
+    monkeypatch.setattr(Dropped, "__init__", spoiled)
+    with pytest.raises(InputError, match=r"weight net\.2\.bias is not finite before training"):
+        run(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """The last update before a checkpoint breaks them, and no loss has shown it yet."""
+    original = torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].view(-1)[0] = math.nan
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(InputError, match=r"weight net\.0\.weight is not finite after update 1"):
+        run(tmp_path, save_freq=1)
     assert find_newest(tmp_path / "checkpoint")[0] is None
+
+
+def test_a_dev_value_that_is_not_finite_ends_the_run(tmp_path):
+    with pytest.raises(InputError, match="dev error is nan after update 3"):
+        run(tmp_path, dev_factor=math.nan)
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from src.data.examples import Example, Examples, Passage, read_example
-from src.runtime.errors import end_children
+from src.runtime.errors import InputError, end_children
 
 # ----------------------------------------------------------------------------------------------
 # Text and tokens of the reader
@@ -202,6 +202,10 @@ class RetrieverDataset(Dataset):
         _, index = place
         example = read_example(self.examples, index)
         passages = scored_passages(example, self.n_context)
+        for passage in passages:
+            if abs(passage.score) > torch.finfo(torch.float32).max:
+                where = self.examples.where(index)
+                raise InputError(f"{where}: the score {passage.score} is too large for float32")
         return RetrieverItem(
             index,
             question_text(example.question),

@@ -158,7 +158,7 @@ def recover_interrupted_saves(folder: Path, keep: int = 0) -> list[str]:
     """
     lines = []
     leftovers = [path for end in ("partial", "old", "removed") for path in folder.glob(f".*.{end}")]
-    for leftover in [*leftovers, *folder.glob(f"*/.{META_FILE}*.partial")]:
+    for leftover in [*leftovers, *folder.glob(f"step-*/.{META_FILE}*.partial")]:
         target = folder / leftover.name[1:].rsplit(".", 1)[0]
         is_whole = leftover.suffix != ".removed" and read_meta(leftover) is not None
         if is_whole and not target.exists():
