@@ -281,13 +281,12 @@ FAILURES = {  # where something raises: its function, and the number of the call
 def test_every_process_ends_after_a_bug(reference, tmp_path):
     """Whatever raises, in one process or in one of two, and with workers: status 1, a traceback,
     and no process is left."""
+    places = [(name, 1, 0) for name in FAILURES]
+    places += [("an update", 2, 1), ("an evaluation", 2, 0), ("saving", 2, 0), ("a worker", 2, 1)]
     cases = []
-    for processes, victim in ((1, 0), (2, 0), (2, 1)):
-        for function, number in FAILURES.values():
-            if victim == 0 or "_flush" not in function:  # the main process saves
-                folder = tmp_path / str(len(cases))
-                _, *options = training("train_reader.py", reference, folder)
-                cases.append(["train_reader", options, function, number, processes, victim])
+    for name, processes, victim in places:
+        _, *options = training("train_reader.py", reference, tmp_path / str(len(cases)))
+        cases.append(["train_reader", options, *FAILURES[name], processes, victim])
     done = subprocess.run(
         [sys.executable, "-m", "tests.fail_and_leave"],
         input=json.dumps(cases),
