@@ -17,7 +17,6 @@ from src.runtime.launch import Launch
 
 Value = TypeVar("Value")
 _patient_group: dist.ProcessGroup | None = None  # of all processes, see run_on_main
-_A_YEAR = datetime.timedelta(days=365)
 
 
 def start(launch: Launch, timeout: float = 600.0) -> None:
@@ -37,7 +36,7 @@ def start(launch: Launch, timeout: float = 600.0) -> None:
         timeout=datetime.timedelta(seconds=timeout),
     )
     global _patient_group
-    _patient_group = dist.new_group(backend="gloo", timeout=_A_YEAR)
+    _patient_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
 
 
 def stop() -> None:

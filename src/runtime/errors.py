@@ -36,11 +36,7 @@ def first_line(error: BaseException, width: int = 300) -> str:
     return (lines[0] if lines else type(error).__name__)[:width]
 
 
-def starts_again() -> str:
-    return "starts again"
-
-
-_describe_resume: Callable[[], str] = starts_again  # see on_interrupt
+_describe_resume: Callable[[], str] = lambda: "starts again"  # see on_interrupt
 
 
 def on_interrupt(describe: Callable[[], str]) -> None:
@@ -56,7 +52,7 @@ def reports_input_errors(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> None:
-        on_interrupt(starts_again)
+        on_interrupt(lambda: "starts again")
         try:
             _run(main, *args, **kwargs)
         except KeyboardInterrupt:

@@ -22,7 +22,7 @@ import torch
 
 from src.data.files import write_whole
 from src.runtime import distributed
-from src.runtime.errors import InputError, first_line, starts_again
+from src.runtime.errors import InputError, first_line
 
 STATE_FILE, META_FILE = "training_state.pt", "checkpoint.json"
 
@@ -51,8 +51,7 @@ class Checkpoints:
         keep: how many periodic `step-N` stay; 0 keeps all.
         options: the run's options, written into each checkpoint's meta file.
 
-    Its methods take the position (`loop.Position` as a dict: `step` and so on) and the training
-    state, whose tensors go into `training_state.pt`.
+    Positions are `loop.Position` as a dict; states go into `training_state.pt`.
     """
 
     def __init__(
@@ -196,7 +195,7 @@ def resume_point(folder: Path, options: dict[str, Any], log: logging.Logger) -> 
 def describe_resume(folder: Path) -> str:
     """What the command of a run that is cut off now will do, in a few words."""
     newest, _ = find_newest(folder)
-    return f"resumes from {newest}" if newest else starts_again()
+    return f"resumes from {newest}" if newest else "starts again"
 
 
 def find_newest(folder: Path) -> tuple[Path | None, list[str]]:

@@ -315,8 +315,7 @@ class _Report:
         shown_best = "" if best is None else f"best {_short(best)}, "
         lr = self._state.optimizer.param_groups[0]["lr"]
         text = f"{self._rate:.1f} examples/s, loss {self._last_loss:.3f}, {shown_best}lr {lr:.2g}"
-        # Once there is a rate in examples, it takes the place of that in updates: 80 columns are
-        # few.
+        # The rate in examples replaces that in updates: 80 columns are few.
         self.bar.bar_format = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         self.bar.set_postfix_str(text, refresh=False)
 
@@ -335,20 +334,15 @@ class _Report:
 
 def check_finite(model: nn.Module, when: str) -> None:
     """Errors: `InputError` when a weight is not finite: it would spread to all others."""
-    are_finite = [torch.isfinite(parameter).all() for parameter in model.parameters()]
-    if not torch.stack(are_finite).all():
-        names = [name for name, _ in model.named_parameters()]
-        name = names[[bool(is_finite) for is_finite in are_finite].index(False)]
-        raise InputError(
-            f"the weight {name} is not finite {when}: start from other weights, or with a lower "
-            "--lr; it has not been saved"
-        )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            remedy = "start from other weights, or with a lower --lr; it has not been saved"
+            raise InputError(f"the weight {name} is not finite {when}: {remedy}")
 
 
 def _remedy(state: State) -> str:
-    is_half = state.scaler.is_enabled()
-    others = "a lower --lr, a longer --warmup_steps or --precision fp32"
-    remedy = "--precision bf16 or fp32" if is_half else others
+    remedy = "a lower --lr, a longer --warmup_steps or --precision fp32"
+    remedy = "--precision bf16 or fp32" if state.scaler.is_enabled() else remedy
     return f"try {remedy}; the last checkpoint is from before it"
 
 
