@@ -36,7 +36,7 @@ def first_line(error: BaseException, width: int = 300) -> str:
     return (lines[0] if lines else type(error).__name__)[:width]
 
 
-_describe_resume: Callable[[], str] = lambda: "starts again"  # see on_interrupt
+_describe_resume: Callable[[], str]  # see on_interrupt
 
 
 def on_interrupt(describe: Callable[[], str]) -> None:

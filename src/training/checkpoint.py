@@ -241,9 +241,8 @@ def changed_options(path: Path, before: dict[str, Any], now: dict[str, Any]) -> 
     Errors: `InputError` for one that cannot change, and would be without effect.
     """
     changes = []
-    for name in sorted((set(before) & set(now)) - {"local_rank"}):
-        if before[name] == now[name]:
-            continue
+    known = (set(before) & set(now)) - {"local_rank"}
+    for name in sorted(name for name in known if before[name] != now[name]):
         if name in _FIXED.split():
             raise InputError(
                 f"{path}: this run was started with --{name} {before[name]}, which cannot become "

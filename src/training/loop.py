@@ -104,11 +104,8 @@ class State:
         """Have `write`, a method of `Checkpoints`, write this state; returns the path in the main
         process. Errors: `InputError` when a weight is not finite."""
         check_finite(self.model, f"after update {self.position.step}")
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "random_states": distributed.gather(_random_state()),
-        }
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        state["random_states"] = distributed.gather(_random_state())
         if not distributed.is_main():
             return None
         return write(dataclasses.asdict(self.position), state, **kwargs)
@@ -295,8 +292,8 @@ class _Report:
                 del values["train/grad_norm"]
             self._skipped = self._skipped + 1 if is_skipped else 0
             if self._skipped == MOST_SKIPPED:
-                what = f"{MOST_SKIPPED} updates in a row, up to {step}, have been skipped"
-                raise InputError(f"{what}: their gradients overflow; {_remedy(self._state)}")
+                what = f"{MOST_SKIPPED} updates in a row, up to {step}, overflow and are skipped"
+                raise InputError(f"{what}: {_remedy(self._state)}")
             self._metrics.write(step, values)
             self._average.add(loss)
             self._last_loss = loss
