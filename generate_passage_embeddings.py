@@ -8,11 +8,9 @@ side. Started again with the same command, it goes on from the last finished blo
 """
 
 from src.options import changed, passage_embeddings_parser
-from src.runtime.errors import reports_input_errors
-from src.runtime.interrupt import die_quietly
+from src.runtime.errors import on_interrupt, reports_input_errors
 
 if __name__ == "__main__":
-    die_quietly()  # while the packages load
     reports_input_errors(passage_embeddings_parser().parse_args)()  # answers --help at once
 
 import json
@@ -65,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "results", "%s", path)
 
     remedy = "use another --output_path or --shard_id"
-    distributed.in_main(lambda: claim(path, remedy))
+    distributed.run_on_main(lambda: claim(path, remedy))
 
     # Passages and model
     if distributed.is_main():
@@ -153,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     begin, step = (first + before) // BLOCK_ROWS * BLOCK_ROWS, world_size * BLOCK_ROWS
     starts = [start + rank * BLOCK_ROWS for start in range(begin, last, step)]
-    stop_request.include_interrupt(lambda: "goes on after the last finished block")
+    on_interrupt(lambda: "resumes after the last finished block")
     bar = progress_bar(last - first, "passage", initial=before)
     with ThreadPoolExecutor(1) as thread:  # it reads and tokenizes the block that is next
         blocks = (ready.result() for ready in one_ahead(thread.submit(read, s) for s in starts))
@@ -167,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
                     ids = [identity for part_ids, _ in parts for identity in part_ids]
                     writer.append(ids, np.concatenate([rows for _, rows in parts]))
 
-            distributed.together(write)
+            distributed.raise_on_all(write)
             finished = min(last - first, finished + step - (first + finished) % BLOCK_ROWS)
             bar.update(finished - bar.n)
             if distributed.any_process(stop_request.requested):

@@ -13,10 +13,8 @@ and keeps beside them, how many questions have an answer in their first 1, 5, 20
 
 from src.options import SearchOptions, passage_retrieval_parser, select
 from src.runtime.errors import reports_input_errors
-from src.runtime.interrupt import die_quietly
 
 if __name__ == "__main__":
-    die_quietly()  # while the packages load
     reports_input_errors(passage_retrieval_parser().parse_args)()  # answers --help at once
 
 import logging
@@ -51,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     distributed.start(launch, options.dist_timeout)
     part = distributed.rank(), distributed.world_size()
     beside = (MADE_BY, RECALL)
-    distributed.in_main(lambda: claim_output(options.output_path, beside=beside))
+    distributed.run_on_main(lambda: claim_output(options.output_path, beside=beside))
     log = start_log(None)
     way = "with BM25" if options.bm25 else "with a retriever"
     say(log, "retrieve", "passages for questions, %s", way)
@@ -59,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "results", "%s", options.output_path)
 
     # Data
-    data = distributed.together(lambda: load_data(options.data, *part, bar=passing_bar))
+    data = distributed.raise_on_all(lambda: load_data(options.data, *part, bar=passing_bar))
     of = f"{len(data):,} of {count(len(data), 'question')}"
     found_each = f"{count(options.n_docs, 'passage')} for each"
     say(log, "data", "%s of %s, %s", of, options.data, found_each)
@@ -69,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     passages = Passages(options.passages, passing_bar)
     say(log, "passages", "%s of %s", count(len(passages), "passage"), options.passages)
     if options.output_format == "trec":
-        distributed.together(lambda: check_trec_ids(data, passages))
+        distributed.raise_on_all(lambda: check_trec_ids(data, passages))
     questions = [data[index]["question"] for index in range(len(data))]
 
     # Search

@@ -14,11 +14,9 @@ Answers what you ask from the passages that are found for it, and shows them; ke
 """
 
 from src.options import changed, conversation_search, test_reader_parser
-from src.runtime.errors import InputError, reports_input_errors
-from src.runtime.interrupt import die_quietly
+from src.runtime.errors import InputError, on_interrupt, reports_input_errors
 
 if __name__ == "__main__":
-    die_quietly()  # while the packages load
     reports_input_errors(test_reader_parser().parse_args)()  # answers --help at once
 
 import logging
@@ -32,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from src.data.batches import (
     ReaderCollator,
     ReaderDataset,
-    evaluation_places,
+    evaluation_batches,
     make_loader,
 )
 from src.data.examples import describe_passages, load_data, read_example
@@ -141,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "results", "%s", run)
 
     # Data and model
-    data = distributed.together(
+    data = distributed.raise_on_all(
         lambda: load_data(options.eval_data, rank, world_size, bar=passing_bar)
     )
     needed_to = "score them" if options.write_crossattention_scores else ""
@@ -152,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
     reader, tokenizer = open_reader(*model, device, options.compile, log)
 
     # Loop, from where the same command left off
-    places = evaluation_places(len(data), options.per_gpu_batch_size, rank, world_size)
+    places = evaluation_batches(len(data), options.per_gpu_batch_size, rank, world_size)
     file = data.source.stat
     made_by = {"model": digest(reader), "data": [file.st_size, file.st_mtime_ns]}
     made_by |= {"processes": world_size, "precision": precision, "options": vars(options)}
@@ -180,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     for answers in answer_file.finished:
         count_in(answers)
     number = n_finished
-    stop_request.include_interrupt(lambda: "goes on after the last finished batch")
+    on_interrupt(lambda: "resumes after the last finished batch")
     bar = progress_bar(len(places), "batch", initial=n_finished)
     with answer_file:
         for number, answers in enumerate(

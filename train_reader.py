@@ -3,15 +3,13 @@
     python train_reader.py --train_data train.json --eval_data dev.json --n_context 10
 
 Reads questions with passages and answers; writes checkpoints, log and metrics into
-`--checkpoint_dir/--name`. Started again with the same command, it goes on where it stopped.
+`--checkpoint_dir/--name`. Started again with the same command, it resumes where it stopped.
 """
 
 from src.options import changed, train_reader_parser
-from src.runtime.errors import InputError, reports_input_errors
-from src.runtime.interrupt import die_quietly
+from src.runtime.errors import InputError, on_interrupt, reports_input_errors
 
 if __name__ == "__main__":
-    die_quietly()  # while the packages load
     reports_input_errors(train_reader_parser().parse_args)()  # answers --help at once
 
 import os
@@ -23,9 +21,9 @@ import torch
 from src.data.batches import (
     ReaderCollator,
     ReaderDataset,
-    evaluation_places,
+    evaluation_batches,
     make_loader,
-    training_places,
+    training_batches,
 )
 from src.data.examples import describe_passages, load_data, read_example
 from src.evaluation.answers import judge
@@ -36,10 +34,10 @@ from src.runtime import distributed
 from src.runtime.device import compile_layers, describe, pick_device, resolve_precision
 from src.runtime.launch import StopRequest, detect_launch
 from src.runtime.terminal import count, duration, say, say_next
-from src.training.checkpoint import Checkpoints, goes_on_from, load_state, resume_point
-from src.training.loop import Position, restore, train
+from src.training.checkpoint import Checkpoints, describe_resume, resume_point
+from src.training.loop import Evaluation, Settings, State, train
 from src.training.metrics import Average, Metrics, passing_bar, start_log, write_options
-from src.training.optim import build_optimizer, build_scheduler
+from src.training.optim import build_optimizer, build_schedule
 
 
 @reports_input_errors
@@ -66,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "results", "%s", run)
 
     # Data
-    train_data = distributed.together(
+    train_data = distributed.raise_on_all(
         lambda: load_data(options.train_data, rank, world_size, needs_target=True, bar=passing_bar)
     )
     needed_to = f"train with --n_context {options.n_context}" if options.n_context > 1 else ""
@@ -75,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "data", "training on %s of %s examples of %s, %s", n, n, file, passages)
     eval_data = None
     if options.eval_data != "none":
-        eval_data = distributed.together(
+        eval_data = distributed.raise_on_all(
             lambda: load_data(options.eval_data, rank, world_size, bar=passing_bar)
         )
         if not any(read_example(eval_data, index).answers for index in range(len(eval_data))):
@@ -114,17 +112,20 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Optimisation
     optimizer = build_optimizer(reader, options.optim, options.lr, options.weight_decay)
-    scheduler = build_scheduler(
-        optimizer,
+    learning_rate = build_schedule(
         options.scheduler,
+        options.lr,
         options.warmup_steps,
         options.total_steps,
         options.scheduler_steps,
         options.fixed_lr,
     )
     torch.manual_seed(options.seed + rank)  # dropout differs between processes
-    state = load_state(newest) if newest else None
-    position = restore(state, optimizer, scheduler) if state else Position()
+    state = State(reader, optimizer, device, precision)
+    if newest:
+        state.restore(newest, options.seed)
+    position = state.position
+    first_step = position.step
 
     def say_what_is_next() -> None:
         folder = run / "checkpoint"
@@ -142,7 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         say_next(log, "answer the questions, and score their passages for a retriever", *commands)
 
-    if position.step >= options.total_steps and not position.evaluation_due:
+    evaluates = eval_data is not None
+    if position.step >= options.total_steps and not (position.evaluation_due and evaluates):
         say(log, "done", "all %d updates are done; more needs --total_steps", position.step)
         say_what_is_next()
         distributed.stop()
@@ -162,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     collate = ReaderCollator(tokenizer, options.text_maxlength, options.answer_maxlength)
     use_title = not options.no_title
     dataset = ReaderDataset(train_data, options.n_context, use_title, True, options.seed)
-    places = training_places(
+    places = training_batches(
         len(train_data),
         options.per_gpu_batch_size,
         rank,
@@ -175,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def evaluate() -> dict[str, float] | None:
         dataset = ReaderDataset(eval_data, options.n_context, use_title)
-        places = evaluation_places(len(eval_data), options.per_gpu_batch_size, rank, world_size)
+        places = evaluation_batches(len(eval_data), options.per_gpu_batch_size, rank, world_size)
         loader = make_loader(dataset, places, collate, options.num_workers, pin)
         matches, overlaps = Average(), Average()
         with passing_bar(len(places), "batch", "evaluating") as bar:
@@ -212,29 +214,25 @@ def main(arguments: list[str] | None = None) -> None:
         run / "checkpoint", save_model, options.keep_checkpoints, started_with
     )
     metrics = Metrics(run, position.step, position.evaluation_due)
-    first_step = position.step
-    stop_request.include_interrupt(lambda: goes_on_from(run / "checkpoint"))
-    position = train(
-        reader,
-        reader_loss,
-        iter(batches),
-        optimizer,
-        scheduler,
-        checkpoints,
-        metrics,
-        log,
-        device,
+    on_interrupt(lambda: describe_resume(run / "checkpoint"))
+    settings = Settings(
         total_steps=options.total_steps,
-        metric="exact_match",
-        higher_is_better=True,
-        evaluate=evaluate if eval_data is not None else None,
-        position=position,
-        scaler_state=state["scaler"] if state else None,
         precision=precision,
         accumulation_steps=options.accumulation_steps,
         clip=options.clip,
         eval_freq=options.eval_freq,
         save_freq=options.save_freq,
+    )
+    train(
+        state,
+        reader_loss,
+        iter(batches),
+        learning_rate,
+        checkpoints,
+        metrics,
+        log,
+        settings,
+        Evaluation(evaluate, "exact_match", higher_is_better=True) if evaluates else None,
         should_stop=lambda: stop_request.requested,
     )
     metrics.close()

@@ -4,15 +4,13 @@
         --n_context 100 --lr 1e-4 --optim adamw --scheduler linear --total_steps 20000
 
 Reads what `test_reader.py --write_crossattention_scores` wrote; writes checkpoints, log and metrics
-into `--checkpoint_dir/--name`. Started again with the same command, it goes on where it stopped.
+into `--checkpoint_dir/--name`. Started again with the same command, it resumes where it stopped.
 """
 
 from src.options import changed, train_retriever_parser
-from src.runtime.errors import reports_input_errors
-from src.runtime.interrupt import die_quietly
+from src.runtime.errors import on_interrupt, reports_input_errors
 
 if __name__ == "__main__":
-    die_quietly()  # while the packages load
     reports_input_errors(train_retriever_parser().parse_args)()  # answers --help at once
 
 import functools
@@ -26,9 +24,9 @@ from src.data.batches import (
     RetrieverCollator,
     RetrieverDataset,
     TextCollator,
-    evaluation_places,
+    evaluation_batches,
     make_loader,
-    training_places,
+    training_batches,
 )
 from src.data.examples import Examples, describe_passages, load_data, skip_unscored
 from src.evaluation.rankings import count_inversions, last_gold_index, top_k_overlap
@@ -47,10 +45,10 @@ from src.runtime import distributed
 from src.runtime.device import autocast, compile_layers, describe, pick_device, resolve_precision
 from src.runtime.launch import StopRequest, detect_launch
 from src.runtime.terminal import count, duration, say, say_next
-from src.training.checkpoint import Checkpoints, goes_on_from, load_state, resume_point
-from src.training.loop import Position, move_to, restore, train
+from src.training.checkpoint import Checkpoints, describe_resume, resume_point
+from src.training.loop import Evaluation, Settings, State, move_to, train
 from src.training.metrics import Average, Metrics, passing_bar, start_log, write_options
-from src.training.optim import build_optimizer, build_scheduler
+from src.training.optim import build_optimizer, build_schedule
 
 
 @reports_input_errors
@@ -78,10 +76,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Data
     def load(path: str, name: str, doing: str) -> Examples:
-        data = distributed.together(
+        data = distributed.raise_on_all(
             lambda: load_data(path, rank, world_size, False, options.n_context, passing_bar)
         )
-        total, data = len(data), skip_unscored(data, distributed.share(data.unscored), log)
+        total, data = len(data), skip_unscored(data, distributed.all_gather(data.unscored), log)
         passages = describe_passages(data, options.n_context)
         numbers = f"{len(data):,}", f"{total:,}", path
         say(log, name, f"{doing} on %s of %s examples of %s, %s", *numbers, passages)
@@ -130,17 +128,20 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Optimisation
     optimizer = build_optimizer(retriever, options.optim, options.lr, options.weight_decay)
-    scheduler = build_scheduler(
-        optimizer,
+    learning_rate = build_schedule(
         options.scheduler,
+        options.lr,
         options.warmup_steps,
         options.total_steps,
         options.scheduler_steps,
         options.fixed_lr,
     )
     torch.manual_seed(options.seed + rank)  # dropout differs between processes
-    state = load_state(newest) if newest else None
-    position = restore(state, optimizer, scheduler) if state else Position()
+    state = State(retriever, optimizer, device, precision)
+    if newest:
+        state.restore(newest, options.seed)
+    position = state.position
+    first_step = position.step
 
     def say_what_is_next() -> None:
         folder = run / "checkpoint"
@@ -152,7 +153,8 @@ def main(arguments: list[str] | None = None) -> None:
         command += changed(parser, vars(options), ["no_title"])
         say_next(log, "embed a collection of passages", command)
 
-    if position.step >= options.total_steps and not position.evaluation_due:
+    evaluates = eval_data is not None
+    if position.step >= options.total_steps and not (position.evaluation_due and evaluates):
         say(log, "done", "all %d updates are done; more needs --total_steps", position.step)
         say_what_is_next()
         distributed.stop()
@@ -173,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
         TextCollator(tokenizer, config.question_maxlength, not config.apply_question_mask),
         TextCollator(tokenizer, config.passage_maxlength, not config.apply_passage_mask),
     )
-    places = training_places(
+    places = training_batches(
         len(train_data),
         options.per_gpu_batch_size,
         rank,
@@ -187,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def evaluate() -> dict[str, float] | None:
         dataset = RetrieverDataset(eval_data, options.n_context, use_title)
-        places = evaluation_places(len(eval_data), options.per_gpu_batch_size, rank, world_size)
+        places = evaluation_batches(len(eval_data), options.per_gpu_batch_size, rank, world_size)
         top = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= options.n_context]
         names = ["loss", "inversions", *[f"{kind}_top{k}" for kind in ("avg", "idx") for k in top]]
         averages = {name: Average() for name in names}
@@ -222,29 +224,25 @@ def main(arguments: list[str] | None = None) -> None:
         run / "checkpoint", save_model, options.keep_checkpoints, started_with
     )
     metrics = Metrics(run, position.step, position.evaluation_due)
-    first_step = position.step
-    stop_request.include_interrupt(lambda: goes_on_from(run / "checkpoint"))
-    position = train(
-        retriever,
-        functools.partial(retriever_loss, use_negatives=options.in_batch_negatives),
-        iter(batches),
-        optimizer,
-        scheduler,
-        checkpoints,
-        metrics,
-        log,
-        device,
+    on_interrupt(lambda: describe_resume(run / "checkpoint"))
+    settings = Settings(
         total_steps=options.total_steps,
-        metric="loss",
-        higher_is_better=False,
-        evaluate=evaluate if eval_data is not None else None,
-        position=position,
-        scaler_state=state["scaler"] if state else None,
         precision=precision,
         accumulation_steps=options.accumulation_steps,
         clip=options.clip,
         eval_freq=options.eval_freq,
         save_freq=options.save_freq,
+    )
+    train(
+        state,
+        functools.partial(retriever_loss, use_negatives=options.in_batch_negatives),
+        iter(batches),
+        learning_rate,
+        checkpoints,
+        metrics,
+        log,
+        settings,
+        Evaluation(evaluate, "loss", higher_is_better=False) if evaluates else None,
         should_stop=lambda: stop_request.requested,
     )
     metrics.close()

@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import table
-from src.data.batches import ReaderCollator, ReaderDataset, make_loader, training_places
+from src.data.batches import ReaderCollator, ReaderDataset, make_loader, training_batches
 from src.data.examples import load_data, read_example
 from src.data.passages import Passages
 from src.evaluation.answers import has_answer, tokenize
@@ -186,7 +186,7 @@ def _first_batch(path: str, pipe: Connection) -> None:
     before, began = anonymous_memory(), time.perf_counter()
     data = load_data(path, needs_target=True)
     dataset, collate = ReaderDataset(data, 100, True), ReaderCollator(tokenizer, 200)
-    places = training_places(len(data), 1, 0, 1, 0, 0)
+    places = training_batches(len(data), 1, 0, 1, 0, 0)
     batches = iter(make_loader(dataset, places, collate, 2, False))
     next(batches)
     seconds = time.perf_counter() - began

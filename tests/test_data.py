@@ -12,10 +12,10 @@ from src.data.batches import (
     ReaderCollator,
     ReaderDataset,
     draw_target,
-    evaluation_places,
+    evaluation_batches,
     make_loader,
     reader_texts,
-    training_places,
+    training_batches,
 )
 from src.data.examples import load_data, parse_example
 from src.models.pretrained import load_tokenizer
@@ -100,7 +100,7 @@ def test_targets_are_drawn_by_seed_epoch_and_example():
 @pytest.mark.parametrize(("n", "size", "processes"), [(10, 2, 1), (7, 3, 1), (5, 1, 4), (3, 4, 2)])
 def test_training_order(n, size, processes):
     def stream(rank: int, world: int, batch: int, start: int = 0):
-        return training_places(n, batch, rank, world, seed=5, start=start)
+        return training_batches(n, batch, rank, world, seed=5, start=start)
 
     rows = [list(itertools.islice(stream(rank, processes, size), 12)) for rank in range(processes)]
     joint = [place for batches in zip(*rows, strict=True) for batch in batches for place in batch]
@@ -120,8 +120,8 @@ def test_training_order(n, size, processes):
 
 @pytest.mark.parametrize(("n", "size", "processes"), [(10, 4, 1), (10, 4, 2), (3, 1, 5), (9, 2, 3)])
 def test_evaluation_order(n, size, processes):
-    shares = [evaluation_places(n, size, rank, processes) for rank in range(processes)]
-    whole = evaluation_places(n, size, 0, 1)
+    shares = [evaluation_batches(n, size, rank, processes) for rank in range(processes)]
+    whole = evaluation_batches(n, size, 0, 1)
     dealt = [shares[i % processes][i // processes] for i in range(len(whole))]
     assert dealt == whole  # each batch as in one process, so that its numbers are the same
     assert [index for batch in whole for _, index in batch] == list(range(n))
@@ -134,7 +134,7 @@ def test_workers_give_the_same_batches_and_leave_the_random_state_alone(tokenize
     dataset = ReaderDataset(data, 3, with_target=True)
 
     def read(workers: int) -> list[dict]:
-        places = training_places(24, 4, 0, 1, seed=0, start=0)
+        places = training_batches(24, 4, 0, 1, seed=0, start=0)
         return list(itertools.islice(iter(make_loader(dataset, places, collate, workers)), 8))
 
     torch.manual_seed(3)

@@ -123,7 +123,7 @@ def test_collectives(tmp_path):
     script.write_text(
         textwrap.dedent(
             f"""
-            import os, sys
+            import os, sys, time
             sys.path.insert(0, {str(ROOT)!r})
             import torch
             from src.runtime import distributed
@@ -131,7 +131,7 @@ def test_collectives(tmp_path):
             from src.training.metrics import Average
             from src.runtime.launch import detect_launch
 
-            distributed.start(detect_launch(os.environ), timeout=60)
+            distributed.start(detect_launch(os.environ), timeout=8)
             rank = distributed.rank()
             assert distributed.world_size() == 3
             tensor = torch.tensor([1.0, rank])
@@ -144,25 +144,26 @@ def test_collectives(tmp_path):
             average = Average()
             average.add(rank, weight=rank)
             assert abs(average.over_all().value() - 5 / 3) < 1e-12
-            assert distributed.together(lambda: rank) == rank
+            assert distributed.raise_on_all(lambda: rank) == rank
 
             def task():
                 if rank == 1:
                     raise InputError("bad file")
 
             try:
-                distributed.together(task)
+                distributed.raise_on_all(task)
             except InputError as error:
                 assert str(error) == "bad file"
             else:
                 raise SystemExit("no error reached this process")
-            assert distributed.in_main(lambda: rank) == (0 if rank == 0 else None)
+            assert distributed.run_on_main(lambda: rank) == (0 if rank == 0 else None)
+            distributed.run_on_main(lambda: time.sleep(9))  # longer than the timeout
 
             def task():
                 raise InputError(f"process {{rank}}'s file")
 
             try:
-                distributed.in_main(task)
+                distributed.run_on_main(task)
             except InputError as error:
                 assert str(error) == "process 0's file"
             else:

@@ -250,7 +250,7 @@ def start_two(command: list[str]) -> list[subprocess.Popen]:
 @pytest.mark.parametrize(
     ("victim", "how"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)]
 )
-def test_the_others_end_and_name_a_process_that_is_gone(victim, how, reference, tmp_path):
+def test_the_others_end_when_a_process_is_gone(victim, how, reference, tmp_path):
     more = ["--total_steps", 100000, "--eval_data", "none", "--dist_timeout", 6]
     processes = start_two(training("train_reader.py", reference, tmp_path, *more))
     try:
@@ -264,10 +264,45 @@ def test_the_others_end_and_name_a_process_that_is_gone(victim, how, reference, 
             process.kill()
             process.communicate()
     assert processes[1 - victim].returncode == 1
-    lines = [line for line in errors.splitlines() if line.startswith("error")]
-    assert len(lines) == 1
-    assert re.match(rf"error \(process {1 - victim}\): process {victim} has died or", lines[0])
+    who = "error: " if victim == 1 else r"error \(process 1\): "
+    assert re.match(who + "lost contact with another process .* resumes$", errors.splitlines()[-1])
     assert "Traceback" not in errors
+
+
+FAILURES = {  # where something raises: its function, and the number of the call
+    "an update": ("torch.nn.utils:clip_grad_norm_", 3),
+    "an evaluation": ("train_reader:answer_questions", 1),
+    "saving": ("src.training.checkpoint:_flush_to_disk", 1),
+    "a worker": ("src.data.batches:ReaderCollator.__call__", 2),
+    "a worker of an evaluation": ("src.data.batches:ReaderDataset.__getitem__", 8),
+}
+
+
+def test_every_process_ends_after_a_bug(reference, tmp_path):
+    """Whatever raises, in one process or in one of two, and with workers: status 1, a traceback,
+    and no process is left."""
+    places = [(name, 1, 0) for name in FAILURES]
+    places += [("an update", 2, 1), ("an evaluation", 2, 0), ("saving", 2, 0), ("a worker", 2, 1)]
+    cases = []
+    for name, processes, victim in places:
+        _, *options = training("train_reader.py", reference, tmp_path / str(len(cases)))
+        cases.append(["train_reader", options, *FAILURES[name], processes, victim])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fail_and_leave"],
+        input=json.dumps(cases),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for case, (statuses, errors, n_left) in zip(cases, json.loads(done.stdout), strict=True):
+        print(case, errors)  # for who reads of a failure
+        assert statuses == [1] * case[4]
+        assert errors.count("LookupError: a bug") >= 1
+        assert errors.count("lost contact with another process") == case[4] - 1
+        assert n_left == 0
 
 
 # ----------------------------------------------------------------------------------------------

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from src.data.batches import ReaderCollator, ReaderDataset, make_loader, training_places
+from src.data.batches import ReaderCollator, ReaderDataset, make_loader, training_batches
 from src.data.examples import load_data
 from src.models.pretrained import load_tokenizer
 from src.models.reader import load_reader, reader_loss
 from src.runtime.errors import InputError
-from src.training.checkpoint import Checkpoints, find_newest, load_state
-from src.training.loop import Position, restore, train
+from src.training.checkpoint import Checkpoints, find_newest, read_meta
+from src.training.loop import Evaluation, Position, Settings, State, train
 from src.training.metrics import Metrics
-from src.training.optim import build_optimizer, build_scheduler
+from src.training.optim import build_optimizer, build_schedule
 
 LOG = logging.getLogger("tests")
 CPU = torch.device("cpu")
@@ -38,12 +38,12 @@ def test_twenty_updates_equal_the_reference(reference, tmp_path):
     dataset = ReaderDataset(
         load_data(reference / "data.json"), record["n_context"], with_target=True
     )
-    places = [[(0, index) for index in batch] for batch in record["batches"]]
+    batches = [[(0, index) for index in batch] for batch in record["batches"]]
     collate = ReaderCollator(tokenizer, record["text_maxlength"])
     optimizer = build_optimizer(reader, options["optim"], options["lr"], options["weight_decay"])
-    scheduler = build_scheduler(
-        optimizer,
+    learning_rate = build_schedule(
         options["scheduler"],
+        options["lr"],
         options["warmup_steps"],
         options["total_steps"],
         options["scheduler_steps"],
@@ -51,26 +51,20 @@ def test_twenty_updates_equal_the_reference(reference, tmp_path):
     )
     metrics = Metrics(tmp_path, 0)
     train(
-        reader,
+        State(reader, optimizer, CPU),
         reader_loss,
-        iter(make_loader(dataset, places, collate, 0)),
-        optimizer,
-        scheduler,
+        iter(make_loader(dataset, batches, collate, 0)),
+        learning_rate,
         Checkpoints(tmp_path / "checkpoint", reader.save_pretrained, 0, {}),
         metrics,
         LOG,
-        CPU,
-        total_steps=20,
-        metric="none",
-        higher_is_better=True,
-        clip=options["clip"],
-        save_freq=1000,
+        Settings(total_steps=20, clip=options["clip"], save_freq=1000),
     )
     metrics.close()
     assert read_metrics(tmp_path, "train/loss") == pytest.approx(record["loss"], rel=1e-3)
     assert read_metrics(tmp_path, "train/grad_norm") == pytest.approx(record["grad_norm"], rel=1e-3)
     # Ours is the rate of the update itself, the record's the one set after it.
-    rates = [*read_metrics(tmp_path, "train/lr")[1:], optimizer.param_groups[0]["lr"]]
+    rates = [*read_metrics(tmp_path, "train/lr")[1:], learning_rate(20)]
     assert rates == pytest.approx(record["lr"], abs=1e-9)
 
 
@@ -93,8 +87,8 @@ def regression_loss(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.
 
 def regression_batches(start: int, size: int = 2):
     inputs = torch.randn(11, 3, generator=torch.Generator().manual_seed(1))
-    for places in training_places(11, size, 0, 1, seed=0, start=start):
-        index = [i for _, i in places]
+    for batch in training_batches(11, size, 0, 1, seed=0, start=start):
+        index = [i for _, i in batch]
         yield {"index": index, "x": inputs[index], "y": inputs[index].sum(dim=1, keepdim=True)}
 
 
@@ -103,13 +97,14 @@ def run(
     total_steps: int = 12,
     loss_function=regression_loss,
     cuts_off=lambda: False,
+    should_stop=lambda: False,
+    dev_factor: float = 1.0,
     **kwargs,
 ) -> tuple[Dropped, Position, dict]:
     """Train in a folder as the scripts do, from its newest checkpoint if there is one.
     `cuts_off` says whether a signal comes while an evaluation is under way."""
     model = Dropped()
     optimizer = build_optimizer(model, "adamw", 0.05, 0.1)
-    scheduler = build_scheduler(optimizer, "linear", 2, 12, None, False)
 
     def save_model(path: Path) -> None:
         torch.save(model.state_dict(), path / "weights.pt")
@@ -120,34 +115,30 @@ def run(
         batch = next(regression_batches(0, 11))
         assert not model.training
         with torch.no_grad():
-            return {"error": regression_loss(model, batch)[0].item()}
+            return {"error": dev_factor * regression_loss(model, batch)[0].item()}
 
+    settings = Settings(
+        **{"total_steps": total_steps, "accumulation_steps": 2, "eval_freq": 3, "save_freq": 4}
+        | kwargs
+    )
     newest, _ = find_newest(folder / "checkpoint")
     torch.manual_seed(7)
-    state, position = None, Position()
+    state = State(model, optimizer, CPU, settings.precision)
     if newest:
         model.load_state_dict(torch.load(newest / "weights.pt"))
-        state = load_state(newest)
-        position = restore(state, optimizer, scheduler)
-    metrics = Metrics(folder, position.step, position.evaluation_due)
-    settings = {"accumulation_steps": 2, "eval_freq": 3, "save_freq": 4} | kwargs
+        state.restore(newest, seed=0)
+    metrics = Metrics(folder, state.position.step, state.position.evaluation_due)
     position = train(
-        model,
+        state,
         loss_function,
-        regression_batches(position.examples_seen),
-        optimizer,
-        scheduler,
-        Checkpoints(folder / "checkpoint", save_model, 0, {}),
+        regression_batches(state.position.examples_seen),
+        build_schedule("linear", 0.05, 2, 12, None, False),
+        Checkpoints(folder / "checkpoint", save_model, 0, {"seed": 0}),
         metrics,
         LOG,
-        CPU,
-        total_steps=total_steps,
-        metric="error",
-        higher_is_better=False,
-        evaluate=evaluate,
-        position=position,
-        scaler_state=state["scaler"] if state else None,
-        **settings,
+        settings,
+        Evaluation(evaluate, "error", higher_is_better=False),
+        should_stop,
     )
     metrics.close()
     return model, position, optimizer.state_dict()
@@ -175,7 +166,7 @@ def test_a_stopped_run_equals_one_that_never_stopped(stops, tmp_path):
             assert torch.equal(value, resumed_state["state"][key][name])
     assert metrics_lines(tmp_path / "parts") == metrics_lines(tmp_path / "whole")
     best = [
-        load_state(tmp_path / name / "checkpoint" / "best_dev")["position"]
+        read_meta(tmp_path / name / "checkpoint" / "best_dev")["position"]
         for name in ("whole", "parts")
     ]
     assert best[0] == best[1]
@@ -208,10 +199,10 @@ def test_a_run_that_failed_while_evaluating_resumes_before_it(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         original = Checkpoints._save
 
-        def save(self, name, state, periodic):
+        def save(self, name, *more):
             if name == "best_dev" and next(calls) == 1:
                 raise Failure
-            return original(self, name, state, periodic)
+            return original(self, name, *more)
 
         patch.setattr(Checkpoints, "_save", save)
         with pytest.raises(Failure):
@@ -226,12 +217,28 @@ def test_best_and_latest(tmp_path):
     run(tmp_path)
     errors = read_metrics(tmp_path, "dev/error")
     assert len(errors) == 4  # after updates 3, 6, 9, 12
-    best = load_state(tmp_path / "checkpoint" / "best_dev")
+    best = read_meta(tmp_path / "checkpoint" / "best_dev")
     assert best["position"]["best"] == min(errors)
     assert best["step"] == 3 * (1 + errors.index(min(errors)))
     folders = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
     assert folders == ["best_dev", "latest", "step-12", "step-4", "step-8"]
     assert (tmp_path / "checkpoint" / "latest").resolve().name == "step-12"
+
+
+def test_the_last_update_is_saved_once(tmp_path, monkeypatch):
+    """`step-N` and, when it is the best, `best_dev`, and the next start has nothing to do."""
+    saved = []
+    original = torch.save
+    monkeypatch.setattr(
+        torch, "save", lambda what, path: (saved.append(path), original(what, path))
+    )
+    run(tmp_path, eval_freq=12, save_freq=12)
+    assert [path.name for path in saved] == ["weights.pt", "training_state.pt"]
+    folder = tmp_path / "checkpoint"
+    positions = [read_meta(folder / name)["position"] for name in ("step-12", "best_dev")]
+    assert positions[0] == positions[1]
+    assert not positions[0]["evaluation_due"]
+    assert (folder / "latest").resolve().name == "step-12"
 
 
 def test_a_finished_run_does_nothing(tmp_path):
@@ -275,11 +282,106 @@ def test_half_precision_keeps_full_weights(tmp_path):
         assert errors[-1] < errors[0]
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path):
+# ----------------------------------------------------------------------------------------------
+# Numbers that are not finite
+
+
+def times(factor: float, from_call: int = 1, until_call: float = math.inf):
+    """The loss times a factor in some of its calls (two an update)."""
+    calls = itertools.count(1)
+
     def loss(model, batch):
         value, count = regression_loss(model, batch)
-        return value * math.nan, count
+        return value * (factor if from_call <= next(calls) <= until_call else 1.0), count
 
-    with pytest.raises(InputError, match=r"update 1 is nan.*--lr"):
-        run(tmp_path, loss_function=loss)
+    return loss
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(value, precision, tmp_path):
+    remedy = "--precision bf16" if precision == "fp16" else "--lr"
+    with pytest.raises(InputError, match=rf"loss of update 5 is (nan|inf).*{remedy}"):
+        run(tmp_path, loss_function=times(value, from_call=9), precision=precision)
+    newest, _ = find_newest(tmp_path / "checkpoint")
+    assert newest.name == "step-4"
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def overflowing(until_update: float):
+    """A loss whose gradient is infinite at first, while the loss itself is finite."""
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(context, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * math.inf
+
+    calls = itertools.count()
+
+    def loss(model, batch):
+        value, count = regression_loss(model, batch)
+        return (Overflow.apply(value) if next(calls) // 2 < until_update else value), count
+
+    return loss
+
+
+def test_a_few_skipped_updates_are_normal_in_fp16(tmp_path):
+    run(tmp_path, loss_function=overflowing(3), precision="fp16")
+    assert len(read_metrics(tmp_path, "train/loss")) == 12
+    assert len(read_metrics(tmp_path, "train/grad_norm")) == 9
+    with pytest.raises(InputError, match="gradient of update 1 is"):
+        run(tmp_path / "fp32", loss_function=overflowing(3))
+
+
+def test_twenty_skipped_updates_in_a_row_are_not(tmp_path):
+    with pytest.raises(InputError, match=r"20 updates in a row, up to 20.*--precision bf16"):
+        run(tmp_path, 40, overflowing(math.inf), precision="fp16", eval_freq=100)
+    run(tmp_path / "nineteen", 40, overflowing(19), precision="fp16", eval_freq=100)
+
+
+def test_a_run_without_one_update_fails(tmp_path):
+    settings = {"precision": "fp16", "eval_freq": 100, "save_freq": 100}
+    asked = itertools.count(1)
+    run(tmp_path, 12, overflowing(math.inf), should_stop=lambda: next(asked) == 5, **settings)
+    with pytest.raises(InputError, match=r"every update has been skipped.*--precision bf16"):
+        run(tmp_path, 12, overflowing(math.inf), **settings)
+    assert find_newest(tmp_path / "checkpoint")[0].name == "step-5"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_trained_on(value, tmp_path, monkeypatch):
+    original = Dropped.__init__
+
+    def spoiled(self):
+        original(self)
+        with torch.no_grad():
+            self.net[2].bias.fill_(value)
+
+    monkeypatch.setattr(Dropped, "__init__", spoiled)
+    with pytest.raises(InputError, match=r"weight net\.2\.bias is not finite before training"):
+        run(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """The last update before a checkpoint breaks them, and no loss has shown it yet."""
+    original = torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].view(-1)[0] = math.nan
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(InputError, match=r"weight net\.0\.weight is not finite after update 1"):
+        run(tmp_path, save_freq=1)
     assert find_newest(tmp_path / "checkpoint")[0] is None
+
+
+def test_a_dev_value_that_is_not_finite_ends_the_run(tmp_path):
+    with pytest.raises(InputError, match="dev error is nan after update 3"):
+        run(tmp_path, dev_factor=math.nan)
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()

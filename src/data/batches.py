@@ -1,5 +1,7 @@
 """From examples to batches: the reader's texts, datasets, collators, and who reads what when."""
 
+import atexit
+import functools
 import hashlib
 import os
 import random
@@ -14,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from src.data.examples import Example, Examples, read_example
 from src.data.passages import Passage
+from src.runtime.errors import InputError, end_children
 
 # ----------------------------------------------------------------------------------------------
 # Text and tokens of the reader
@@ -200,6 +203,10 @@ class RetrieverDataset(Dataset):
         _, index = place
         example = read_example(self.examples, index)
         passages = scored_passages(example, self.n_context)
+        for passage in passages:
+            if abs(passage.score) > torch.finfo(torch.float32).max:
+                where = self.examples.where(index)
+                raise InputError(f"{where}: the score {passage.score} is too large for float32")
         return RetrieverItem(
             index,
             question_text(example.question),
@@ -255,7 +262,7 @@ def _passage_key(text: str) -> int:
 # Order
 
 
-def training_places(
+def training_batches(
     n_examples: int, batch_size: int, rank: int, world_size: int, seed: int, start: int
 ) -> Iterator[list[tuple[int, int]]]:
     """Endless batches of (epoch, index) for one process, each epoch in its own random order.
@@ -276,7 +283,7 @@ def training_places(
         position += batch_size * world_size
 
 
-def evaluation_places(
+def evaluation_batches(
     n_examples: int, batch_size: int, rank: int, world_size: int
 ) -> list[list[tuple[int, int]]]:
     """This process's batches over all examples, once and in order: every `world_size`-th batch.
@@ -292,26 +299,35 @@ def evaluation_places(
 
 
 def _ignore_signals(worker: int) -> None:
-    """In a process that loads data: SLURM signals every process of a job, and a terminal's Ctrl-C
-    goes to all of them too; what it means is the training's to say. (One that SIGTERM ended would
+    """In a worker: SLURM signals every process of a job, and a terminal's Ctrl-C reaches all of
+    them too; how to respond is up to the process that trains. (A worker that SIGTERM ended would
     end the training with an error.)"""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
+@functools.cache
+def _end_workers_at_exit() -> None:
+    """Kill workers that are left when this process exits, which is after an error. (Python sends
+    them SIGTERM, which they ignore, and then waits for them for ever.)"""
+    atexit.register(end_children)
+
+
 def make_loader(
     dataset: Dataset,
-    places: Sequence[list] | Iterator[list],
+    batches: Sequence[list] | Iterator[list],
     collate: Callable[[list], dict],
     num_workers: int,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """A loader over given batches of places. It draws nothing from the global random state."""
+    """A loader over given batches of (epoch, index). It draws nothing from the global random
+    state."""
     if num_workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are parallel
+        _end_workers_at_exit()
     return DataLoader(
         dataset,
-        batch_sampler=places,
+        batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -6,7 +6,6 @@ because the process group knows who is who.
 
 import datetime
 import os
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,12 +14,9 @@ import torch.distributed as dist
 
 from src.runtime.errors import InputError
 from src.runtime.launch import Launch
-from src.runtime.watch import Watch
 
 Value = TypeVar("Value")
-_watch: Watch | None = None  # of this process, while it is in a group
-_store: dist.Store | None = None  # where the processes of the group met
-_tasks = 0  # how many `in_main` has had
+_patient_group: dist.ProcessGroup | None = None  # of all processes, see run_on_main
 
 
 def start(launch: Launch, timeout: float = 600.0) -> None:
@@ -32,27 +28,19 @@ def start(launch: Launch, timeout: float = 600.0) -> None:
     if launch.world_size == 1:
         return
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = launch.address, str(launch.port)
-    patience = datetime.timedelta(seconds=timeout)
-    meeting = dist.rendezvous("env://", launch.rank, launch.world_size, timeout=patience)
-    store, rank, world_size = next(meeting)
-    global _watch, _store
-    _store = store
-    _watch = Watch(store.clone(), rank, world_size, timeout)
     # Numbers that the CPU holds travel by gloo, tensors on a GPU by nccl.
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=patience
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=datetime.timedelta(seconds=timeout),
     )
-    _watch.explain_exceptions()
+    global _patient_group
+    _patient_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
 
 
 def stop() -> None:
     """Leave the process group."""
-    global _watch, _store
-    _store = None
-    if _watch is not None:
-        _watch.leave()
-        _watch = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -109,7 +97,7 @@ def gather(value: Value) -> list[Value]:
     return values
 
 
-def share(value: Value) -> list[Value]:
+def all_gather(value: Value) -> list[Value]:
     """The values of all processes by rank, in every process."""
     if world_size() == 1:
         return [value]
@@ -118,46 +106,38 @@ def share(value: Value) -> list[Value]:
     return values
 
 
-def in_main(task: Callable[[], Value]) -> Value | None:
-    """Run a task in the main process alone, and give its value there, None elsewhere. The others
-    wait for it, however long it takes: a collective would give up after `start`'s timeout.
+def run_on_main(task: Callable[[], Value]) -> Value | None:
+    """Run a task in the main process alone; returns its value there, None elsewhere. The others
+    wait for it, however long it takes: `start`'s timeout does not count. (Should the main process
+    die, its connections close, and the others end with an error.)
 
     Errors: an `InputError` of the task, in every process.
     """
     if world_size() == 1:
         return task()
-    global _tasks
-    _tasks += 1
-    key, error, value = f"in_main/{_tasks}", None, None
+    value, message = None, [None]
     if is_main():
         try:
             value = task()
-        except InputError as found:
-            error = found
-        _store.set(key, "" if error is None else str(error))
-    else:
-        while not _store.check([key]):  # (should the main process die, the watch ends this one)
-            time.sleep(0.05)
-        message = _store.get(key).decode()
-        error = InputError(message) if message else None
-    barrier()  # the main process may be where the others read
-    if error is not None:
-        raise error
+        except InputError as error:
+            message = [str(error)]
+    dist.broadcast_object_list(message, group=_patient_group)
+    if message[0] is not None:
+        raise InputError(message[0])
     return value
 
 
-def together(task: Callable[[], Value]) -> Value:
-    """Run a task that may find bad input in every process. If any does, all end with its error:
-    none is left waiting for one that has gone."""
-    error, value = None, None
+def raise_on_all(task: Callable[[], Value]) -> Value:
+    """Run a task that may find bad input in every process. If any does, all raise its error: none
+    is left waiting for one that has gone."""
+    value, message = None, None
     try:
         value = task()
-    except InputError as found:
-        error = found
-    if world_size() > 1:
-        messages = share(None if error is None else str(error))
-        first = next((message for message in messages if message is not None), None)
-        error = None if first is None else InputError(first)
-    if error is not None:
-        raise error
+    except InputError as error:
+        if world_size() == 1:
+            raise
+        message = str(error)
+    messages = [found for found in all_gather(message) if found is not None]
+    if messages:
+        raise InputError(messages[0])
     return value

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
-from src.runtime import interrupt
 from src.runtime.errors import InputError
 
 
@@ -63,7 +62,7 @@ def detect_launch(environ: Mapping[str, str], local_rank: int | None = None) -> 
                 launcher="slurm",
             )
     except ValueError as error:
-        raise InputError(f"the launcher's environment variables make no sense: {error}") from None
+        raise InputError(f"invalid launcher environment variables: {error}") from None
     return Launch()
 
 
@@ -83,16 +82,14 @@ def _first_host(environ: Mapping[str, str]) -> str:
 
 
 class StopRequest:
-    """Set by SIGTERM or SIGUSR1 (pre-emption, the end of the time limit), and by Ctrl-C once the
-    loop has begun: the handler only raises a flag, and the loop saves and leaves at its next good
-    moment.
+    """Set by SIGTERM or SIGUSR1 (pre-emption, the end of the time limit): the handler only raises a
+    flag, and the loop saves and leaves at its next good moment.
 
     A second signal ends the process at once, unless it comes within `PATIENCE` seconds of the
-    first: a launcher hands on to its processes what they have already got from SLURM. A second
-    Ctrl-C has less of it; and `src/runtime/interrupt.py` does not wait long for any good moment.
+    first: launchers forward to their processes what these already got from SLURM.
     """
 
-    PATIENCE, PATIENCE_INTERRUPTED = 2.0, 0.5
+    PATIENCE = 2.0
 
     def __init__(self) -> None:
         self.requested = False
@@ -100,29 +97,16 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
-    def include_interrupt(self, resumes: Callable[[], str]) -> None:
-        """From now on Ctrl-C raises the flag too.
-
-        Args:
-            resumes: what the same command does when the loop is cut off in its middle.
-        """
-        interrupt.resume_by(resumes)
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, self._handle)
-
     def _handle(self, number: int, frame: object) -> None:
-        passed = time.monotonic() - self._since
         if not self.requested:
             self.requested, self._number, self._since = True, number, time.monotonic()
-        elif number == signal.SIGINT and passed > self.PATIENCE_INTERRUPTED:
-            interrupt.leave()
-        elif passed > self.PATIENCE:
+        elif time.monotonic() - self._since > self.PATIENCE:
             os._exit(128 + number)
 
     def finish(self) -> None:
-        """The work is done: signals change nothing any more. (Python gives up its handlers when it
-        ends, and a signal in that moment would make a failure of a job that is complete.)"""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        """The work is done: signals have no effect any more. (Python drops its handlers when it
+        exits, and a signal at that moment would make a failure of a job that is complete.)"""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
 
     def leave(
@@ -133,9 +117,8 @@ class StopRequest:
         meet: Callable[[], None] = lambda: None,
     ) -> NoReturn:
         """End this process, whose work is saved but not done: with one line, and the exit status
-        that shells give a process ended by the signal, so that no script goes on as if it were
-        done. Inside a SLURM job the main process first puts the job back into the queue, unless
-        it was a person who stopped it.
+        that shells give a process ended by the signal, so that no script continues as if it were
+        done. Inside a SLURM job the main process first requeues the job.
 
         Args:
             where: how far the work is, for the line.
@@ -144,16 +127,10 @@ class StopRequest:
         """
         # A job that is requeued gets SIGTERM at once, and so do the commands it asks SLURM by.
         self.finish()
-        by_person = self._number == signal.SIGINT
-        if by_person:
-            interrupt.said()
-        by = "Ctrl-C" if by_person else "a signal"
-        log.info("stopped by %s %s; the same command goes on", by, where)
-        if is_main and not by_person:
+        log.info("stopped by a signal %s; the same command resumes", where)
+        if is_main:
             requeue(os.environ, log)
         meet()
-        if by_person:
-            interrupt.leave()
         sys.exit(128 + self._number)
 
 

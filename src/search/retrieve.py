@@ -66,7 +66,7 @@ def _open_faiss_index(options: SearchOptions, exact: Indexer, log: logging.Logge
         with passing_bar(len(exact), "passage", "building the index") as bar:
             return faiss_index.load_or_build(exact, factory, keep, allow_mismatch, log, bar.update)
 
-    index = distributed.in_main(load_or_build)
+    index = distributed.run_on_main(load_or_build)
     if keep and index is None:
         folder = faiss_index.index_folder(exact, factory)
         index = faiss_index.CompressedIndexer.load(folder, exact, factory, allow_mismatch, False)
@@ -82,7 +82,7 @@ class BM25Search:
     def __init__(self, options: SearchOptions, passages: Passages, log: logging.Logger):
         folder = Path(f"{passages.path}.bm25") if options.save_or_load_index else None
         shown = distributed.is_main() and has_bars()
-        self._index = distributed.in_main(
+        self._index = distributed.run_on_main(
             lambda: BM25.load_or_build(passages, folder, log, show_progress=shown)
         )
         self.made_by = {"model": "bm25", "passages": passages.fingerprint()}
@@ -95,7 +95,7 @@ class BM25Search:
             with passing_bar(len(questions), "question", "searching") as bar:
                 return self._index.search(questions, k, bar.update)
 
-        return distributed.share(distributed.in_main(find))[0]
+        return distributed.all_gather(distributed.run_on_main(find))[0]
 
 
 class EmbeddingSearch:
@@ -200,10 +200,12 @@ class EmbeddingSearch:
         if isinstance(index, Indexer):
             with passing_bar(len(self._exact), "passage", "searching") as bar:
                 found = index.search(queries, k, (rank, world_size), bar.update)
-            return merge(distributed.share(found), found.scores.shape[1])
+            return merge(distributed.all_gather(found), found.scores.shape[1])
         if not self._options.save_or_load_index:
-            return distributed.share(distributed.in_main(lambda: index.search(queries, k)))[0]
-        shares = distributed.share(index.search(queries[rank::world_size], k))
+            return distributed.all_gather(
+                distributed.run_on_main(lambda: index.search(queries, k))
+            )[0]
+        shares = distributed.all_gather(index.search(queries[rank::world_size], k))
         found = Found.empty(len(queries), shares[0].scores.shape[1])
         for number, share in enumerate(shares):
             found.scores[number::world_size], found.positions[number::world_size] = share

@@ -23,7 +23,6 @@ from src.data.passages import Passage, Passages
 from src.evaluation.answers import answer_spans
 from src.models.reader import FiDT5, answer_questions
 from src.options import SearchOptions
-from src.runtime import interrupt
 from src.runtime.terminal import say
 from src.search.retrieve import open_search
 
@@ -81,8 +80,7 @@ def _typed() -> Iterator[str]:
     remember = _open_history()
     while True:
         try:
-            with interrupt.only_raised():
-                question = input("question: ").strip()
+            question = input("question: ").strip()
         except KeyboardInterrupt:
             print()
             continue

@@ -39,7 +39,7 @@ def start_log(file: Path | None) -> logging.Logger:
     Errors: `InputError`, in every process, when another command writes there, or this one cannot.
     """
     if file is not None:
-        distributed.in_main(lambda: claim(file.parent, _ELSEWHERE, lock_file=file))
+        distributed.run_on_main(lambda: claim(file.parent, _ELSEWHERE, lock_file=file))
     logging.raiseExceptions = False  # a log line that finds the disk full must not end a run
     log = logging.getLogger("fid")
     for handler in list(log.handlers):

@@ -1,8 +1,9 @@
 """Optimizers and learning-rate schedules, as the reference defines them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 
 def build_optimizer(
@@ -28,17 +29,17 @@ def linear_schedule(step: int, warmup_steps: int, scheduler_steps: int, fixed_lr
     return max(0.0, 1.0 - (step - warmup_steps) / max(1.0, scheduler_steps - warmup_steps))
 
 
-def build_scheduler(
-    optimizer: torch.optim.Optimizer,
+def build_schedule(
     name: str,
+    lr: float,
     warmup_steps: int,
     total_steps: int,
     scheduler_steps: int | None,
     fixed_lr: bool,
-) -> LambdaLR:
-    """`fixed`: always the optimizer's rate. `linear`: `linear_schedule` until `scheduler_steps`
-    (none: `total_steps`)."""
+) -> Callable[[int], float]:
+    """The learning rate of update `step` (the first is 0). `fixed`: always `lr`. `linear`: times
+    `linear_schedule` until `scheduler_steps` (none: `total_steps`)."""
     if name == "fixed":
-        return LambdaLR(optimizer, lambda step: 1.0)
+        return lambda step: lr
     end = total_steps if scheduler_steps is None else scheduler_steps
-    return LambdaLR(optimizer, lambda step: linear_schedule(step, warmup_steps, end, fixed_lr))
+    return lambda step: lr * linear_schedule(step, warmup_steps, end, fixed_lr)
