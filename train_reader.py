@@ -27,7 +27,13 @@ from src.data.batches import (
 from src.data.examples import load_data, read_example
 from src.evaluation.answers import exact_match, f1
 from src.models.encoder import parts_to_compile
-from src.models.pretrained import check_vocabulary, hide_bars, load_tokenizer, quiet_transformers
+from src.models.pretrained import (
+    check_vocabulary,
+    hide_bars,
+    load_tokenizer,
+    quiet_transformers,
+    save_tokenizer,
+)
 from src.models.reader import answer_questions, load_reader, new_reader, reader_loss
 from src.options import changed, train_reader_parser
 from src.runtime import distributed
@@ -136,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
         model = best if best.exists() else folder / "latest"
         say(log, "weights", "%s", model)
         shared = "n_context text_maxlength no_title num_beams generation_max_length checkpoint_dir"
-        shared += " per_gpu_batch_size num_workers precision"
+        shared += " no_clean_up per_gpu_batch_size num_workers precision"
         commands = [
             ["test_reader.py", "--model_path", model, "--eval_data", file]
             + ["--name", f"{options.name}_{part}", *changed(parser, vars(options), shared.split())]
@@ -191,6 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
                 precision,
                 options.generation_max_length,
                 options.num_beams,
+                clean_up=not options.no_clean_up,
             ):
                 for answer in answers:
                     right = read_example(eval_data, answer.index).answers
@@ -208,7 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Loop
     def save_model(folder: Path) -> None:
         reader.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
 
     hide_bars()
     checkpoints = Checkpoints(

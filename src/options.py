@@ -278,6 +278,11 @@ def _add_reader_options(parser: argparse.ArgumentParser, model_help: str) -> Non
         default=50,
         help="tokens of a generated answer, the start token included",
     )
+    group.add_argument(
+        "--no_clean_up",
+        action="store_true",
+        help='keep the spaces before punctuation and contractions in answers ("Bob \'s")',
+    )
 
 
 def _add_training_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
