@@ -143,6 +143,8 @@ def load_tokenizer(
         tokenizer = loader.from_pretrained(source, trust_remote_code=False)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"its tokenizer_class gives a {type(tokenizer).__name__}")
+        if len(tokenizer) <= len(tokenizer.added_tokens_encoder) + 1:  # Transformers made one up
+            raise ValueError("it has no vocabulary")
         tokenizer.pieces = _load_pieces(tokenizer)
     return tokenizer
 
@@ -273,6 +275,11 @@ def _check_path(path: str, needs_config: bool = True) -> None:
     if folder.is_dir():
         if needs_config and not (folder / "config.json").exists():
             raise InputError(f"{path}: no config.json in this folder; give the folder of a model")
+        if needs_config and (folder / "adapter_config.json").exists():
+            raise InputError(
+                f"{path}: holds an adapter (adapter_config.json), which would be ignored; merge it "
+                "into its model and give the merged model's folder"
+            )
     elif not folder.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise InputError(f"{path}: there is no such file or folder; check the path")
