@@ -135,6 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
         model = options.model_path, options.model_size, options.tokenizer
         reader, tokenizer = open_reader(*model, device, options.compile, log)
+        tokenizer.clean_up_tokenization_spaces = not options.no_clean_up
         replies = converse(
             questions(options.question, log),
             find,
@@ -147,7 +148,6 @@ def main(arguments: list[str] | None = None) -> None:
             not options.no_title,
             options.generation_max_length,
             options.num_beams,
-            not options.no_clean_up,
         )
         n = print_replies(replies)
         took = duration(time.perf_counter() - started)
@@ -175,6 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "data", "using %s of %s examples of %s, %s", n, n, file, passages)
     model = options.model_path, options.model_size, options.tokenizer
     reader, tokenizer = open_reader(*model, device, options.compile, log)
+    tokenizer.clean_up_tokenization_spaces = not options.no_clean_up
 
     # Loop, from where the same command left off
     places = evaluation_places(len(data), options.per_gpu_batch_size, rank, world_size)
@@ -217,7 +218,6 @@ def main(arguments: list[str] | None = None) -> None:
                 options.generation_max_length,
                 options.num_beams,
                 options.write_crossattention_scores,
-                clean_up=not options.no_clean_up,
             ),
             start=n_finished + 1,
         ):

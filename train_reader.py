@@ -114,6 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
         reader = load_reader(source, options.dropout, options.legacy_position_table)
         tokenizer = load_tokenizer(source, base)
     check_vocabulary(reader.config, tokenizer)
+    tokenizer.clean_up_tokenization_spaces = not options.no_clean_up
     if options.compile:
         compile_layers(parts_to_compile(reader.t5.encoder))
     if options.use_checkpoint:
@@ -197,7 +198,6 @@ def main(arguments: list[str] | None = None) -> None:
                 precision,
                 options.generation_max_length,
                 options.num_beams,
-                clean_up=not options.no_clean_up,
             ):
                 for answer in answers:
                     right = read_example(eval_data, answer.index).answers

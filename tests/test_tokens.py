@@ -212,8 +212,9 @@ class Texts:
 
     clean_up_tokenization = T5Tokenizer.clean_up_tokenization
 
-    def __init__(self, texts: list[str]):
+    def __init__(self, texts: list[str], clean_up: bool):
         self.texts = texts
+        self.clean_up_tokenization_spaces = clean_up
 
     def batch_decode(self, tokens: torch.Tensor, **kwargs) -> list[str]:
         assert kwargs == {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
@@ -221,7 +222,7 @@ class Texts:
 
 
 def decode(*texts: str, clean_up: bool = True) -> list[str]:
-    return decode_answers(Texts(list(texts)), torch.zeros(len(texts), 1), clean_up)
+    return decode_answers(Texts(list(texts), clean_up), torch.zeros(len(texts), 1))
 
 
 def test_answers_are_cleaned_up():
@@ -257,24 +258,19 @@ def test_clean_up_a_second_way():
     assert decode(*texts, clean_up=False) == [text.strip() for text in texts]
 
 
-def test_tokens_are_decoded_as_sentencepiece_does(t5):
-    tokens = torch.randint(0, 800, (400, 12), generator=torch.Generator().manual_seed(0))
-    raw = [SPIECE.decode([i for i in row if 3 <= i < 700]).strip() for row in tokens.tolist()]
-    assert decode_answers(t5, tokens, clean_up=False) == raw
-    assert decode_answers(t5, torch.tensor([SPIECE.encode("a , b .")])) == ["a, b."]
-
-
-def test_some_tokenizers_are_not_left_out(t5, tmp_path):
-    """A folder's tokenizer_config.json does not decide."""
-    save_tokenizer(t5, tmp_path)
+def test_tokens_are_decoded_as_sentencepiece_does(tmp_path):
+    """A folder's tokenizer_config.json does not decide whether they are cleaned up."""
+    save_tokenizer(load_tokenizer(str(REFERENCE / "t5"), "none"), tmp_path)
     file = tmp_path / "tokenizer_config.json"
-    file.write_text(
-        json.dumps({**json.loads(file.read_text()), "clean_up_tokenization_spaces": True})
-    )
-    tokenizer = load_tokenizer(str(tmp_path), "none")
-    tokens = torch.arange(3, 700)[:, None].repeat(1, 2)
-    raw = [SPIECE.decode([i, i]).strip() for i in range(3, 700)]
-    assert decode_answers(tokenizer, tokens, clean_up=False) == raw
+    content = json.loads(file.read_text())
+    for in_folder in (True, False):
+        file.write_text(json.dumps({**content, "clean_up_tokenization_spaces": in_folder}))
+        tokenizer = load_tokenizer(str(tmp_path), "none")
+        assert decode_answers(tokenizer, torch.tensor([SPIECE.encode("a , b .")])) == ["a, b."]
+        tokenizer.clean_up_tokenization_spaces = False
+        tokens = torch.randint(0, 800, (400, 12), generator=torch.Generator().manual_seed(0))
+        raw = [SPIECE.decode([i for i in row if 3 <= i < 700]).strip() for row in tokens.tolist()]
+        assert decode_answers(tokenizer, tokens) == raw
 
 
 @pytest.mark.parametrize("clean_up", [True, False])

@@ -146,6 +146,7 @@ def load_tokenizer(
         if len(tokenizer) <= len(tokenizer.added_tokens_encoder) + 1:  # Transformers made one up
             raise ValueError("it has no vocabulary")
         tokenizer.pieces = _load_pieces(tokenizer)
+        tokenizer.clean_up_tokenization_spaces = True  # whatever the folder says
     return tokenizer
 
 
@@ -197,16 +198,15 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
         (Path(folder) / "spiece.model").write_bytes(pieces.model.serialized_model_proto())
 
 
-def decode_answers(
-    tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor, clean_up: bool = True
-) -> list[str]:
-    """Token ids [B, T] -> texts without special tokens. `clean_up` removes spaces before
-    punctuation and contractions ("Bob 's"), as transformers 3.0.2 did in every decoding."""
+def decode_answers(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor) -> list[str]:
+    """Token ids [B, T] -> texts without special tokens, and without the spaces that tokens have
+    before punctuation and contractions ("Bob 's"): transformers 3.0.2 always removed them. A false
+    `tokenizer.clean_up_tokenization_spaces` keeps them."""
     texts = tokenizer.batch_decode(
         tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
-    if clean_up:
-        # (called here: Transformers skips it for some tokenizers)
+    if tokenizer.clean_up_tokenization_spaces:
+        # (called here: Transformers skips it for some kinds of tokenizers)
         texts = [tokenizer.clean_up_tokenization(text) for text in texts]
     return [text.strip() for text in texts]
 

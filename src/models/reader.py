@@ -298,7 +298,6 @@ def answer_questions(
     max_length: int = 50,
     num_beams: int = 1,
     with_scores: bool = False,
-    clean_up: bool = True,
 ) -> Iterator[list[Answer]]:
     """Read batches of a `ReaderCollator`, each when it is due, and give the answers of each."""
     was_training = reader.training
@@ -317,7 +316,7 @@ def answer_questions(
                 else:
                     tokens = reader.generate(ids, mask, max_length, num_beams, decoder)
             rows = scores.tolist() if with_scores else [None] * len(tokens)
-            texts = decode_answers(tokenizer, tokens, clean_up)
+            texts = decode_answers(tokenizer, tokens)
             yield [
                 Answer(index, text, row)
                 for index, text, row in zip(batch["index"], texts, rows, strict=True)

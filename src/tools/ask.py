@@ -202,7 +202,6 @@ def converse(
     use_title: bool,
     max_length: int,
     num_beams: int,
-    clean_up: bool = True,
 ) -> Iterator[Reply]:
     """Find passages for each question, and read them as those in a data file are read.
 
@@ -218,9 +217,8 @@ def converse(
             example = Example(0, "0", question, None, [], passages)
             yield collate([ReaderItem(0, reader_texts(example, n_context, use_title), None)])
 
-    settings = (device, precision, max_length, num_beams)
     for (answer,) in answer_questions(
-        reader, tokenizer, batches(), *settings, with_scores=True, clean_up=clean_up
+        reader, tokenizer, batches(), device, precision, max_length, num_beams, with_scores=True
     ):
         scores = answer.scores[: len(passages)]  # with no passage, the question alone has one
         read = [
