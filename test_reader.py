@@ -108,6 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         find = open_find(search_options, passages, device, log)
         model = options.model_path, options.model_size, options.tokenizer
         reader, tokenizer = open_reader(*model, device, options.compile, log)
+        tokenizer.clean_up_tokenization_spaces = not options.no_clean_up
         replies = converse(
             questions(options.question, log),
             find,
@@ -148,6 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "data", "using %s of %s examples of %s, %s", n, n, file, passages)
     model = options.model_path, options.model_size, options.tokenizer
     reader, tokenizer = open_reader(*model, device, options.compile, log)
+    tokenizer.clean_up_tokenization_spaces = not options.no_clean_up
 
     # Loop, from where the same command left off
     places = evaluation_batches(len(data), options.per_gpu_batch_size, rank, world_size)

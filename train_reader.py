@@ -28,7 +28,13 @@ from src.data.batches import (
 from src.data.examples import describe_passages, load_data, read_example
 from src.evaluation.answers import judge
 from src.models.encoder import parts_to_compile
-from src.models.pretrained import check_vocabulary, hide_bars, load_tokenizer, quiet_transformers
+from src.models.pretrained import (
+    check_vocabulary,
+    hide_bars,
+    load_tokenizer,
+    quiet_transformers,
+    save_tokenizer,
+)
 from src.models.reader import answer_questions, load_reader, new_reader, reader_loss
 from src.runtime import distributed
 from src.runtime.device import compile_layers, describe, pick_device, resolve_precision
@@ -102,6 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         reader = load_reader(source, options.dropout, options.legacy_position_table)
         tokenizer = load_tokenizer(source, base)
     check_vocabulary(reader.config, tokenizer)
+    tokenizer.clean_up_tokenization_spaces = not options.no_clean_up
     if options.compile:
         compile_layers(parts_to_compile(reader.t5.encoder))
     if options.use_checkpoint:
@@ -133,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
         model = best if best.exists() else folder / "latest"
         say(log, "weights", "%s", model)
         shared = "n_context text_maxlength no_title num_beams generation_max_length checkpoint_dir"
-        shared += " per_gpu_batch_size num_workers precision"
+        shared += " no_clean_up per_gpu_batch_size num_workers precision"
         commands = [
             ["test_reader.py", "--model_path", model, "--eval_data", file]
             + ["--name", f"{options.name}_{part}", *changed(parser, vars(options), shared.split())]
@@ -207,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Loop
     def save_model(folder: Path) -> None:
         reader.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
 
     hide_bars()
     checkpoints = Checkpoints(

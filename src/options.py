@@ -316,6 +316,7 @@ def _reader(parser: _Parser, model_help: str) -> None:
     new("--num_beams", COUNT, 1, "beams in generation (1: greedy)")
     new("--generation_max_length", number(int, at_least=2), 50,
         "maximum tokens of a generated answer, including the start token")
+    new("--no_clean_up", bool, False, 'keep spaces before punctuation in answers ("Bob \'s")')
 
 
 def _training(parser: _Parser) -> Add:

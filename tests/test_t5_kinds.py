@@ -62,7 +62,8 @@ def answer_slowly(folder: Path, data: Path) -> list[str]:
             while tokens.shape[1] < 8 and tokens[0, -1] != 1:
                 logits = t5(encoder_outputs=(hidden,), decoder_input_ids=tokens).logits
                 tokens = torch.cat([tokens, logits[:, -1:].argmax(dim=2)], dim=1)
-        answers.append(tokenizer.decode(tokens[0], skip_special_tokens=True))
+        text = tokenizer.decode(tokens[0], skip_special_tokens=True)
+        answers.append(tokenizer.clean_up_tokenization(text))
     return answers
 
 

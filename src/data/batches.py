@@ -78,6 +78,25 @@ class ReaderDataset(Dataset):
         return ReaderItem(index, reader_texts(example, self.n_context, self.use_title), target)
 
 
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int | None
+) -> list[list[int]]:
+    """Token ids of each text, without an end-of-sequence token, cut on the right at `max_length`.
+
+    By the tokenizer's own `spiece.model` where `load_tokenizer` found one.
+    """
+    pieces = getattr(tokenizer, "pieces", None)
+    if pieces is not None:
+        return [pieces.encode(text)[:max_length] for text in texts]
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        truncation=max_length is not None,
+        max_length=max_length,
+        return_attention_mask=False,
+    )["input_ids"]
+
+
 class ReaderCollator:
     """Makes a batch: `input_ids` and `attention_mask` [B, N, L], `labels` [B, T], `index` (list).
 
@@ -102,13 +121,9 @@ class ReaderCollator:
 
     def _passages(self, texts: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
         # No end-of-sequence token: the released readers never saw one in a passage.
-        flat = self.tokenizer(
-            [text for group in texts for text in group],
-            add_special_tokens=False,
-            truncation=True,
-            max_length=self.text_maxlength,
-            return_attention_mask=False,
-        )["input_ids"]
+        flat = encode_texts(
+            self.tokenizer, [text for group in texts for text in group], self.text_maxlength
+        )
         shape = (len(texts), max(map(len, texts)), self.text_maxlength)
         ids = torch.full(shape, self.tokenizer.pad_token_id, dtype=torch.long)
         mask = torch.zeros(shape, dtype=torch.bool)
@@ -122,13 +137,9 @@ class ReaderCollator:
 
     def _labels(self, targets: list[str]) -> torch.Tensor:
         cut = self.answer_maxlength > 0
-        tokens = self.tokenizer(
-            targets,
-            add_special_tokens=False,
-            truncation=cut,
-            max_length=self.answer_maxlength - 1 if cut else None,
-            return_attention_mask=False,
-        )["input_ids"]
+        # (no space between a target and its end; Python's idea of one, as transformers 3.0.2's)
+        texts = [target.rstrip() for target in targets]
+        tokens = encode_texts(self.tokenizer, texts, self.answer_maxlength - 1 if cut else None)
         tokens = [row + [self.tokenizer.eos_token_id] for row in tokens]
         width = self.answer_maxlength if cut else max(map(len, tokens))
         labels = torch.full((len(tokens), width), -100, dtype=torch.long)

@@ -6,6 +6,7 @@ Nothing here unpickles freely: weights are safetensors, or `.bin` files read wit
 import contextlib
 import hashlib
 import pickle
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
+from sentencepiece import SentencePieceProcessor
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -30,6 +32,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    T5Tokenizer,
+    dynamic_module_utils,
 )
 from transformers.utils import cached_file
 
@@ -59,12 +63,18 @@ def load_config(path: str, model_type: str, *others: str) -> PreTrainedConfig:
     JSON file."""
     _check_path(path)
     with _reporting(path, "no model config can be read there", "give a model's folder or hub name"):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if config.model_type not in (model_type, *others):
         wanted = {"t5": "a T5 or a reader", "bert": "a BERT or a retriever"}[model_type]
         raise InputError(
             f"{path}: a {config.model_type} model, but a {model_type} is needed here; give {wanted}"
         )
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"{path}: quantized weights (quantization_config in its config.json) cannot be read "
+            "here; give the model in float32, bf16 or fp16"
+        )
+    config._attn_implementation = None  # a config.json could name a kernel to download and run
     return config
 
 
@@ -86,6 +96,7 @@ def from_pretrained(
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below instead
+                trust_remote_code=False,
                 **kwargs,
             )
         except NotImplementedError:  # Transformers compares tied tensors that it has left out
@@ -128,7 +139,76 @@ def load_tokenizer(
     bare = "vocab.txt" in files and not files & {"tokenizer.json", "tokenizer_config.json"}
     with _reporting(source, "no tokenizer can be read there", f"give one with {option}"):
         # A vocabulary alone, as BERT's of its time came, does not say whose it is.
-        return (BertTokenizer if bare else AutoTokenizer).from_pretrained(source)
+        loader = BertTokenizer if bare else AutoTokenizer
+        tokenizer = loader.from_pretrained(source, trust_remote_code=False)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(f"its tokenizer_class gives a {type(tokenizer).__name__}")
+        if len(tokenizer) <= len(tokenizer.added_tokens_encoder) + 1:  # Transformers made one up
+            raise ValueError("it has no vocabulary")
+        tokenizer.pieces = _load_pieces(tokenizer)
+        tokenizer.clean_up_tokenization_spaces = True  # whatever the folder says
+    return tokenizer
+
+
+class SentencePieces:
+    """Token ids by a T5's own `spiece.model`, equal to those of transformers 3.0.2.
+
+    The tokenizers library reads the same file, but normalizes grapheme by grapheme: it drops a
+    mark after a compatibility character (U+FB01 U+0301) and splits at U+0085. It is slower, too.
+    """
+
+    def __init__(self, model_file: str, special: dict[str, int]):
+        self.model = SentencePieceProcessor(model_file=model_file)
+        self._special = special
+        self._split = re.compile("(" + "|".join(map(re.escape, special)) + ")")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids without an end-of-sequence token of its own; special tokens in the text are read as
+        such, without the spaces around them."""
+        parts = self._split.split(text)  # odd ones are special tokens
+        ids = []
+        for i, part in enumerate(parts):
+            if i % 2:
+                ids.append(self._special[part])
+                continue
+            part = part.lstrip() if i else part
+            part = part.rstrip() if i + 1 < len(parts) else part
+            ids += self.model.encode(part) if part.strip() else []
+        return ids
+
+
+def _load_pieces(tokenizer: PreTrainedTokenizerBase) -> SentencePieces | None:
+    """None unless it is a T5's tokenizer with a `spiece.model` of the same vocabulary: where a
+    folder's tokenizer.json has another one, that is what Transformers uses."""
+    file = getattr(tokenizer, "vocab_file", None)
+    if not isinstance(tokenizer, T5Tokenizer) or not file or not file.endswith(".model"):
+        return None
+    special = tokenizer.added_tokens_encoder
+    pieces = SentencePieces(file, dict(sorted(special.items(), key=lambda item: -len(item[0]))))
+    ids = list(range(len(pieces.model)))
+    same = tokenizer.convert_ids_to_tokens(ids) == pieces.model.id_to_piece(ids)
+    return pieces if same else None
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a tokenizer, with its `spiece.model`, which Transformers leaves out."""
+    tokenizer.save_pretrained(folder)
+    pieces = getattr(tokenizer, "pieces", None)
+    if pieces is not None:
+        (Path(folder) / "spiece.model").write_bytes(pieces.model.serialized_model_proto())
+
+
+def decode_answers(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor) -> list[str]:
+    """Token ids [B, T] -> texts without special tokens, and without the spaces that tokens have
+    before punctuation and contractions ("Bob 's"): transformers 3.0.2 always removed them. A false
+    `tokenizer.clean_up_tokenization_spaces` keeps them."""
+    texts = tokenizer.batch_decode(
+        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    if tokenizer.clean_up_tokenization_spaces:
+        # (called here: Transformers skips it for some kinds of tokenizers)
+        texts = [tokenizer.clean_up_tokenization(text) for text in texts]
+    return [text.strip() for text in texts]
 
 
 def check_vocabulary(
@@ -195,6 +275,11 @@ def _check_path(path: str, needs_config: bool = True) -> None:
     if folder.is_dir():
         if needs_config and not (folder / "config.json").exists():
             raise InputError(f"{path}: no config.json in this folder; give the folder of a model")
+        if needs_config and (folder / "adapter_config.json").exists():
+            raise InputError(
+                f"{path}: holds an adapter (adapter_config.json), which would be ignored; merge it "
+                "into its model and give the merged model's folder"
+            )
     elif not folder.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise InputError(f"{path}: there is no such file or folder; check the path")
@@ -218,7 +303,13 @@ def _ask_hub(name: str) -> None:
 
 @contextlib.contextmanager
 def _reporting(path: str, what: str, cure: str):
-    """Turn whatever a library raises for a broken or missing file into one line."""
+    """Turn whatever a library raises for a broken or missing file into one line.
+
+    Transformers loads some things by names in a folder's JSON files, without handing on
+    `trust_remote_code=False`; there it would ask on stdin whether to run the folder's code. With
+    no time for an answer it refuses.
+    """
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # what is wrong is said by the one line
@@ -229,4 +320,9 @@ def _reporting(path: str, what: str, cure: str):
         problem = f"{path}: {what} (refused: more than tensors in it, or damaged); {cure}"
         raise InputError(problem) from error
     except Exception as error:  # hub, safetensors, torch.load and tokenizers each have their own
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{path}: it needs Python code of its own (auto_map), which is never run here; "
+                "give a T5 or BERT that Transformers reads without it"
+            ) from error
         raise InputError(f"{path}: {what} ({first_line(error, 200)}); {cure}") from error

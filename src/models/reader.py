@@ -36,6 +36,7 @@ from src.models.encoder import encode_packed
 from src.models.pretrained import (
     build,
     check_shapes,
+    decode_answers,
     from_pretrained,
     load_config,
     read_bin,
@@ -315,9 +316,9 @@ def answer_questions(
                 else:
                     tokens = reader.generate(ids, mask, max_length, num_beams, decoder)
             rows = scores.tolist() if with_scores else [None] * len(tokens)
-            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            texts = decode_answers(tokenizer, tokens)
             yield [
-                Answer(index, text.strip(), row)
+                Answer(index, text, row)
                 for index, text, row in zip(batch["index"], texts, rows, strict=True)
             ]
     finally:
