@@ -27,8 +27,9 @@ from src.data.batches import (
 from src.data.examples import load_data, read_example
 from src.evaluation.answers import exact_match, f1
 from src.models.encoder import parts_to_compile
+from src.models.losses import reader_loss
 from src.models.pretrained import check_vocabulary, hide_bars, load_tokenizer, quiet_transformers
-from src.models.reader import answer_questions, load_reader, new_reader, reader_loss
+from src.models.reader import answer_questions, load_reader, new_reader
 from src.options import changed, train_reader_parser
 from src.runtime import distributed
 from src.runtime.device import compile_layers, describe, pick_device, resolve_precision
@@ -136,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         model = best if best.exists() else folder / "latest"
         say(log, "weights", "%s", model)
         shared = "n_context text_maxlength no_title num_beams generation_max_length checkpoint_dir"
-        shared += " per_gpu_batch_size num_workers precision"
+        shared += " per_gpu_batch_size num_workers precision decoder"
         commands = [
             ["test_reader.py", "--model_path", model, "--eval_data", file]
             + ["--name", f"{options.name}_{part}", *changed(parser, vars(options), shared.split())]
@@ -191,6 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
                 precision,
                 options.generation_max_length,
                 options.num_beams,
+                decoder=options.decoder,
+                source=options.eval_data,
             ):
                 for answer in answers:
                     right = read_example(eval_data, answer.index).answers

@@ -273,6 +273,12 @@ def _add_reader_options(parser: argparse.ArgumentParser, model_help: str) -> Non
     group.add_argument("--no_title", action="store_true", help="read passages without their titles")
     group.add_argument("--num_beams", type=_COUNT, default=1, help="beams in generation; 1: greedy")
     group.add_argument(
+        "--decoder",
+        choices=["fast", "transformers"],
+        default="fast",
+        help="fast: our own, which leaves a decoder changed in code to Transformers",
+    )
+    group.add_argument(
         "--generation_max_length",
         type=_number(int, 2),
         default=50,

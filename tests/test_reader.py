@@ -174,7 +174,7 @@ def padded_encode(reader: FiDT5, batch: dict) -> Encoded:
     ids, mask = batch["input_ids"].view(B * N, L), batch["attention_mask"].view(B * N, L)
     hidden = reader.t5.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
     places = torch.arange(N * L).expand(B, N * L)
-    reader._places = places
+    reader._key_positions = places
     return Encoded(hidden.view(B, N * L, -1), mask.view(B, N * L), places)
 
 
@@ -227,7 +227,7 @@ def test_the_decoder_gets_real_tokens_only(reference, batch):
     assert encoded.hidden.shape[1] == counts.max() < batch["attention_mask"][0].numel()
     assert torch.equal(encoded.mask.sum(dim=1), counts)
     for places, real, mask in zip(
-        encoded.places, encoded.mask, batch["attention_mask"].flatten(1), strict=True
+        encoded.positions, encoded.mask, batch["attention_mask"].flatten(1), strict=True
     ):
         assert torch.equal(places[real], mask.nonzero()[:, 0])
 
@@ -297,8 +297,9 @@ def test_missing_passages_do_not_matter(name, reference, batch):
 
 def test_checkpointing_the_encoder_changes_memory_only(reference, batch, monkeypatch):
     calls, gradients = [], []
-    layer = src.encoder._layer
-    monkeypatch.setattr(src.encoder, "_layer", lambda *given: calls.append(0) or layer(*given))
+    encoder = src.models.encoder
+    layer = encoder._packed_layer
+    monkeypatch.setattr(encoder, "_packed_layer", lambda *given: calls.append(0) or layer(*given))
     for use_checkpoint in (False, True):
         reader = load(reference, "t5").train()
         if use_checkpoint:

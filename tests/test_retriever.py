@@ -11,15 +11,13 @@ from transformers import BertConfig, BertModel
 from src.data.batches import RetrieverCollator, RetrieverDataset, RetrieverItem, TextCollator
 from src.data.examples import load_data
 from src.evaluation.rankings import count_inversions, last_gold_index, recall_at_k, top_k_overlap
+from src.models.embedder import TextEmbedder
+from src.models.losses import in_batch_negatives, kl_divergence, retriever_loss
 from src.models.pretrained import load_tokenizer
 from src.models.retriever import (
-    TextEmbedder,
     check_settings,
-    distillation_loss,
     gold_ranks,
-    in_batch_negatives,
     load_retriever,
-    retriever_loss,
     similarities,
     start_retriever,
 )
@@ -192,7 +190,7 @@ def test_loss_of_ragged_batches(with_negatives):
         negatives = torch.randn(4, 7, generator=generator)
         negatives[1, 2:] = -torch.inf
         negatives[2] = -torch.inf
-    loss = distillation_loss(scores, gold, present, negatives)
+    loss = kl_divergence(scores, gold, present, negatives)
     assert loss.item() == pytest.approx(slow_loss(scores, gold, present, negatives), abs=1e-6)
     loss.backward()
     assert torch.isfinite(scores.grad).all()
@@ -202,7 +200,7 @@ def test_loss_of_ragged_batches(with_negatives):
 def test_a_reader_that_is_sure_gives_no_nan():
     gold = torch.tensor([[500.0, -500.0]])
     scores = torch.zeros(1, 2, requires_grad=True)
-    loss = distillation_loss(scores, gold, torch.ones(1, 2).bool())
+    loss = kl_divergence(scores, gold, torch.ones(1, 2).bool())
     assert loss.item() == pytest.approx(np.log(2) / 2)
     loss.backward()
     assert torch.isfinite(scores.grad).all()

@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from src.data.batches import question_text
 from src.data.passages import Passages
+from src.models.embedder import TextEmbedder
 from src.models.pretrained import check_vocabulary, load_tokenizer
-from src.models.retriever import Retriever, TextEmbedder, fingerprint, load_retriever
+from src.models.retriever import Retriever, fingerprint, load_retriever
 from src.runtime import distributed
 from src.runtime.errors import InputError
 from src.runtime.terminal import count, size
