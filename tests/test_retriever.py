@@ -12,7 +12,7 @@ from src.data.batches import RetrieverCollator, RetrieverDataset, RetrieverItem,
 from src.data.examples import load_data
 from src.evaluation.rankings import count_inversions, last_gold_index, recall_at_k, top_k_overlap
 from src.models.embedder import TextEmbedder
-from src.models.losses import in_batch_negatives, kl_divergence, retriever_loss
+from src.models.losses import check_dev_loss, in_batch_negatives, kl_divergence, retriever_loss
 from src.models.pretrained import load_tokenizer
 from src.models.retriever import (
     check_settings,
@@ -23,6 +23,7 @@ from src.models.retriever import (
 )
 from src.runtime.errors import InputError
 
+FORMATS = {"bf16": "bfloat16", "fp16": "float16"}
 NAMES = ["mask_mean", "cls", "nomask_mean"]
 
 
@@ -257,6 +258,27 @@ def test_without_projection_it_is_bert_and_a_mean(tmp_path, tokenizer):
             embedded = retriever.embed_questions(ids, mask.bool())
         for row, (state, n) in enumerate(zip(states, mask.sum(dim=1), strict=True)):
             assert torch.allclose(embedded[row], state[:n].mean(dim=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_similarities_are_computed_in_float32(precision):
+    torch.manual_seed(0)
+    questions, passages = torch.randn(2, 64), torch.randn(2, 5, 64)
+    keys, present = torch.arange(10).view(2, 5), torch.ones(2, 5).bool()
+    results = []
+    for half in (False, True):
+        with torch.autocast("cpu", dtype=getattr(torch, FORMATS[precision]), enabled=half):
+            negatives = in_batch_negatives(questions, passages, keys, present)
+            results.append((similarities(questions, passages), negatives))
+    for full, half in zip(*results, strict=True):
+        assert half.dtype == torch.float32
+        assert torch.equal(full, half)
+
+
+def test_a_dev_loss_that_is_not_finite_is_an_error():
+    check_dev_loss([], "dev.json")
+    with pytest.raises(InputError, match=r"dev.json: .* example 7 .*--precision bf16 or fp32"):
+        check_dev_loss([7, 8], "dev.json")
 
 
 # --- settings, saving and loading

@@ -37,9 +37,9 @@ from src.runtime.errors import InputError
 
 
 class Encoded(NamedTuple):
-    """A batch's passages for the decoder: hidden states [B, S, D] of real tokens, `mask` [B, S]
-    (false where a question has fewer tokens than another), and `positions` [B, S], each token's index
-    in the padded layout [N * L]."""
+    """A batch's passages for the decoder: hidden states [B, S, D] of real tokens; `mask` [B, S],
+    false where a question has fewer tokens than another; and `positions` [B, S], each token's
+    index in the padded layout [N * L]."""
 
     hidden: torch.Tensor
     mask: torch.Tensor

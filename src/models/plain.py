@@ -1,8 +1,8 @@
 """Which modules of a T5 are still as Transformers builds them.
 
 The packed encoder and the greedy decoder compute what some modules would, without calling them. An
-adapter, hook, parametrization, sharding or other class on one of these would be ignored, so anything
-that differs from a fresh T5 of the same config counts as changed.
+adapter, hook, parametrization or other class on one of these would be ignored, so anything that
+differs from a fresh T5 of the same config counts as changed.
 """
 
 import functools

@@ -107,7 +107,7 @@ class FiDT5(nn.Module):
 
     def checkpoint_encoder(self) -> None:
         """Recompute the encoder's activations in the backward pass instead of keeping them."""
-        self.t5.encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        self.t5.encoder.activation_checkpointing_enable({"use_reentrant": False})
 
     def _warn_once(self, part: str, consequence: str) -> None:
         if consequence not in self._warned:
@@ -135,10 +135,17 @@ class FiDT5(nn.Module):
         return Encoded(hidden.view(B, S, -1), real, self._key_positions)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        generation: tuple | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         """Passages [B, N, L], mask [B, N, L], labels [B, T] (-100: not counted) -> the mean
-        cross-entropy over the labels' tokens, and the logits [B, T, vocabulary]."""
+        cross-entropy over the labels' tokens, and the logits [B, T, vocabulary]. (`generate` goes
+        through here as well, because FSDP gathers weights when a module is called.)"""
+        if generation is not None:
+            return self._generate(input_ids, attention_mask, *generation)
         encoded = self.encode(input_ids, attention_mask)
         output = self.t5(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
@@ -177,8 +184,8 @@ class FiDT5(nn.Module):
         Args: decoder: what `decoder()` returned; None makes one for this batch alone.
         Errors: `InputError` if logits are not finite.
         """
-        arguments = input_ids, attention_mask, max_length, num_beams, decoder
-        tokens, _, finite = self.generate_unchecked(*arguments, None)
+        generation = max_length, num_beams, decoder, None
+        tokens, _, finite = self(input_ids, attention_mask, generation=generation)
         check_finite(finite, range(len(finite)))
         return tokens
 
@@ -191,13 +198,13 @@ class FiDT5(nn.Module):
         decoder: GreedyDecoder | TransformersDecoder | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What `generate` returns, and the passages' scores [B, N] (see `passage_scores`)."""
-        arguments = input_ids, attention_mask, max_length, num_beams, decoder
-        tokens, scores, finite = self.generate_unchecked(*arguments, "attention")
+        generation = max_length, num_beams, decoder, "attention"
+        tokens, scores, finite = self(input_ids, attention_mask, generation=generation)
         check_finite(finite, range(len(finite)))
         return tokens, scores
 
     @torch.no_grad()
-    def generate_unchecked(
+    def _generate(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
@@ -278,9 +285,8 @@ def answer_questions(
             ids = batch["input_ids"].to(device, non_blocking=True)
             mask = batch["attention_mask"].to(device, non_blocking=True)
             with autocast(device, precision):
-                tokens, scores, finite = reader.generate_unchecked(
-                    ids, mask, max_length, num_beams, laid_out, score
-                )
+                generation = max_length, num_beams, laid_out, score
+                tokens, scores, finite = reader(ids, mask, generation=generation)
             check_finite(finite, batch["index"], source)
             rows = scores.tolist() if with_scores else [None] * len(tokens)
             counts = batch["attention_mask"].any(dim=2).sum(dim=1).tolist()
