@@ -122,7 +122,7 @@ def test_bf16_needs_a_gpu_that_computes_in_it(capability, has_bf16, one_gpu, mon
     if has_bf16:
         assert resolve_precision("bf16", gpu) == "bf16"
     else:
-        with pytest.raises(InputError, match="V100 has no bf16 arithmetic.*fp32 or fp16"):
+        with pytest.raises(InputError, match=r"V100 has no bf16 arithmetic.*fp32 or fp16"):
             resolve_precision("bf16", gpu)
 
 

@@ -349,34 +349,31 @@ def test_the_feed_forward_does_not_overflow_in_fp16(kind, reference, batch, tmp_
     enlarge_feed_forward(reader, 1e6)
     passages = batch["input_ids"], batch["attention_mask"]
     encoded = reader.encode(*passages)
-    tokens, scores = reader.generate_with_scores(*passages, 6)
-    with autocast(torch.device("cpu"), "fp16"):
+    with autocast(torch.device("cpu"), "fp16"), torch.no_grad():
         half = reader.encode(*passages)
         for decoder in ("fast", "transformers"):
             reader.generate_with_scores(*passages, 6, decoder=reader.decoder(decoder))
         loss, logits = reader(*passages, batch["labels"])
-        loss.backward()
     assert half.hidden.isfinite().all()
-    assert torch.allclose(half.hidden, encoded.hidden, atol=0.05 * encoded.hidden.abs().max())
+    assert torch.allclose(
+        half.hidden, encoded.hidden, atol=0.05 * float(encoded.hidden.abs().max())
+    )
     assert loss.isfinite()
     assert logits.isfinite().all()
-    assert all(p.grad.isfinite().all() for p in reader.parameters())
 
 
 def test_the_likeliest_token_is_chosen_in_float32(reference, batch):
-    """Two tokens whose logits differ by less than bf16 shows: the larger one, not the first."""
+    """Of two tokens whose logits differ by less than bf16 shows, the likelier one."""
     reader = load(reference, "t5")
+    reader.t5.lm_head.weight = torch.nn.Parameter(reader.t5.lm_head.weight.detach().clone())
     passages = batch["input_ids"], batch["attention_mask"]
     with autocast(torch.device("cpu"), "bf16"), torch.no_grad():
-        decoder = reader.decoder()
-        tokens = reader.generate(*passages, 2, decoder=decoder)
-        best = int(tokens[0, 1])
-        decoder._head[:, 2] = decoder._head[:, best] * (1 - 1e-4)
-        decoder._head[:, 799] = decoder._head[:, best] * (1 + 1e-4)
-        assert int(reader.generate(*passages, 2, decoder=decoder)[0, 1]) in (2, 799)
-        assert decoder._step is not None
-        logits = decoder._head.dtype
-    assert logits == torch.float32
+        best = int(reader.generate(*passages, 2)[0, 1])
+        other = 2 if best > 2 else 799
+        for factor in (1 - 1e-4, 1 + 1e-4):
+            reader.t5.lm_head.weight[other] = reader.t5.lm_head.weight[best] * factor
+            chosen = int(reader.generate(*passages, 2)[0, 1])
+            assert chosen == (best if factor < 1 else other)
 
 
 # --- numbers that are not finite
@@ -426,17 +423,12 @@ def test_the_example_that_is_not_finite_is_named(decoder, reference, batch):
     reader.t5.lm_head.weight = torch.nn.Parameter(reader.t5.lm_head.weight.detach().clone())
     with torch.no_grad():
         reader.t5.shared.weight[790] = np.nan
+    tokenizer = load_tokenizer(str(reference / "t5"), "none")
+    answers = answer_questions(
+        reader, tokenizer, [batch], torch.device("cpu"), max_length=4, decoder=decoder
+    )
     with pytest.raises(InputError, match=f"example {batch['index'][2]} "):
-        next(
-            answer_questions(
-                reader,
-                load_tokenizer(str(reference / "t5"), "none"),
-                [batch],
-                torch.device("cpu"),
-                max_length=4,
-                decoder=decoder,
-            )  # fmt: skip
-        )
+        next(answers)
 
 
 def test_only_passages_that_are_there_have_scores(reference, batch, tokenizer):
@@ -445,7 +437,7 @@ def test_only_passages_that_are_there_have_scores(reference, batch, tokenizer):
         load(reference, "t5"), tokenizer, [ragged], torch.device("cpu"), with_scores=True
     )
     assert [len(answer.scores) for answer in answers] == [5, 1, 3, 5, 2, 4, 5, 5]
-    assert np.isfinite(sum((answer.scores for answer in answers), [])).all()
+    assert all(np.isfinite(answer.scores).all() for answer in answers)
 
 
 # --- saving and loading

@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+import train_retriever
 from src.data.batches import RetrieverCollator, RetrieverDataset, RetrieverItem, TextCollator
 from src.data.examples import load_data
 from src.evaluation.rankings import count_inversions, last_gold_index, recall_at_k, top_k_overlap
 from src.models.embedder import TextEmbedder
-from src.models.losses import check_dev_loss, in_batch_negatives, kl_divergence, retriever_loss
+from src.models.losses import in_batch_negatives, kl_divergence, retriever_loss
 from src.models.pretrained import load_tokenizer
 from src.models.retriever import (
     check_settings,
@@ -275,10 +276,41 @@ def test_similarities_are_computed_in_float32(precision):
         assert torch.equal(full, half)
 
 
-def test_a_dev_loss_that_is_not_finite_is_an_error():
-    check_dev_loss([], "dev.json")
-    with pytest.raises(InputError, match=r"dev.json: .* example 7 .*--precision bf16 or fp32"):
-        check_dev_loss([7, 8], "dev.json")
+def distil(reference: Path, folder: Path, train: list, dev: list, *more: str) -> list[dict]:
+    """One update on all of the training data, so small that nothing changes; the metrics."""
+    (folder / "train.json").write_text(json.dumps(train))
+    (folder / "dev.json").write_text(json.dumps(dev))
+    options = [
+        "--train_data", folder / "train.json", "--eval_data", folder / "dev.json",
+        "--model_path", reference / "legacy_retriever_mask_mean", "--tokenizer",
+        reference / "bert", "--n_context", 4, "--per_gpu_batch_size", len(train), "--lr", 1e-12,
+        "--dropout", 0, "--total_steps", 1, "--eval_freq", 1, "--checkpoint_dir", folder,
+        "--name", "run", "--num_workers", 0, *more,
+    ]  # fmt: skip
+    train_retriever.main(list(map(str, options)))
+    return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("more", [[], ["--in_batch_negatives"]], ids=["own", "negatives"])
+def test_the_dev_loss_is_the_training_loss(more, reference, tmp_path):
+    examples = json.loads((reference / "data.json").read_text())[:6]
+    examples[1]["ctxs"] = examples[1]["ctxs"][:2]
+    rows = distil(reference, tmp_path, examples, examples, *more)
+    values = {name: value for row in rows for name, value in row.items()}
+    assert values["dev/loss"] == pytest.approx(values["train/loss"], rel=1e-5)
+
+
+def test_a_dev_loss_that_is_not_finite_is_an_error(reference, tmp_path, capsys):
+    examples = json.loads((reference / "data.json").read_text())[:3]
+    broken = json.loads(json.dumps(examples))
+    broken[1]["ctxs"][0]["score"] = 1e39  # beyond float32
+    with pytest.raises(SystemExit):
+        distil(reference, tmp_path, examples, broken)
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'dev.json'}: ")
+    assert "example 0 " in error
+    assert "nan" in error
+    assert error.count("\n") == 1
 
 
 # --- settings, saving and loading
