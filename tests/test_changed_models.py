@@ -285,6 +285,19 @@ def test_a_replaced_block_is_called_the_ordinary_way(reader):
     check_encoder(reader, packed=False)
 
 
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_what_hooks_see_is_not_overwritten(side, reference):
+    """(ReLU works in place where nothing is attached.)"""
+    reader = load_reader(str(reference / "t5"))
+    wi = getattr(reader.t5, side).block[0].layer[-1].DenseReluDense.wi
+    seen, gradients = [], []
+    wi.register_forward_hook(lambda module, args, output: seen.append(output))
+    wi.register_full_backward_hook(lambda module, *given: gradients.append(given))
+    reader(**make_batch())[0].backward()
+    assert seen[0].min() < 0
+    assert len(gradients) == 1
+
+
 # --- sharding
 
 

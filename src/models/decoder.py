@@ -138,11 +138,8 @@ class GreedyDecoder:
         self, t5: T5ForConditionalGeneration, position_bias: PositionBias | None, dtype: torch.dtype
     ):
         config = t5.config
-        self._config, self._embed, self._position_bias = (
-            config,
-            t5.decoder.embed_tokens,
-            position_bias,
-        )
+        self._config, self._embed = config, t5.decoder.embed_tokens
+        self._position_bias = position_bias
         self._n_heads, self._head_size, self._dtype = config.num_heads, config.d_kv, dtype
         self._first_attention = t5.decoder.block[0].layer[0].SelfAttention  # has the position bias
         self._final_norm = t5.decoder.final_layer_norm

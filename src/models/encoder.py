@@ -83,8 +83,10 @@ class OutputLinear(nn.Linear):
             return linear(hidden.float(), self.weight, self.bias)
 
 
-def prepare(t5: nn.Module) -> None:
-    """Let a T5's encoder blocks accept packed passages, and its `wo` layers run in fp16."""
+def prepare(t5: nn.Module) -> list[nn.Module]:
+    """Let a T5's encoder blocks accept packed passages, and its `wo` layers run in fp16; returns
+    the feed-forward modules with ReLU, for `choose_inplace`."""
+    with_relu = []
     for block in t5.encoder.block:
         if type(block) is T5Block:
             block.__class__ = PackedBlock
@@ -92,8 +94,15 @@ def prepare(t5: nn.Module) -> None:
         if isinstance(module, (T5DenseActDense, T5DenseGatedActDense)):
             if type(module.wo) is nn.Linear:
                 module.wo.__class__ = OutputLinear
-            if isinstance(module.act, nn.ReLU):
-                module.act.inplace = True  # nothing else reads its input
+            if type(module.act) is nn.ReLU:
+                with_relu.append(module)
+    return with_relu
+
+
+def choose_inplace(with_relu: list[nn.Module]) -> None:
+    """Let ReLU overwrite its input, unless something was attached to the layer that made it."""
+    for module in with_relu:
+        module.act.inplace = is_plain(module.wi, nn.Linear)
 
 
 def changed_part(encoder: nn.Module) -> str | None:

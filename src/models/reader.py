@@ -13,6 +13,7 @@ H heads, K head size.
 """
 
 import dataclasses
+import functools
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, T5Config, T5ForConditionalGene
 from transformers.modeling_outputs import BaseModelOutput
 
 from src.models.decoder import Encoded, GreedyDecoder, TransformersDecoder
-from src.models.encoder import changed_part, encode_packed, prepare
+from src.models.encoder import changed_part, choose_inplace, encode_packed, prepare
 from src.models.plain import changed_decoder_part
 from src.models.pretrained import (
     build,
@@ -35,7 +36,7 @@ from src.models.pretrained import (
     read_bin,
     read_tensor,
 )
-from src.models.scores import PassageMeans, passage_scores
+from src.models.scores import passage_means, passage_scores
 from src.runtime.device import autocast, number_format
 from src.runtime.errors import InputError
 
@@ -79,7 +80,7 @@ class FiDT5(nn.Module):
     def __init__(self, t5: T5ForConditionalGeneration, position_table: torch.Tensor | None = None):
         super().__init__()
         self.t5 = t5
-        prepare(t5)
+        self._with_relu = prepare(t5)
         self._warned: set[str] = set()
         self.positions: CrossAttentionPositions | None = None
         self._key_positions: torch.Tensor | None = None  # [B, S] of the passages encoded last
@@ -118,6 +119,7 @@ class FiDT5(nn.Module):
         """Passages [B, N, L], their real tokens first, and the mask of these -> `Encoded`."""
         B, N, L = input_ids.shape
         ids, mask = input_ids.flatten(0, 1), attention_mask.flatten(0, 1)
+        choose_inplace(self._with_relu)
         changed = changed_part(self.t5.encoder)
         if changed is not None:
             self._warn_once(changed, "the encoder runs with padding, which is slower")
@@ -224,8 +226,8 @@ class FiDT5(nn.Module):
         if score is None:
             return decoded.tokens, None, decoded.finite
         if isinstance(decoder, TransformersDecoder):
-            means = PassageMeans(encoded, attention_mask)
-            queries, mean_keys = decoder.first_step(encoded, means)
+            mean = functools.partial(passage_means, encoded, attention_mask)
+            queries, mean_keys = decoder.first_step(encoded, mean)
         else:  # (after beam search, decoding one token gives the queries)
             queries, mean_keys = decoded.queries or decoder.decode(encoded, 2).queries, None
         scores = passage_scores(self, encoded, attention_mask, queries, mean_keys, score)
