@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
 from transformers import (
     DynamicCache,
@@ -310,8 +311,11 @@ class TransformersDecoder:
             finite.logical_and_(scores.sum(dim=1).isfinite().view(B, -1).all(dim=1))
             return scores
 
+        # Sharded weights are gathered at every step, in which every process has to take part.
+        is_sharded = any(isinstance(module, FSDPModule) for module in self._t5.modules())
         tokens = self._t5.generate(
             **self._passages(encoded),
+            synced_gpus=is_sharded and torch.distributed.get_world_size() > 1,
             generation_config=settings,
             logits_processor=LogitsProcessorList([watch]),
             # A cache that grows by the layer: Transformers would count the encoder's layers, and
