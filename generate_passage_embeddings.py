@@ -23,9 +23,10 @@ import numpy as np
 from src.data.batches import passage_text
 from src.data.outputs import claim
 from src.data.passages import Passages
-from src.models.lengths import one_ahead
+from src.models.embedder import TextEmbedder
+from src.models.lengths import prefetch_one
 from src.models.pretrained import check_vocabulary, load_tokenizer, quiet_transformers
-from src.models.retriever import TextEmbedder, fingerprint, load_retriever
+from src.models.retriever import fingerprint, load_retriever
 from src.runtime import distributed
 from src.runtime.device import compile_layers, describe, pick_device
 from src.runtime.launch import StopRequest, detect_launch
@@ -154,10 +155,10 @@ def main(arguments: list[str] | None = None) -> None:
     on_interrupt(lambda: "resumes after the last finished block")
     bar = progress_bar(last - first, "passage", initial=before)
     with ThreadPoolExecutor(1) as thread:  # it reads and tokenizes the block that is next
-        blocks = (ready.result() for ready in one_ahead(thread.submit(read, s) for s in starts))
+        blocks = (ready.result() for ready in prefetch_one(thread.submit(read, s) for s in starts))
         begun = ((wanted, ids, embed.begin(tokens)) for wanted, ids, tokens in blocks)
         # A GPU embeds the next block while this one is written.
-        for wanted, ids, finish in one_ahead(begun) if device.type == "cuda" else begun:
+        for wanted, ids, finish in prefetch_one(begun) if device.type == "cuda" else begun:
             parts = distributed.gather((ids, finish()[wanted]))
 
             def write(parts: list = parts) -> None:

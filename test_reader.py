@@ -121,6 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
             not options.no_title,
             options.generation_max_length,
             options.num_beams,
+            options.decoder,
         )
         n = print_replies(replies)
         took = duration(time.perf_counter() - started)
@@ -193,6 +194,8 @@ def main(arguments: list[str] | None = None) -> None:
                 options.generation_max_length,
                 options.num_beams,
                 options.write_crossattention_scores,
+                options.decoder,
+                options.eval_data,
             ),
             start=n_finished + 1,
         ):

@@ -28,6 +28,7 @@ from src.data.batches import (
 from src.data.examples import describe_passages, load_data, read_example
 from src.evaluation.answers import judge
 from src.models.encoder import parts_to_compile
+from src.models.losses import reader_loss
 from src.models.pretrained import (
     check_vocabulary,
     hide_bars,
@@ -35,7 +36,7 @@ from src.models.pretrained import (
     quiet_transformers,
     save_tokenizer,
 )
-from src.models.reader import answer_questions, load_reader, new_reader, reader_loss
+from src.models.reader import answer_questions, load_reader, new_reader
 from src.runtime import distributed
 from src.runtime.device import compile_layers, describe, pick_device, resolve_precision
 from src.runtime.launch import StopRequest, detect_launch
@@ -140,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
         model = best if best.exists() else folder / "latest"
         say(log, "weights", "%s", model)
         shared = "n_context text_maxlength no_title num_beams generation_max_length checkpoint_dir"
-        shared += " no_clean_up per_gpu_batch_size num_workers precision"
+        shared += " no_clean_up per_gpu_batch_size num_workers precision decoder"
         commands = [
             ["test_reader.py", "--model_path", model, "--eval_data", file]
             + ["--name", f"{options.name}_{part}", *changed(parser, vars(options), shared.split())]
@@ -196,6 +197,8 @@ def main(arguments: list[str] | None = None) -> None:
                 precision,
                 options.generation_max_length,
                 options.num_beams,
+                decoder=options.decoder,
+                source=options.eval_data,
             ):
                 for answer in answers:
                     right = read_example(eval_data, answer.index).answers

@@ -14,6 +14,7 @@ if __name__ == "__main__":
     reports_input_errors(train_retriever_parser().parse_args)()  # answers --help at once
 
 import functools
+import math
 import os
 import time
 from pathlib import Path
@@ -30,17 +31,9 @@ from src.data.batches import (
 )
 from src.data.examples import Examples, describe_passages, load_data, skip_unscored
 from src.evaluation.rankings import count_inversions, last_gold_index, top_k_overlap
+from src.models.losses import check_dev_loss, compare_to_reader, retriever_loss
 from src.models.pretrained import check_vocabulary, hide_bars, load_tokenizer, quiet_transformers
-from src.models.retriever import (
-    check_settings,
-    distillation_loss,
-    embed,
-    gold_ranks,
-    load_retriever,
-    retriever_loss,
-    similarities,
-    start_retriever,
-)
+from src.models.retriever import check_settings, gold_ranks, load_retriever, start_retriever
 from src.runtime import distributed
 from src.runtime.device import autocast, compile_layers, describe, pick_device, resolve_precision
 from src.runtime.launch import StopRequest, detect_launch
@@ -190,27 +183,37 @@ def main(arguments: list[str] | None = None) -> None:
     def evaluate() -> dict[str, float] | None:
         dataset = RetrieverDataset(eval_data, options.n_context, use_title)
         places = evaluation_batches(len(eval_data), options.per_gpu_batch_size, rank, world_size)
+        # Passages of all processes are each other's negatives, as in training: so all read the
+        # same number of batches. One that has run out reads a question that counts for nothing.
+        n_own = len(places)
+        n_rounds = math.ceil(len(eval_data) / (options.per_gpu_batch_size * world_size))
+        places += [[(0, 0)]] * (n_rounds - n_own)
         top = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= options.n_context]
         names = ["loss", "inversions", *[f"{kind}_top{k}" for kind in ("avg", "idx") for k in top]]
         averages = {name: Average() for name in names}
+        not_finite: list[int] = []  # examples of batches with such a loss
         loader = make_loader(dataset, places, collate, options.num_workers, pin)
         with passing_bar(len(places), "batch", "evaluating") as bar:
-            for batch in loader:
+            for number, batch in enumerate(loader):
                 batch = move_to(batch, device)
+                if number >= n_own:
+                    batch["present"] = torch.zeros_like(batch["present"])
                 with torch.no_grad(), autocast(device, precision):
-                    scores = similarities(*embed(retriever, batch))
-                    loss = distillation_loss(scores, batch["gold_scores"], batch["present"])
-                averages["loss"].add(loss.item(), int(batch["present"].sum()))
-                for ranks in gold_ranks(scores, batch["present"]):
+                    loss, n_passages, scores = compare_to_reader(
+                        retriever, batch, options.in_batch_negatives
+                    )
+                if not loss.isfinite():
+                    not_finite.extend(batch["index"])
+                averages["loss"].add(loss.item(), int(n_passages))
+                for ranks in filter(None, gold_ranks(scores, batch["present"])):
                     averages["inversions"].add(count_inversions(ranks))
                     for k in [k for k in top if k <= len(ranks)]:
                         averages[f"avg_top{k}"].add(top_k_overlap(ranks, k))
                         averages[f"idx_top{k}"].add(last_gold_index(ranks, k))
                 bar.update()
-                if stop_request.requested:
-                    break
-        if distributed.any_process(stop_request.requested):
-            return None
+                if distributed.any_process(stop_request.requested):
+                    return None
+        distributed.together(lambda: check_dev_loss(not_finite, options.eval_data))
         joint = {name: average.over_all() for name, average in averages.items()}
         return {name: average.value() for name, average in joint.items() if average.weight}
 

@@ -19,7 +19,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import interleaved, matrix_peak, nothing, peak_memory, table
-from src.models.reader import FiDT5, reader_loss
+from src.models.losses import reader_loss
+from src.models.reader import FiDT5
 from src.training.optim import build_optimizer
 
 SHAPES = {  # of T5: width, head size, feed-forward, layers, heads

@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import interleaved, matrix_peak, nothing, peak_memory, table
 from src.data.batches import passage_text
 from src.data.passages import Passages
+from src.models.embedder import TextEmbedder
 from src.models.pretrained import quiet_transformers
-from src.models.retriever import TextEmbedder, load_retriever
+from src.models.retriever import load_retriever
 
 MINILM = {
     "hidden_size": 384,

@@ -314,6 +314,8 @@ def _reader(parser: _Parser, model_help: str) -> None:
     add("--text_maxlength", COUNT, 200, "maximum tokens of a question with a passage")
     add("--no_title", bool, False, "read passages without their titles")
     new("--num_beams", COUNT, 1, "beams in generation (1: greedy)")
+    new("--decoder", ["fast", "transformers"], "fast",
+        "fast: our own, which leaves a decoder changed in code to Transformers")
     new("--generation_max_length", number(int, at_least=2), 50,
         "maximum tokens of a generated answer, including the start token")
     new("--no_clean_up", bool, False, 'keep spaces before punctuation in answers ("Bob \'s")')

@@ -17,9 +17,8 @@ SHAPES = {
 
 
 def by_transformers(reader: FiDT5, encoded: Encoded, max_length: int) -> torch.Tensor:
-    reader._places = encoded.places
-    with torch.no_grad():
-        return reader._generate_by_transformers(encoded, max_length, num_beams=1)
+    reader._key_positions = encoded.positions
+    return reader.decoder("transformers").decode(encoded, max_length).tokens
 
 
 def some_passages(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +49,9 @@ def test_the_tokens_are_those_of_transformers(shape, table, tmp_path, monkeypatc
                 weight[1] = weight[expected[seed % 6, 1 + seed % 9]]
         expected = by_transformers(reader, encoded, 14)
         monkeypatch.setattr(torch, "get_num_threads", lambda seed=seed: 1 + seed % 3)
-        tokens, _ = reader.decoder().greedy(encoded, 14)
+        decoder = reader.decoder()
+        assert isinstance(decoder, GreedyDecoder)
+        tokens = decoder.decode(encoded, 14).tokens
         assert torch.equal(tokens, expected)
         answers |= {tuple(row) for row in tokens.tolist()}
     ends = [row.index(1) if 1 in row else len(row) for row in answers]
@@ -66,8 +67,8 @@ def test_unfinished_answers_go_on_alone(reference, monkeypatch):
     seen: dict[int, list[int]] = {}  # place -> the questions of a step, known by their passages
     whole = encoded.hidden[:, 0]
 
-    def ending(self, tokens, place, memories, passages, *rest):
-        logits, queries = step(self, tokens, place, memories, passages, *rest)
+    def ending(self, tokens, place, caches, passages, *rest):
+        logits, queries = step(self, tokens, place, caches, passages, *rest)
         firsts = passages.hidden[:, 0, 0]
         seen[place] = [next(b for b in range(6) if torch.equal(whole[b], one)) for one in firsts]
         for row, question in enumerate(seen[place]):
@@ -75,7 +76,7 @@ def test_unfinished_answers_go_on_alone(reference, monkeypatch):
         return logits, queries
 
     monkeypatch.setattr(GreedyDecoder, "_step", ending)
-    tokens, queries = decoder.greedy(encoded, 20)
+    tokens, _, queries = decoder.decode(encoded, 20)
     everyone = [0, 1, 2, 3, 4, 5]
     # Two of six ended at place 1: not yet half. Four at place 3; one of the two left at 4.
     assert seen == {0: everyone, 1: everyone, 2: everyone, 3: [2, 5], 4: [2]}
@@ -90,6 +91,6 @@ def test_unfinished_answers_go_on_alone(reference, monkeypatch):
         return logits, queries
 
     monkeypatch.setattr(GreedyDecoder, "_step", never_ending)
-    endless, _ = decoder.greedy(encoded, 6)
+    endless = decoder.decode(encoded, 6).tokens
     for question, end in enumerate(ends):
         assert torch.equal(tokens[question, :end], endless[question, :end])

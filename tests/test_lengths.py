@@ -4,7 +4,8 @@ import random
 
 import torch
 
-from src.models.lengths import length_groups, longest_first, one_ahead, token_batches
+from src.models.embedder import token_batches
+from src.models.lengths import length_groups, longest_first, prefetch_one
 
 
 def many_lengths() -> list[list[int]]:
@@ -51,9 +52,9 @@ def test_longest_first_keeps_the_order_of_equals():
     assert (order.tolist(), lengths) == ([1, 3, 0, 2], [3, 3, 1, 0])
 
 
-def test_one_ahead_begins_the_next_before_it_gives_one():
+def test_prefetch_one_begins_the_next_before_it_gives_one():
     begun = []
-    for item in one_ahead(begun.append(n) or n for n in range(5)):
+    for item in prefetch_one(begun.append(n) or n for n in range(5)):
         assert begun == list(range(min(5, item + 2)))
     assert begun == list(range(5))
-    assert list(one_ahead([])) == []
+    assert list(prefetch_one([])) == []

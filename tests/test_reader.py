@@ -1,6 +1,7 @@
 """The reader's numbers equal the reference's, plain T5's, and those of the slow way."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from src.models.reader import (
     load_reader,
     new_reader,
 )
+from src.models.scores import passage_scores
 from src.runtime.device import autocast
 from src.runtime.errors import InputError
 from tests.make_models import make_t5_config
@@ -174,7 +176,7 @@ def padded_encode(reader: FiDT5, batch: dict) -> Encoded:
     ids, mask = batch["input_ids"].view(B * N, L), batch["attention_mask"].view(B * N, L)
     hidden = reader.t5.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
     places = torch.arange(N * L).expand(B, N * L)
-    reader._places = places
+    reader._key_positions = places
     return Encoded(hidden.view(B, N * L, -1), mask.view(B, N * L), places)
 
 
@@ -227,7 +229,7 @@ def test_the_decoder_gets_real_tokens_only(reference, batch):
     assert encoded.hidden.shape[1] == counts.max() < batch["attention_mask"][0].numel()
     assert torch.equal(encoded.mask.sum(dim=1), counts)
     for places, real, mask in zip(
-        encoded.places, encoded.mask, batch["attention_mask"].flatten(1), strict=True
+        encoded.positions, encoded.mask, batch["attention_mask"].flatten(1), strict=True
     ):
         assert torch.equal(places[real], mask.nonzero()[:, 0])
 
@@ -297,8 +299,9 @@ def test_missing_passages_do_not_matter(name, reference, batch):
 
 def test_checkpointing_the_encoder_changes_memory_only(reference, batch, monkeypatch):
     calls, gradients = [], []
-    layer = src.encoder._layer
-    monkeypatch.setattr(src.encoder, "_layer", lambda *given: calls.append(0) or layer(*given))
+    encoder = src.models.encoder
+    layer = encoder._packed_layer
+    monkeypatch.setattr(encoder, "_packed_layer", lambda *given: calls.append(0) or layer(*given))
     for use_checkpoint in (False, True):
         reader = load(reference, "t5").train()
         if use_checkpoint:
@@ -312,6 +315,129 @@ def test_checkpointing_the_encoder_changes_memory_only(reference, batch, monkeyp
     for name, gradient in gradients[0].items():
         assert gradient is not None, name  # DDP waits for every parameter
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
+
+
+# --- number formats
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_scores_are_computed_in_float32(precision, reference, batch):
+    reader = load(reference, "legacy")
+    encoded = reader.encode(batch["input_ids"], batch["attention_mask"])
+    queries = reader.decoder().decode(encoded, 2).queries
+    expected = passage_scores(reader, encoded, batch["attention_mask"], queries)
+    with autocast(torch.device("cpu"), precision):
+        scores = passage_scores(reader, encoded, batch["attention_mask"], queries)
+    assert torch.equal(scores, expected)
+
+
+def enlarge_feed_forward(reader: FiDT5, factor: float) -> None:
+    """Make `wo` give larger numbers without changing what the rest computes much."""
+    with torch.no_grad():
+        for name, parameter in reader.named_parameters():
+            if name.endswith("wo.weight"):
+                parameter.mul_(factor)
+
+
+@pytest.mark.parametrize("kind", ["plain", "gated"])
+def test_the_feed_forward_does_not_overflow_in_fp16(kind, reference, batch, tmp_path):
+    if kind == "plain":
+        reader = load(reference, "t5")
+    else:
+        make_t5_config(tmp_path / "config.json", feed_forward_proj="gated-gelu")
+        reader = new_reader(str(tmp_path / "config.json"), dropout=0.0).eval()
+    enlarge_feed_forward(reader, 1e6)
+    passages = batch["input_ids"], batch["attention_mask"]
+    encoded = reader.encode(*passages)
+    with autocast(torch.device("cpu"), "fp16"), torch.no_grad():
+        half = reader.encode(*passages)
+        for decoder in ("fast", "transformers"):
+            reader.generate_with_scores(*passages, 6, decoder=reader.decoder(decoder))
+        loss, logits = reader(*passages, batch["labels"])
+    assert half.hidden.isfinite().all()
+    assert torch.allclose(
+        half.hidden, encoded.hidden, atol=0.05 * float(encoded.hidden.abs().max())
+    )
+    assert loss.isfinite()
+    assert logits.isfinite().all()
+
+
+def test_the_likeliest_token_is_chosen_in_float32(reference, batch):
+    """Of two tokens whose logits differ by less than bf16 shows, the likelier one."""
+    reader = load(reference, "t5")
+    reader.t5.lm_head.weight = torch.nn.Parameter(reader.t5.lm_head.weight.detach().clone())
+    passages = batch["input_ids"], batch["attention_mask"]
+    with autocast(torch.device("cpu"), "bf16"), torch.no_grad():
+        best = int(reader.generate(*passages, 2)[0, 1])
+        other = 2 if best > 2 else 799
+        for factor in (1 - 1e-4, 1 + 1e-4):
+            reader.t5.lm_head.weight[other] = reader.t5.lm_head.weight[best] * factor
+            chosen = int(reader.generate(*passages, 2)[0, 1])
+            assert chosen == (best if factor < 1 else other)
+
+
+# --- numbers that are not finite
+
+
+def broken(name: str, value: float) -> Callable[[FiDT5], None]:
+    def break_it(reader: FiDT5) -> None:
+        with torch.no_grad():
+            reader.get_parameter(name).view(-1)[0] = value
+
+    return break_it
+
+
+BREAK = {
+    "encoder": broken("t5.encoder.block.0.layer.1.DenseReluDense.wo.weight", np.nan),
+    "decoder": broken("t5.decoder.block.1.layer.2.DenseReluDense.wo.weight", np.inf),
+    "head": broken("t5.lm_head.weight", -np.inf),
+    "keys": broken("t5.decoder.block.1.layer.1.EncDecAttention.k.weight", np.nan),
+}
+
+
+@pytest.mark.parametrize("decoder", ["fast", "transformers"])
+@pytest.mark.parametrize("part", BREAK)
+def test_numbers_that_are_not_finite_are_an_error(part, decoder, reference, batch):
+    reader = load(reference, "t5")
+    BREAK[part](reader)
+    answers = answer_questions(
+        reader, load_tokenizer(str(reference / "t5"), "none"), [batch], torch.device("cpu"),
+        max_length=4, with_scores=True, decoder=decoder, source="data.json",
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"data.json: example 0 .*--precision bf16 or fp32"):
+        next(answers)
+    if part != "keys":
+        for beams in (1, 2):
+            with pytest.raises(InputError, match="example 0 "):
+                reader.generate(
+                    batch["input_ids"], batch["attention_mask"], 4, beams, reader.decoder(decoder)
+                )
+
+
+@pytest.mark.parametrize("decoder", ["fast", "transformers"])
+def test_the_example_that_is_not_finite_is_named(decoder, reference, batch):
+    """One token's embedding is nan: that of a passage of the third question alone."""
+    reader = load(reference, "t5")
+    batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == 790, 791)
+    batch["input_ids"][2, 1, 3] = 790
+    reader.t5.lm_head.weight = torch.nn.Parameter(reader.t5.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        reader.t5.shared.weight[790] = np.nan
+    tokenizer = load_tokenizer(str(reference / "t5"), "none")
+    answers = answer_questions(
+        reader, tokenizer, [batch], torch.device("cpu"), max_length=4, decoder=decoder
+    )
+    with pytest.raises(InputError, match=f"example {batch['index'][2]} "):
+        next(answers)
+
+
+def test_only_passages_that_are_there_have_scores(reference, batch, tokenizer):
+    ragged = changed_passages(batch, [5, 1, 3, 5, 2, 4, 5, 5])
+    (answers,) = answer_questions(
+        load(reference, "t5"), tokenizer, [ragged], torch.device("cpu"), with_scores=True
+    )
+    assert [len(answer.scores) for answer in answers] == [5, 1, 3, 5, 2, 4, 5, 5]
+    assert all(np.isfinite(answer.scores).all() for answer in answers)
 
 
 # --- saving and loading

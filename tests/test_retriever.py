@@ -8,23 +8,23 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+import train_retriever
 from src.data.batches import RetrieverCollator, RetrieverDataset, RetrieverItem, TextCollator
 from src.data.examples import load_data
 from src.evaluation.rankings import count_inversions, last_gold_index, recall_at_k, top_k_overlap
+from src.models.embedder import TextEmbedder
+from src.models.losses import in_batch_negatives, kl_divergence, retriever_loss
 from src.models.pretrained import load_tokenizer
 from src.models.retriever import (
-    TextEmbedder,
     check_settings,
-    distillation_loss,
     gold_ranks,
-    in_batch_negatives,
     load_retriever,
-    retriever_loss,
     similarities,
     start_retriever,
 )
 from src.runtime.errors import InputError
 
+FORMATS = {"bf16": "bfloat16", "fp16": "float16"}
 NAMES = ["mask_mean", "cls", "nomask_mean"]
 
 
@@ -192,7 +192,7 @@ def test_loss_of_ragged_batches(with_negatives):
         negatives = torch.randn(4, 7, generator=generator)
         negatives[1, 2:] = -torch.inf
         negatives[2] = -torch.inf
-    loss = distillation_loss(scores, gold, present, negatives)
+    loss = kl_divergence(scores, gold, present, negatives)
     assert loss.item() == pytest.approx(slow_loss(scores, gold, present, negatives), abs=1e-6)
     loss.backward()
     assert torch.isfinite(scores.grad).all()
@@ -202,7 +202,7 @@ def test_loss_of_ragged_batches(with_negatives):
 def test_a_reader_that_is_sure_gives_no_nan():
     gold = torch.tensor([[500.0, -500.0]])
     scores = torch.zeros(1, 2, requires_grad=True)
-    loss = distillation_loss(scores, gold, torch.ones(1, 2).bool())
+    loss = kl_divergence(scores, gold, torch.ones(1, 2).bool())
     assert loss.item() == pytest.approx(np.log(2) / 2)
     loss.backward()
     assert torch.isfinite(scores.grad).all()
@@ -259,6 +259,58 @@ def test_without_projection_it_is_bert_and_a_mean(tmp_path, tokenizer):
             embedded = retriever.embed_questions(ids, mask.bool())
         for row, (state, n) in enumerate(zip(states, mask.sum(dim=1), strict=True)):
             assert torch.allclose(embedded[row], state[:n].mean(dim=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_similarities_are_computed_in_float32(precision):
+    torch.manual_seed(0)
+    questions, passages = torch.randn(2, 64), torch.randn(2, 5, 64)
+    keys, present = torch.arange(10).view(2, 5), torch.ones(2, 5).bool()
+    results = []
+    for half in (False, True):
+        with torch.autocast("cpu", dtype=getattr(torch, FORMATS[precision]), enabled=half):
+            negatives = in_batch_negatives(questions, passages, keys, present)
+            results.append((similarities(questions, passages), negatives))
+    for full, half in zip(*results, strict=True):
+        assert half.dtype == torch.float32
+        assert torch.equal(full, half)
+
+
+def distil(reference: Path, folder: Path, train: list, dev: list, *more: str) -> list[dict]:
+    """One update on all of the training data, so small that nothing changes; the metrics."""
+    (folder / "train.json").write_text(json.dumps(train))
+    (folder / "dev.json").write_text(json.dumps(dev))
+    options = [
+        "--train_data", folder / "train.json", "--eval_data", folder / "dev.json",
+        "--model_path", reference / "legacy_retriever_mask_mean", "--tokenizer",
+        reference / "bert", "--n_context", 4, "--per_gpu_batch_size", len(train), "--lr", 1e-12,
+        "--dropout", 0, "--total_steps", 1, "--eval_freq", 1, "--checkpoint_dir", folder,
+        "--name", "run", "--num_workers", 0, *more,
+    ]  # fmt: skip
+    train_retriever.main(list(map(str, options)))
+    return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("more", [[], ["--in_batch_negatives"]], ids=["own", "negatives"])
+def test_the_dev_loss_is_the_training_loss(more, reference, tmp_path):
+    examples = json.loads((reference / "data.json").read_text())[:6]
+    examples[1]["ctxs"] = examples[1]["ctxs"][:2]
+    rows = distil(reference, tmp_path, examples, examples, *more)
+    values = {name: value for row in rows for name, value in row.items()}
+    assert values["dev/loss"] == pytest.approx(values["train/loss"], rel=1e-5)
+
+
+def test_a_dev_loss_that_is_not_finite_is_an_error(reference, tmp_path, capsys):
+    examples = json.loads((reference / "data.json").read_text())[:3]
+    broken = json.loads(json.dumps(examples))
+    broken[1]["ctxs"][0]["score"] = 1e39  # beyond float32
+    with pytest.raises(SystemExit):
+        distil(reference, tmp_path, examples, broken)
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path / 'dev.json'}: ")
+    assert "example 0 " in error
+    assert "nan" in error
+    assert error.count("\n") == 1
 
 
 # --- settings, saving and loading

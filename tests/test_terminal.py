@@ -371,11 +371,11 @@ def ctrl_c_cases(reference: Path, folder: Path) -> dict[str, tuple[str, list, st
         "opens passages": (embed, [*bert, *collection, folder / "x"],
                            "src.data.passages:open_source", again),
         "embeds": (embed, [*bert, *collection, folder / "y"],
-                   "src.models.retriever:TextEmbedder.begin", from_block),
+                   "src.models.embedder:TextEmbedder.begin", from_block),
         "writes embeddings": (embed, [*bert, *collection, folder / "z"],
                               f"{embed}:ShardWriter.append", from_block),
         "embeds questions": (
-            "passage_retrieval", search, "src.models.retriever:TextEmbedder.begin", again,
+            "passage_retrieval", search, "src.models.embedder:TextEmbedder.begin", again,
         ),
         "searches": ("passage_retrieval", search, "src.search.exact:_search_block", again),
         "builds an index": (

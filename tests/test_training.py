@@ -12,8 +12,9 @@ from torch import nn
 
 from src.data.batches import ReaderCollator, ReaderDataset, make_loader, training_batches
 from src.data.examples import load_data
+from src.models.losses import reader_loss
 from src.models.pretrained import load_tokenizer
-from src.models.reader import load_reader, reader_loss
+from src.models.reader import load_reader
 from src.runtime.errors import InputError
 from src.training.checkpoint import Checkpoints, find_newest, read_meta
 from src.training.loop import Evaluation, Position, Settings, State, train

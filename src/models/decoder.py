@@ -1,16 +1,18 @@
-"""Greedy decoding over encoded passages: T5's decoder, one token of every answer at a time.
+"""Decoding over encoded passages: answers, token by token.
 
-Transformers' `generate` gives the same tokens (the tests hold the two equal); this one spends less.
-Weights are laid out once, for many batches, as a product with a few rows reads them fastest; and
-when half of a batch's answers are finished, the others go on without them.
+`GreedyDecoder` gives the same tokens as Transformers' `generate` (the tests hold the two equal) and
+spends less. It lays out the weights once, for many batches, as products with a few rows read them
+fastest, and when half of a batch's answers are finished, it continues with the others alone.
+`TransformersDecoder` runs `generate` itself: for beam search, and for a decoder that was changed
+(adapters, hooks, other modules), which the layout would miss.
 
-Keys and values of the passages are never computed. A query's product with a key, W_k h, is the
-product of W_k^T q with the hidden state h; and a weighted sum of values, W_v h, is W_v times the
-weighted sum of the h. So each layer looks at the hidden states themselves, and projects a few
-queries and sums where it would have projected the tokens of a hundred passages.
+The greedy decoder never computes keys and values of the passages. A query's product with a key,
+W_k h, is the product of W_k^T q with the hidden state h; and a weighted sum of values, W_v h, is
+W_v times the weighted sum of the h. So each layer looks at the hidden states themselves, and
+projects a few queries and sums instead of the tokens of a hundred passages.
 
-Shapes: B questions (of those, the unfinished ones), S tokens of a question's passages, T tokens of
-an answer, D model, H heads, K size of a head, V vocabulary.
+Shapes: B questions (in a step, the unfinished ones), N passages, S tokens of a question's passages,
+T tokens of an answer, D model size, H heads, K head size, V vocabulary.
 """
 
 import dataclasses
@@ -19,28 +21,48 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
-from transformers import T5ForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    T5ForConditionalGeneration,
+)
+from transformers.modeling_outputs import BaseModelOutput
 
-from src.models.encoder import normalize
+from src.models.encoder import fused_norm
+from src.runtime.device import full_precision
+from src.runtime.errors import InputError
 
 
 class Encoded(NamedTuple):
-    """A batch's passages for the decoder: hidden states [B, S, D] of real tokens, `mask` [B, S]
-    (false where a question has fewer tokens than another), and `places` [B, S], where each token
-    stands in the padded layout [N * L]."""
+    """A batch's passages for the decoder: hidden states [B, S, D] of real tokens; `mask` [B, S],
+    false where a question has fewer tokens than another; and `positions` [B, S], each token's
+    index in the padded layout [N * L]."""
 
     hidden: torch.Tensor
     mask: torch.Tensor
-    places: torch.Tensor
+    positions: torch.Tensor
 
 
-# (query places [T], key places [B, S]) -> what to add to the cross-attention scores [B, H, T, S].
-Positions = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+class Decoded(NamedTuple):
+    """Answers' token ids [B, T], padded after their ends; `finite` [B], false where a logit was
+    inf or nan; and each layer's cross-attention query [B, H * K] for the first token after the
+    start, or None."""
+
+    tokens: torch.Tensor
+    finite: torch.Tensor
+    queries: list[torch.Tensor] | None
+
+
+# (query positions [T], key positions [B, S]) -> bias of the cross-attention scores [B, H, T, S].
+PositionBias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class _Layer(NamedTuple):
-    """One layer of the decoder. Matrices are [in, out]; `qkv` holds three side by side, `wide` one
+    """One layer of the decoder. Matrices are [in, out]; `qkv` holds three side by side, `wi` one
     or, where the activation is gated, two."""
 
     self_norm: nn.Module
@@ -51,14 +73,14 @@ class _Layer(NamedTuple):
     key: torch.Tensor
     value: torch.Tensor
     cross_out: torch.Tensor
-    wide_norm: nn.Module
-    wide: list[torch.Tensor]
+    wi_norm: nn.Module
+    wi: list[torch.Tensor]
     activation: nn.Module
-    narrow: torch.Tensor
+    wo: torch.Tensor
 
 
 @dataclasses.dataclass
-class _Memory:
+class _KVCache:
     """A layer's keys [B, H, K, T] and values [B, H, T, K] of the answers so far, filled step by
     step."""
 
@@ -70,7 +92,7 @@ class _Memory:
 
 
 class _Passages:
-    """The hidden states of the passages' tokens, for attention to look at.
+    """The hidden states of the passages' tokens, which cross-attention reads.
 
     Each question's are cut into parts, [B, parts, S / parts, D]: a product of a few queries with
     one long matrix runs in one thread of a CPU, several products in as many.
@@ -80,7 +102,7 @@ class _Passages:
         B, S, D = encoded.hidden.shape
         missing = -S % n_parts
         self.hidden = pad(encoded.hidden.to(dtype), (0, 0, 0, missing)).view(B, n_parts, -1, D)
-        self.places = pad(encoded.places, (0, missing))
+        self.positions = pad(encoded.positions, (0, missing))
         self.mask: torch.Tensor | None = None  # what to add to attention scores, [B, 1, S]
         real = pad(encoded.mask, (0, missing))
         if not real.all():
@@ -88,7 +110,7 @@ class _Passages:
             self.mask = mask.masked_fill(~real, torch.finfo(mask.dtype).min)[:, None]
 
     def keep(self, rows: torch.Tensor) -> None:
-        self.hidden, self.places = self.hidden[rows], self.places[rows]
+        self.hidden, self.positions = self.hidden[rows], self.positions[rows]
         self.mask = None if self.mask is None else self.mask[rows]
 
     def scores(self, queries: torch.Tensor) -> torch.Tensor:
@@ -103,28 +125,33 @@ class _Passages:
 
 
 class GreedyDecoder:
-    """A T5's decoder as it is now: weights that change later are not seen.
+    """A plain T5's decoder with its present weights: later changes to them are not seen.
 
     Args:
-        positions: the position table of legacy readers, or None.
-        dtype: number format of the weights' copies, that of autocast where it is on.
+        t5: one in which `changed_decoder_part` finds nothing.
+        position_bias: the position table of legacy readers, or None.
+        dtype: number format of the weights' copies, autocast's where it is on. The head, whose
+            logits decide, is kept in float32, and so is `wo` if the format is fp16 (see
+            `OutputLinear`).
     """
 
     def __init__(
-        self, t5: T5ForConditionalGeneration, positions: Positions | None, dtype: torch.dtype
+        self, t5: T5ForConditionalGeneration, position_bias: PositionBias | None, dtype: torch.dtype
     ):
         config = t5.config
-        self._config, self._embed, self._positions = config, t5.decoder.embed_tokens, positions
+        self._config, self._embed = config, t5.decoder.embed_tokens
+        self._position_bias = position_bias
         self._n_heads, self._head_size, self._dtype = config.num_heads, config.d_kv, dtype
         self._first_attention = t5.decoder.block[0].layer[0].SelfAttention  # has the position bias
         self._final_norm = t5.decoder.final_layer_norm
         self._scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
+        wo_dtype = torch.float32 if dtype == torch.float16 else dtype
 
-        def lay_out(*weights: torch.Tensor) -> torch.Tensor:
+        def lay_out(*weights: torch.Tensor, dtype: torch.dtype = dtype) -> torch.Tensor:
             """[out, in] matrices -> [in, out], side by side."""
             joint = weights[0] if len(weights) == 1 else torch.cat(weights)
             turned = joint.detach().to(dtype).t()
-            # With few rows to multiply, a CPU takes up to twice the time over matrices whose lines
+            # With few rows to multiply, a CPU takes up to twice as long over matrices whose rows
             # in memory are the short ones.
             copy = turned.device.type == "cpu" and turned.shape[1] > turned.shape[0]
             return turned.contiguous() if copy else turned
@@ -138,7 +165,7 @@ class GreedyDecoder:
             own, cross, feed_forward = block.layer
             attention, across = own.SelfAttention, cross.EncDecAttention
             dense = feed_forward.DenseReluDense
-            wide = [dense.wi_0, dense.wi_1] if hasattr(dense, "wi_0") else [dense.wi]
+            wi = [dense.wi_0, dense.wi_1] if hasattr(dense, "wi_0") else [dense.wi]
             self._layers.append(
                 _Layer(
                     self_norm=own.layer_norm,
@@ -149,21 +176,19 @@ class GreedyDecoder:
                     key=by_head(across.k.weight),
                     value=by_head(across.v.weight).transpose(1, 2),
                     cross_out=lay_out(across.o.weight),
-                    wide_norm=feed_forward.layer_norm,
-                    wide=[lay_out(linear.weight) for linear in wide],
+                    wi_norm=feed_forward.layer_norm,
+                    wi=[lay_out(linear.weight) for linear in wi],
                     activation=dense.act,
-                    narrow=lay_out(dense.wo.weight),
+                    wo=lay_out(dense.wo.weight, dtype=wo_dtype),
                 )
             )
-        self._head = lay_out(t5.lm_head.weight)
+        self._head = lay_out(t5.lm_head.weight, dtype=torch.float32)
 
     @torch.no_grad()
-    def greedy(self, encoded: Encoded, max_length: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def decode(self, encoded: Encoded, max_length: int) -> Decoded:
         """The likeliest next token, again and again, until every answer has ended.
 
-        Args: max_length: tokens of an answer at most, the start token included.
-        Returns: token ids [B, at most `max_length`], padded behind their ends; and each layer's
-            cross-attention query [B, H * K] for the first token after the start.
+        Args: max_length: most tokens of an answer, the start token included.
         """
         config, device = self._config, encoded.hidden.device
         B = len(encoded.hidden)
@@ -172,69 +197,72 @@ class GreedyDecoder:
         empty = encoded.hidden.new_zeros(
             B, self._n_heads, self._head_size, max_length, dtype=self._dtype
         )
-        memories = [
-            _Memory(empty.clone(), empty.mT.clone(memory_format=torch.contiguous_format))
+        caches = [
+            _KVCache(empty.clone(), empty.mT.clone(memory_format=torch.contiguous_format))
             for _ in self._layers
         ]
         own_bias = self._first_attention.compute_bias(max_length, max_length, device)
 
         tokens = torch.full((B, max_length), config.pad_token_id, device=device)
         tokens[:, 0] = config.decoder_start_token_id
-        rows = torch.arange(B, device=device)  # the questions that are worked on
+        rows = torch.arange(B, device=device)  # the questions that are being decoded
         finished = torch.zeros(B, dtype=torch.bool, device=device)  # of these
+        logit_sums = torch.zeros(B, device=device)  # not finite once a logit is not
         first_queries: list[torch.Tensor] = []
-        for place in range(max_length - 1):
+        for step in range(max_length - 1):
             bias = passages.mask
-            if self._positions is not None:
-                here = torch.tensor([place], device=device)
-                bias = self._positions(here, passages.places)[:, :, 0]
+            if self._position_bias is not None:
+                here = torch.tensor([step], device=device)
+                bias = self._position_bias(here, passages.positions)[:, :, 0]
                 bias = bias if passages.mask is None else bias + passages.mask
             logits, queries = self._step(
-                tokens[rows, place],
-                place,
-                memories,
+                tokens[rows, step],
+                step,
+                caches,
                 passages,
-                own_bias[:, :, place, : place + 1],
+                own_bias[:, :, step, : step + 1],
                 bias,
             )
             first_queries = first_queries or queries
+            logit_sums[rows] += logits.sum(dim=1).masked_fill(finished, 0.0)
             chosen = logits.argmax(dim=1).masked_fill(finished, config.pad_token_id)
-            tokens[rows, place + 1] = chosen
+            tokens[rows, step + 1] = chosen
             finished |= chosen == config.eos_token_id
             n_finished = int(finished.sum())
             if n_finished == len(rows):
-                return tokens[:, : place + 2], first_queries
+                tokens = tokens[:, : step + 2]
+                break
             if 2 * n_finished >= len(rows):
-                going_on = (~finished).nonzero()[:, 0]
-                rows, finished = rows[going_on], finished[going_on]
-                for kept in (passages, *memories):
-                    kept.keep(going_on)
-        return tokens, first_queries
+                unfinished = (~finished).nonzero()[:, 0]
+                rows, finished = rows[unfinished], finished[unfinished]
+                for kept in (passages, *caches):
+                    kept.keep(unfinished)
+        return Decoded(tokens, logit_sums.isfinite(), first_queries)
 
     def _step(
         self,
         tokens: torch.Tensor,
-        place: int,
-        memories: list[_Memory],
+        step: int,
+        caches: list[_KVCache],
         passages: _Passages,
         own_bias: torch.Tensor,
         bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The tokens [B] at a place of the answers -> logits [B, V] of the next ones, and each
-        layer's cross-attention query [B, H * K]."""
+        """The answers' tokens [B] at this step -> logits [B, V] of the next ones, in float32, and
+        each layer's cross-attention query [B, H * K]."""
         hidden = self._embed(tokens)  # [B, D]
         heads = (len(tokens), self._n_heads, self._head_size)
         queries = []
-        for layer, memory in zip(self._layers, memories, strict=True):
-            query, key, value = (normalize(layer.self_norm, hidden) @ layer.qkv).chunk(3, dim=1)
-            memory.keys[..., place] = key.view(heads)
-            memory.values[:, :, place] = value.view(heads)
-            scores = query.view(heads)[:, :, None] @ memory.keys[..., : place + 1]
+        for layer, cache in zip(self._layers, caches, strict=True):
+            query, key, value = (fused_norm(layer.self_norm, hidden) @ layer.qkv).chunk(3, dim=1)
+            cache.keys[..., step] = key.view(heads)
+            cache.values[:, :, step] = value.view(heads)
+            scores = query.view(heads)[:, :, None] @ cache.keys[..., : step + 1]
             weights = (scores + own_bias[:, :, None]).softmax(dim=3).to(value.dtype)
-            mixed = (weights @ memory.values[:, :, : place + 1]).flatten(1)
+            mixed = (weights @ cache.values[:, :, : step + 1]).flatten(1)
             hidden = hidden + mixed @ layer.self_out
 
-            query = normalize(layer.cross_norm, hidden) @ layer.query
+            query = fused_norm(layer.cross_norm, hidden) @ layer.query
             queries.append(query)
             queries_by_head = query.view(heads).transpose(0, 1)  # [H, B, K]
             scores = passages.scores((queries_by_head @ layer.key).transpose(0, 1))
@@ -242,9 +270,93 @@ class GreedyDecoder:
             mixed = passages.mix(weights).transpose(0, 1) @ layer.value  # [H, B, K]
             hidden = hidden + mixed.transpose(0, 1).flatten(1) @ layer.cross_out
 
-            normed = normalize(layer.wide_norm, hidden)
-            wide = layer.activation(normed @ layer.wide[0])
-            for gate in layer.wide[1:]:
-                wide = wide * (normed @ gate)
-            hidden = hidden + wide @ layer.narrow
-        return (normalize(self._final_norm, hidden) * self._scale) @ self._head, queries
+            normed = fused_norm(layer.wi_norm, hidden)
+            inner = layer.activation(normed @ layer.wi[0])
+            for gate in layer.wi[1:]:
+                inner = inner * (normed @ gate)
+            hidden = hidden + _multiply(inner, layer.wo)
+        hidden = fused_norm(self._final_norm, hidden) * self._scale
+        return _multiply(hidden, self._head), queries
+
+
+def _multiply(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """The product in the matrix's own number format, also inside autocast."""
+    with full_precision(matrix.device):
+        return rows.to(matrix.dtype) @ matrix
+
+
+class TransformersDecoder:
+    """The answers by Transformers' `generate`, which calls every module."""
+
+    def __init__(self, t5: T5ForConditionalGeneration):
+        self._t5 = t5
+
+    @torch.no_grad()
+    def decode(self, encoded: Encoded, max_length: int, num_beams: int = 1) -> Decoded:
+        """By beam search, or greedily with one beam."""
+        config = self._t5.config
+        # Settings of our own: those saved with a model may hold another task's lengths.
+        settings = GenerationConfig(
+            max_length=max_length,
+            num_beams=num_beams,
+            do_sample=False,
+            decoder_start_token_id=config.decoder_start_token_id,
+            eos_token_id=config.eos_token_id,
+            pad_token_id=config.pad_token_id,
+        )
+        B = len(encoded.hidden)
+        finite = torch.ones(B, dtype=torch.bool, device=encoded.hidden.device)
+
+        def watch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            finite.logical_and_(scores.sum(dim=1).isfinite().view(B, -1).all(dim=1))
+            return scores
+
+        # Sharded weights are gathered at every step, in which every process has to take part.
+        is_sharded = any(isinstance(module, FSDPModule) for module in self._t5.modules())
+        tokens = self._t5.generate(
+            **self._passages(encoded),
+            synced_gpus=is_sharded and torch.distributed.get_world_size() > 1,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([watch]),
+            # A cache that grows by the layer: Transformers would count the encoder's layers, and
+            # fail where the decoder has more.
+            past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+        )
+        return Decoded(tokens, finite, None)
+
+    @torch.no_grad()
+    def first_step(
+        self, encoded: Encoded, reduce: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Each layer's cross-attention query [B, H * K] for the first token after the start, and
+        its keys [B, S, H * K] as `reduce` maps them; both as its modules compute them."""
+        queries: list[torch.Tensor] = []
+        keys: list[torch.Tensor] = []
+        handles = []
+        try:
+            for number, block in enumerate(self._t5.decoder.block):
+                cross = getattr(block.layer[1], "EncDecAttention", None)
+                if not (hasattr(cross, "q") and hasattr(cross, "k")):
+                    raise InputError(
+                        f"decoder block {number} has no EncDecAttention with q and k, which "
+                        "passage scores are computed from: leave out "
+                        "--write_crossattention_scores"
+                    )
+                handles += [
+                    cross.q.register_forward_hook(lambda *call: queries.append(call[2][:, 0])),
+                    cross.k.register_forward_hook(lambda *call: keys.append(reduce(call[2]))),
+                ]
+            start = torch.full((len(encoded.hidden), 1), self._t5.config.decoder_start_token_id)
+            self._t5(
+                **self._passages(encoded),
+                decoder_input_ids=start.to(encoded.hidden.device),
+                use_cache=False,
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        return queries, keys
+
+    def _passages(self, encoded: Encoded) -> dict:
+        states = BaseModelOutput(last_hidden_state=encoded.hidden)
+        return {"encoder_outputs": states, "attention_mask": encoded.mask}

@@ -1,68 +1,169 @@
 """T5's encoder over the real tokens of many passages, packed end to end.
 
-All that an encoder does but attention it does to each token on its own: so it does it to all
-passages' tokens at once, and none is padding. Attention runs in groups of passages: on a CPU of
-equal length, elsewhere of like length, padded to their longest for the length of that call. The
-weights and the modules that hold them are those of Transformers' T5.
+Everything in an encoder but attention treats each token on its own, so it runs over all passages'
+tokens at once and nothing is computed on padding. Attention runs over groups of passages: of equal
+length on a CPU, elsewhere of similar length, padded for that one call. Weights and modules are
+those of Transformers' T5.
 
-Shapes: R passages, L tokens of a padded one, P real tokens of all, D model, H heads, K size of a
-head; G passages of a group, W tokens of its longest.
+Blocks are called as modules, so hooks, FSDP and activation checkpointing on a block see the packed
+computation; so are all linear layers, so adapters on them apply. If anything that the packed layer
+bypasses was changed, the encoder is called the ordinary way, with padding.
+
+Shapes: R passages, L tokens of a padded passage, P real tokens in total, D model size, H heads, K
+head size; G passages of a group, W tokens of its longest.
 """
 
-from typing import NamedTuple
+import inspect
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+from transformers.models.t5.modeling_t5 import (
+    T5Attention,
+    T5Block,
+    T5DenseActDense,
+    T5DenseGatedActDense,
+    T5LayerFF,
+    T5LayerNorm,
+    T5LayerSelfAttention,
+    T5Stack,
+)
 
 from src.models.lengths import length_groups, longest_first
-from src.runtime.device import number_format
+from src.models.plain import has_own_methods, is_plain, original_class
+from src.runtime.device import full_precision, number_format
 
-# How much padding, in passages of a group at most, and in groups of how many tokens at least.
-# A CPU loses more by padding than by calls; a GPU the other way round.
+# The largest share of padding in a group, and the fewest tokens for which padding is avoided.
+# A CPU loses more to padding than to extra calls; a GPU the other way round.
 GROUPING = {"cpu": (0.0, 1), "cuda": (0.1, 8192)}
 
 
 class _Group(NamedTuple):
-    """Neighbouring passages among the packed ones. `bias` is what to add to their attention's
-    scores, [1, H, W, W] or, where some are shorter than others, [G, H, W, W]; then `places` [p]
-    are those of their p real tokens in [G * W]."""
+    """Neighbouring passages among the packed ones. If some are shorter than the longest, `real`
+    [G, W] is true on their real tokens and `positions` [p] are these tokens' indices in [G * W]."""
 
     shape: tuple[int, int]  # G, W
     n_tokens: int
-    bias: torch.Tensor
-    places: torch.Tensor | None
+    real: torch.Tensor | None
+    positions: torch.Tensor | None
+
+
+class PackedBlock(T5Block):
+    """A block of T5's encoder that also accepts packed passages."""
+
+    stands_for = T5Block
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        groups: list[_Group] | None = None,
+        biases: list[torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, Any, Any]:
+        """As in T5; or, with `groups`, packed tokens [P, D] -> hidden states [P, D], the groups'
+        attention biases (made by the first block, then passed on), and None."""
+        if groups is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        return _packed_layer(self, hidden_states, groups, biases)
+
+
+class OutputLinear(nn.Linear):
+    """The last linear layer of T5's feed-forward, `wo`. Its outputs exceed 65,504, the largest
+    number in fp16, so under fp16 autocast it computes in float32."""
+
+    stands_for = nn.Linear
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.weight.dtype != torch.float32 or number_format(self.weight) != torch.float16:
+            return super().forward(hidden)
+        with full_precision(hidden.device):
+            return linear(hidden.float(), self.weight, self.bias)
+
+
+def prepare(t5: nn.Module) -> list[nn.Module]:
+    """Let a T5's encoder blocks accept packed passages, and its `wo` layers run in fp16; returns
+    the feed-forward modules with ReLU, for `choose_inplace`."""
+    with_relu = []
+    for block in t5.encoder.block:
+        if type(block) is T5Block:
+            block.__class__ = PackedBlock
+    for module in t5.modules():
+        if isinstance(module, (T5DenseActDense, T5DenseGatedActDense)):
+            if type(module.wo) is nn.Linear:
+                module.wo.__class__ = OutputLinear
+            if type(module.act) is nn.ReLU:
+                with_relu.append(module)
+    return with_relu
+
+
+def choose_inplace(with_relu: list[nn.Module]) -> None:
+    """Let ReLU overwrite its input, unless something was attached to the layer that made it."""
+    for module in with_relu:
+        module.act.inplace = is_plain(module.wi, nn.Linear)
+
+
+def changed_part(encoder: nn.Module) -> str | None:
+    """The name of the first module that packing would bypass although it was changed, or None."""
+    if not is_plain(encoder, T5Stack) or not is_plain(encoder.block, nn.ModuleList):
+        return "encoder"
+    for number, block in enumerate(encoder.block):
+        if type(block) is CheckpointWrapper:  # it passes its arguments on
+            block = block._checkpoint_wrapped_module
+        if not _is_packable(block):
+            return f"encoder.block.{number}"
+    return None
+
+
+def _is_packable(block: nn.Module) -> bool:
+    # A subclass may add to a block's call (FSDP makes one), but must not have a `forward` of its
+    # own. (Transformers wraps that of every subclass.)
+    if (
+        not isinstance(block, PackedBlock)
+        or inspect.unwrap(type(block).forward) is not inspect.unwrap(PackedBlock.forward)
+        or has_own_methods(block)
+        or not is_plain(block.layer, nn.ModuleList)
+        or len(block.layer) != 2
+    ):
+        return False
+    own, feed_forward = block.layer
+    return (
+        is_plain(own, T5LayerSelfAttention)
+        and is_plain(own.SelfAttention, T5Attention)
+        and is_plain(feed_forward, T5LayerFF)
+        and original_class(feed_forward.DenseReluDense) in (T5DenseActDense, T5DenseGatedActDense)
+    )
 
 
 def encode_packed(
-    encoder: nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    use_checkpoint: bool = False,
+    encoder: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, is_packable: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode passages, each on its own.
 
     Args:
         encoder: a T5's.
         input_ids, attention_mask: [R, L], each passage's real tokens first.
-        use_checkpoint: in training, recompute a layer's activations in the backward pass.
-    Returns: the hidden states of the real tokens [P, D], and each one's place in [R * L].
+        is_packable: false if the encoder has to be called the ordinary way.
+    Returns: the hidden states of the real tokens [P, D], and each one's index in [R * L].
     """
     order, lengths = longest_first(attention_mask)
     lengths = lengths[: len(lengths) - lengths.count(0)]  # missing passages
     rows = order[: len(lengths)]
+    mask = attention_mask[rows].bool()
     L = attention_mask.shape[1]
-    places = (rows[:, None] * L + torch.arange(L, device=rows.device))[attention_mask[rows].bool()]
-    groups = _make_groups(encoder, lengths, input_ids.device)
-
-    hidden = encoder.dropout(encoder.embed_tokens(input_ids.flatten()[places]))
+    positions = (rows[:, None] * L + torch.arange(L, device=rows.device))[mask]
+    if not is_packable:
+        # One call, because FSDP needs the same number of calls in every process.
+        W = lengths[0]
+        output = encoder(input_ids=input_ids[rows, :W], attention_mask=mask[:, :W])
+        return output.last_hidden_state[mask[:, :W]], positions
+    groups, biases = _make_groups(lengths, input_ids.device), None
+    hidden = encoder.dropout(encoder.embed_tokens(input_ids.flatten()[positions]))
     for block in encoder.block:
-        if use_checkpoint and encoder.training:
-            hidden = checkpoint(_layer, block, hidden, groups, use_reentrant=False)
-        else:
-            hidden = _layer(block, hidden, groups)
-    return encoder.dropout(normalize(encoder.final_layer_norm, hidden)), places
+        hidden, biases, _ = block(hidden, groups=groups, biases=biases)
+    return encoder.dropout(normalize(encoder.final_layer_norm, hidden)), positions
 
 
 def parts_to_compile(encoder: nn.Module) -> list[nn.Module]:
@@ -72,68 +173,89 @@ def parts_to_compile(encoder: nn.Module) -> list[nn.Module]:
 
 
 def normalize(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """T5's layer norm, in one kernel on a GPU instead of six."""
-    return rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
+    """T5's layer norm, in one kernel on a GPU instead of six; another kind of norm is called."""
+    return fused_norm(norm, hidden) if is_plain(norm, T5LayerNorm) else norm(hidden)
 
 
-def _make_groups(encoder: nn.Module, lengths: list[int], device: torch.device) -> list[_Group]:
-    """Groups of passages of these lengths, longest first; all layers use the first one's bias."""
-    attention = encoder.block[0].layer[0].SelfAttention
-    # T5's bias depends on how far apart two tokens are: that of a shorter passage is a corner.
-    bias = attention.compute_bias(lengths[0], lengths[0], device)
-    bias = bias.to(number_format(bias))
+def fused_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    # (Some versions of Transformers put apex's norm in the place of T5's.)
+    eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+    return rms_norm(hidden, hidden.shape[-1:], norm.weight, eps)
+
+
+def _make_groups(lengths: list[int], device: torch.device) -> list[_Group]:
+    """Groups of passages of these lengths, longest first."""
     groups = []
     for start, end in length_groups(lengths, *GROUPING[device.type]):
-        own, width = lengths[start:end], lengths[start]
-        corner, places = bias[:, :, :width, :width], None
+        own, width, real, positions = lengths[start:end], lengths[start], None, None
         if own[-1] != width:
             real = torch.arange(width) < torch.tensor(own)[:, None]
-            places = real.flatten().nonzero()[:, 0].to(device)
-            real = real[:, None, None].to(device)
-            corner = corner.where(real, torch.finfo(bias.dtype).min)
-        groups.append(_Group((end - start, width), sum(own), corner.contiguous(), places))
+            positions = real.flatten().nonzero()[:, 0].to(device)
+            real = real.to(device)
+        groups.append(_Group((end - start, width), sum(own), real, positions))
     return groups
 
 
-def _layer(block: nn.Module, hidden: torch.Tensor, groups: list[_Group]) -> torch.Tensor:
+def _make_biases(attention: nn.Module, groups: list[_Group]) -> list[torch.Tensor]:
+    """What to add to each group's attention scores: [1, H, W, W] or, with padding, [G, H, W, W]."""
+    longest = groups[0].shape[1]
+    # T5's bias depends on how far apart two tokens are: that of a shorter passage is a corner.
+    bias = attention.compute_bias(longest, longest)
+    bias = bias.to(number_format(bias))
+    biases = []
+    for group in groups:
+        W = group.shape[1]
+        corner = bias[:, :, :W, :W]
+        if group.real is not None:
+            corner = corner.where(group.real[:, None, None], torch.finfo(bias.dtype).min)
+        biases.append(corner.contiguous())
+    return biases
+
+
+def _packed_layer(
+    block: nn.Module,
+    hidden: torch.Tensor,
+    groups: list[_Group],
+    biases: list[torch.Tensor] | None,
+) -> tuple[torch.Tensor, list[torch.Tensor], None]:
     """One layer of the encoder over packed tokens, [P, D] -> [P, D]."""
     own, feed_forward = block.layer
     attention = own.SelfAttention
+    if biases is None:
+        biases = _make_biases(attention, groups)
     normed = normalize(own.layer_norm, hidden)
-    queries, keys, values = attention.q(normed), attention.k(normed), attention.v(normed)
     sizes = [group.n_tokens for group in groups]
-    dropout = attention.dropout if attention.training else 0.0
+    states = [project(normed).split(sizes) for project in (attention.q, attention.k, attention.v)]
     mixed = [
-        _attend(group, query, key, value, attention.n_heads, dropout)
-        for group, query, key, value in zip(
-            groups, queries.split(sizes), keys.split(sizes), values.split(sizes), strict=True
-        )
+        _attend(attention, group, bias, *parts)
+        for group, bias, *parts in zip(groups, biases, *states, strict=True)
     ]
     hidden = hidden + own.dropout(attention.o(torch.cat(mixed)))
     normed = normalize(feed_forward.layer_norm, hidden)
-    return hidden + feed_forward.dropout(feed_forward.DenseReluDense(normed))
+    return hidden + feed_forward.dropout(feed_forward.DenseReluDense(normed)), biases, None
 
 
 def _attend(
+    attention: nn.Module,
     group: _Group,
+    bias: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    n_heads: int,
-    dropout: float,
 ) -> torch.Tensor:
     """Attention within each passage of a group, [p, H * K] -> [p, H * K]."""
     G, W = group.shape
+    dropout = attention.dropout if attention.training else 0.0
 
     def heads(tokens: torch.Tensor) -> torch.Tensor:
         """[p, H * K] -> [G, H, W, K]"""
-        if group.places is not None:
+        if group.positions is not None:
             padded = tokens.new_zeros(G * W, tokens.shape[1])
-            tokens = padded.index_copy(0, group.places, tokens)
-        return tokens.view(G, W, n_heads, -1).transpose(1, 2)
+            tokens = padded.index_copy(0, group.positions, tokens)
+        return tokens.view(G, W, attention.n_heads, -1).transpose(1, 2)
 
     mixed = scaled_dot_product_attention(
-        heads(query), heads(key), heads(value), group.bias, dropout, scale=1.0
+        heads(query), heads(key), heads(value), bias, dropout, scale=attention.scaling
     )
     mixed = mixed.transpose(1, 2).reshape(G * W, -1)
-    return mixed if group.places is None else mixed.index_select(0, group.places)
+    return mixed if group.positions is None else mixed.index_select(0, group.positions)

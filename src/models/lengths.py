@@ -1,11 +1,11 @@
-"""Texts of like length go through a model together, so that little is computed on padding."""
+"""Grouping texts by length, so that little is computed on padding."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
 
-# A group of texts with fewer tokens than this is not worth a call of its own.
+# Groups with fewer tokens than this are not worth a call of their own.
 MIN_TOKENS = {"cpu": 256, "cuda": 8192}
 
 Item = TypeVar("Item")
@@ -15,8 +15,8 @@ def length_groups(lengths: list[int], slack: float, min_tokens: int) -> list[tup
     """Cut a list of lengths, longest first, into groups [start, end) to be padded to their longest.
 
     Args:
-        slack: the largest share of a text that may be padding ...
-        min_tokens: ... unless the group has fewer tokens than this, and is not worth a call.
+        slack: the largest share of padding in a text, except in a group of fewer tokens than
+            `min_tokens`, which is not worth a call of its own.
     """
     groups, start = [], 0
     for row in range(1, len(lengths) + 1):
@@ -29,27 +29,16 @@ def length_groups(lengths: list[int], slack: float, min_tokens: int) -> list[tup
     return groups
 
 
-def token_batches(lengths: list[int], most_tokens: int) -> list[tuple[int, int]]:
-    """Cut a list of lengths, longest first, into batches [start, end) that have as many texts as
-    `most_tokens` allow when each is padded to the first, but at least one."""
-    batches, start = [], 0
-    while start < len(lengths):
-        end = min(len(lengths), start + max(1, most_tokens // max(1, lengths[start])))
-        batches.append((start, end))
-        start = end
-    return batches
-
-
 def longest_first(mask: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-    """The rows of a mask [R, L] in the order of their lengths, longest first, and these lengths."""
+    """The rows of a mask [R, L] in order of length, longest first, and their lengths."""
     lengths = mask.sum(dim=1)
     order = lengths.argsort(descending=True, stable=True)
     return order, lengths[order].tolist()
 
 
-def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The items, each given when the one after it has been asked for: what was begun to make that
-    one goes on (in a thread, on a GPU) while the caller uses this one."""
+def prefetch_one(items: Iterable[Item]) -> Iterator[Item]:
+    """The items, each yielded after the next one was requested, so that background work on the
+    next (in a thread, on a GPU) continues while the caller uses this one."""
     waiting: list[Item] = []
     for item in items:
         waiting.append(item)

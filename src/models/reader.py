@@ -1,38 +1,33 @@
 """The reader: Fusion-in-Decoder around Transformers' T5.
 
-Every passage is encoded on its own, together with the question; the decoder attends over all of
+Every passage is encoded on its own, together with the question; the decoder attends to all of
 them, concatenated (Izacard and Grave, 2020, https://arxiv.org/abs/2007.01282, section 3). The same
-cross-attention tells how much each passage mattered: the passage scores that the retriever learns
-from (Izacard and Grave, 2021, https://arxiv.org/abs/2012.04584, section 3.2).
+cross-attention shows how much each passage mattered (`scores.py`).
 
 Passages come padded to one length, and nothing is spent on the padding: `encoder.py` packs their
-real tokens, and the decoder gets these only, one passage's after the other's.
+real tokens, and the decoder reads these only, one passage's after the other's.
 
 Shapes: B questions, N passages of a question, L tokens of a padded passage, S real tokens of a
-question's passages (as many as the longest of the batch has), T tokens of an answer, D model,
-H heads, K size of a head.
+question's passages (as many as the longest of the batch has), T tokens of an answer, D model size,
+H heads, K head size.
 """
 
 import dataclasses
+import functools
+import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    DynamicCache,
-    EncoderDecoderCache,
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from src.models.decoder import Encoded, GreedyDecoder
-from src.models.encoder import encode_packed
+from src.models.decoder import Encoded, GreedyDecoder, TransformersDecoder
+from src.models.encoder import changed_part, choose_inplace, encode_packed, prepare
+from src.models.plain import changed_decoder_part
 from src.models.pretrained import (
     build,
     check_shapes,
@@ -42,21 +37,22 @@ from src.models.pretrained import (
     read_bin,
     read_tensor,
 )
+from src.models.scores import passage_means, passage_scores
 from src.runtime.device import autocast, number_format
 from src.runtime.errors import InputError
 
 # T5 under transformers 3.0.2 added a table of relative positions to the decoder's cross-attention.
-# Published and legacy readers were trained with it; today's T5 has no place for it and drops it.
+# Published and legacy readers were trained with it; today's T5 drops it without a message.
 POSITION_TABLE_KEY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-_LEGACY_ENCODER = "encoder.encoder."  # how the reference's checkpoints begin their encoder's keys
+_LEGACY_ENCODER = "encoder.encoder."  # prefix of the encoder's keys in the reference's checkpoints
 
 
 class CrossAttentionPositions(nn.Module):
     """Adds the position table of legacy readers to the decoder's cross-attention scores.
 
-    The distance counts from a token's place in the decoder's sequence to a key's place in the
-    concatenated passages as they were padded. Keys after the query, nearly all of them, share
-    bucket 0; so the table speaks about the first passage only, and only late in an answer.
+    The distance is between a token's position in the decoder's sequence and a key's position in
+    the concatenated, padded passages. Keys after the query, nearly all of them, share bucket 0, so
+    the table distinguishes tokens of the first passage only, and only late in an answer.
     """
 
     def __init__(self, config: T5Config):
@@ -65,9 +61,9 @@ class CrossAttentionPositions(nn.Module):
         self.max_distance = config.relative_attention_max_distance
         self.table = nn.Embedding(self.n_buckets, config.num_heads)
 
-    def forward(self, query_places: torch.Tensor, key_places: torch.Tensor) -> torch.Tensor:
-        """Places [T] and [B, S] -> what to add to the scores, [B, H, T, S]."""
-        distance = (query_places[None, :, None] - key_places[:, None, :]).clamp(min=0)
+    def forward(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
+        """Positions [T] and [B, S] -> the bias of the scores, [B, H, T, S]."""
+        distance = (query_positions[None, :, None] - key_positions[:, None, :]).clamp(min=0)
         half = self.n_buckets // 2  # exact buckets for small distances, logarithmic ones beyond
         ratio = torch.log(distance.clamp(min=1).float() / half)
         ratio = ratio / math.log(self.max_distance / half) * (self.n_buckets - half)
@@ -85,16 +81,14 @@ class FiDT5(nn.Module):
     def __init__(self, t5: T5ForConditionalGeneration, position_table: torch.Tensor | None = None):
         super().__init__()
         self.t5 = t5
-        self.use_checkpoint = False
-        for module in t5.modules():
-            if isinstance(module, nn.ReLU):
-                module.inplace = True  # nothing else reads the product that it is applied to
+        self._with_relu = prepare(t5)
+        self._warned: set[str] = set()
         self.positions: CrossAttentionPositions | None = None
-        self._places: torch.Tensor | None = None  # [B, S] of the passages encoded last
+        self._key_positions: torch.Tensor | None = None  # [B, S] of the passages encoded last
         if position_table is not None:
             self.positions = CrossAttentionPositions(t5.config)
             self.positions.table.weight.data.copy_(position_table)
-            # The first block's bias is handed on to all others by T5 itself.
+            # T5 itself passes the first block's bias on to all others.
             first_cross_attention = t5.decoder.block[0].layer[1]
             first_cross_attention.register_forward_pre_hook(self._add_positions, with_kwargs=True)
 
@@ -107,37 +101,54 @@ class FiDT5(nn.Module):
         cache = kwargs.get("past_key_values")
         # By now the self-attention before this layer has put the queries' own keys in the cache.
         first = 0 if cache is None else cache.get_seq_length() - queries.shape[1]
-        query_places = torch.arange(queries.shape[1], device=queries.device) + first
-        n_beams = len(keys) // len(self._places)  # with beams, each question stands repeated
-        key_places = self._places.repeat_interleave(n_beams, dim=0)
-        kwargs["position_bias"] = self.positions(query_places, key_places).to(queries.dtype)
+        query_positions = torch.arange(queries.shape[1], device=queries.device) + first
+        n_beams = len(keys) // len(self._key_positions)  # beam search repeats each question
+        key_positions = self._key_positions.repeat_interleave(n_beams, dim=0)
+        kwargs["position_bias"] = self.positions(query_positions, key_positions).to(queries.dtype)
         return args, kwargs
 
     def checkpoint_encoder(self) -> None:
         """Recompute the encoder's activations in the backward pass instead of keeping them."""
-        self.use_checkpoint = True
+        self.t5.encoder.activation_checkpointing_enable({"use_reentrant": False})
+
+    def _warn_once(self, part: str, consequence: str) -> None:
+        if consequence not in self._warned:
+            self._warned.add(consequence)
+            logging.getLogger("fid").warning("%s of the reader was changed: %s", part, consequence)
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Encoded:
         """Passages [B, N, L], their real tokens first, and the mask of these -> `Encoded`."""
         B, N, L = input_ids.shape
         ids, mask = input_ids.flatten(0, 1), attention_mask.flatten(0, 1)
-        tokens, places = encode_packed(self.t5.encoder, ids, mask, self.use_checkpoint)
+        choose_inplace(self._with_relu)
+        changed = changed_part(self.t5.encoder)
+        if changed is not None:
+            self._warn_once(changed, "the encoder runs with padding, which is slower")
+        tokens, indices = encode_packed(self.t5.encoder, ids, mask, changed is None)
 
         lengths = attention_mask.sum(dim=(1, 2))  # of the questions
         S = int(lengths.max())
-        # Where a token goes: as many places into its question as real tokens are before it there.
-        before = attention_mask.flatten(1).cumsum(dim=1).flatten()[places] - 1
-        where = places // (N * L) * S + before
+        # A token's index in its question is the number of real tokens before it there.
+        before = attention_mask.flatten(1).cumsum(dim=1).flatten()[indices] - 1
+        target = indices // (N * L) * S + before
         real = torch.arange(S, device=ids.device) < lengths[:, None]
-        hidden = tokens.new_zeros(B * S, tokens.shape[1]).index_copy(0, where, tokens)
-        self._places = places.new_zeros(B * S).index_copy(0, where, places % (N * L)).view(B, S)
-        return Encoded(hidden.view(B, S, -1), real, self._places)
+        hidden = tokens.new_zeros(B * S, tokens.shape[1]).index_copy(0, target, tokens)
+        positions = indices.new_zeros(B * S).index_copy(0, target, indices % (N * L))
+        self._key_positions = positions.view(B, S)
+        return Encoded(hidden.view(B, S, -1), real, self._key_positions)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        generation: tuple | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         """Passages [B, N, L], mask [B, N, L], labels [B, T] (-100: not counted) -> the mean
-        cross-entropy over the labels' tokens, and the logits [B, T, vocabulary]."""
+        cross-entropy over the labels' tokens, and the logits [B, T, vocabulary]. (`generate` goes
+        through here as well, because FSDP gathers weights when a module is called.)"""
+        if generation is not None:
+            return self._generate(input_ids, attention_mask, *generation)
         encoded = self.encode(input_ids, attention_mask)
         output = self.t5(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
@@ -147,10 +158,20 @@ class FiDT5(nn.Module):
         )
         return output.loss, output.logits
 
-    def decoder(self) -> GreedyDecoder:
-        """The decoder laid out for generation with the weights as they are now, to be handed to
-        `generate` batch by batch. Inside autocast, in its number format."""
-        return GreedyDecoder(self.t5, self.positions, number_format(self.t5.shared.weight))
+    def decoder(self, kind: str = "fast") -> GreedyDecoder | TransformersDecoder:
+        """What generates the answers, to be passed to `generate` batch by batch.
+
+        "fast" is our own decoder, laid out with the present weights and, inside autocast, in its
+        number format; or Transformers' if something in the T5's decoder was changed, which only
+        calling its modules respects. "transformers" is always the latter.
+        """
+        if kind == "fast":
+            changed = changed_decoder_part(self.t5, self._add_positions)
+            if changed is None:
+                dtype = number_format(self.t5.shared.weight)
+                return GreedyDecoder(self.t5, self.positions, dtype)
+            self._warn_once(changed, "answers come from Transformers' generate, which is slower")
+        return TransformersDecoder(self.t5)
 
     def generate(
         self,
@@ -158,14 +179,17 @@ class FiDT5(nn.Module):
         attention_mask: torch.Tensor,
         max_length: int = 50,
         num_beams: int = 1,
-        decoder: GreedyDecoder | None = None,
+        decoder: GreedyDecoder | TransformersDecoder | None = None,
     ) -> torch.Tensor:
         """Passages [B, N, L] -> answers' token ids [B, at most `max_length`], the start token
         included, greedily or by beam search.
 
-        Args: decoder: what `decoder()` gave; None lays one out for this batch alone.
+        Args: decoder: what `decoder()` returned; None makes one for this batch alone.
+        Errors: `InputError` if logits are not finite.
         """
-        tokens, _ = self._generate(input_ids, attention_mask, max_length, num_beams, decoder, False)
+        generation = max_length, num_beams, decoder, None
+        tokens, _, finite = self(input_ids, attention_mask, generation=generation)
+        check_finite(finite, range(len(finite)))
         return tokens
 
     def generate_with_scores(
@@ -174,10 +198,13 @@ class FiDT5(nn.Module):
         attention_mask: torch.Tensor,
         max_length: int = 50,
         num_beams: int = 1,
-        decoder: GreedyDecoder | None = None,
+        decoder: GreedyDecoder | TransformersDecoder | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `generate` gives, and the passages' scores [B, N] (see `passage_scores`)."""
-        return self._generate(input_ids, attention_mask, max_length, num_beams, decoder, True)
+        """What `generate` returns, and the passages' scores [B, N] (see `passage_scores`)."""
+        generation = max_length, num_beams, decoder, "attention"
+        tokens, scores, finite = self(input_ids, attention_mask, generation=generation)
+        check_finite(finite, range(len(finite)))
+        return tokens, scores
 
     @torch.no_grad()
     def _generate(
@@ -186,42 +213,27 @@ class FiDT5(nn.Module):
         attention_mask: torch.Tensor,
         max_length: int,
         num_beams: int,
-        decoder: GreedyDecoder | None,
-        with_scores: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        decoder: GreedyDecoder | TransformersDecoder | None,
+        score: str | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Token ids, the passages' scores of this name in `SCORES` (or None), and a flag [B] per
+        question: false if a logit or score is not finite."""
         encoded = self.encode(input_ids, attention_mask)
-        if num_beams > 1:
-            tokens = self._generate_by_transformers(encoded, max_length, num_beams)
-            max_length = 2  # greedily, the first token alone: its queries give the scores
-        if num_beams == 1 or with_scores:
-            greedy, queries = (decoder or self.decoder()).greedy(encoded, max_length)
-            tokens = greedy if num_beams == 1 else tokens
-        if not with_scores:
-            return tokens, None
-        return tokens, passage_scores(self, encoded, attention_mask, queries)
-
-    def _generate_by_transformers(
-        self, encoded: Encoded, max_length: int, num_beams: int
-    ) -> torch.Tensor:
-        """The answers' token ids, by beam search (or greedily, with one beam)."""
-        # Settings of our own: those saved with a model may hold another task's lengths.
-        settings = GenerationConfig(
-            max_length=max_length,
-            num_beams=num_beams,
-            do_sample=False,
-            decoder_start_token_id=self.config.decoder_start_token_id,
-            eos_token_id=self.config.eos_token_id,
-            pad_token_id=self.config.pad_token_id,
-        )
-        # A cache that grows by the layer: Transformers would count the encoder's layers, and fail
-        # where the decoder has more.
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        return self.t5.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
-            attention_mask=encoded.mask,
-            generation_config=settings,
-            past_key_values=cache,
-        )
+        decoder = decoder or self.decoder()
+        if num_beams > 1 or isinstance(decoder, TransformersDecoder):
+            decoded = TransformersDecoder(self.t5).decode(encoded, max_length, num_beams)
+        else:
+            decoded = decoder.decode(encoded, max_length)
+        if score is None:
+            return decoded.tokens, None, decoded.finite
+        if isinstance(decoder, TransformersDecoder):
+            mean = functools.partial(passage_means, encoded, attention_mask)
+            queries, mean_keys = decoder.first_step(encoded, mean)
+        else:  # (after beam search, decoding one token gives the queries)
+            queries, mean_keys = decoded.queries or decoder.decode(encoded, 2).queries, None
+        scores = passage_scores(self, encoded, attention_mask, queries, mean_keys, score)
+        finite = (scores.isfinite() | ~attention_mask.any(dim=2)).all(dim=1)
+        return decoded.tokens, scores, decoded.finite & finite
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and weights under plain T5 keys, so that T5 itself opens them too."""
@@ -232,57 +244,14 @@ class FiDT5(nn.Module):
         self.t5.save_pretrained(folder, state_dict=weights)
 
 
-@torch.no_grad()
-def passage_scores(
-    reader: FiDT5, encoded: Encoded, attention_mask: torch.Tensor, queries: list[torch.Tensor]
-) -> torch.Tensor:
-    """How much the decoder looks at each passage when it writes the first token of the answer.
-
-    The score of a passage is the pre-softmax cross-attention score, averaged over all decoder
-    layers, heads and the passage's real tokens (Izacard and Grave, 2021, section 3.2). A mean of
-    dot products with keys is the dot product with the mean key, and a mean of keys is the key of
-    the mean hidden state: so the [B, H, N*L] scores are never built, and it costs next to nothing.
-
-    Args:
-        encoded: what `encode` made of passages with this mask [B, N, L].
-        queries: each decoder layer's cross-attention query for the first token, [B, H * K].
-    Returns: [B, N], in float32; -inf where a question has no such passage.
-    """
-    B, N, L = attention_mask.shape
-    count = attention_mask.sum(dim=2)  # [B, N]
-    passage = torch.arange(B, device=count.device)[:, None] * N + encoded.places // L  # of a token
-    total = torch.zeros(B * N, encoded.hidden.shape[2], device=count.device)
-    total.index_add_(0, passage[encoded.mask], encoded.hidden[encoded.mask].float())
-    mean_hidden = total.view(B, N, -1) / count[:, :, None]
-
-    layers = [block.layer[1].EncDecAttention for block in reader.t5.decoder.block]
-    scores = torch.zeros(B, N, device=count.device)
-    for query, layer in zip(queries, layers, strict=True):
-        mean_key = layer.k(mean_hidden)  # [B, N, H*K]
-        scores += torch.einsum("bk,bnk->bn", query.float(), mean_key.float())
-    scores = scores / (len(layers) * reader.config.num_heads)
-    if reader.positions is not None:
-        first = torch.zeros(1, dtype=torch.long, device=count.device)
-        keys = torch.arange(N * L, device=count.device)[None]
-        bias = reader.positions(first, keys).float().mean(dim=(0, 1, 2)).view(1, N, L)
-        scores = scores + (bias * attention_mask).sum(dim=2) / count
-    return scores.masked_fill(count == 0, -torch.inf)
-
-
 # ----------------------------------------------------------------------------------------------
-# Loss and answers
-
-
-def reader_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The training loss of a batch and the number of label tokens that it is the mean of."""
-    loss, _ = model(batch["input_ids"], batch["attention_mask"], batch["labels"])
-    return loss, (batch["labels"] != -100).sum()
+# Answers
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the reader says to the question at place `index` of a file; `scores` of its passages
-    in reading order, or None when they were not asked for."""
+    """The reader's answer to the question at this index of a file, and the scores of the passages
+    that it read, in reading order, or None if they were not asked for."""
 
     index: int
     text: str
@@ -298,31 +267,50 @@ def answer_questions(
     max_length: int = 50,
     num_beams: int = 1,
     with_scores: bool = False,
+    decoder: str = "fast",
+    source: str | None = None,
 ) -> Iterator[list[Answer]]:
-    """Read batches of a `ReaderCollator`, each when it is due, and give the answers of each."""
+    """Read batches of a `ReaderCollator`, each only when its answers are asked for, and yield the
+    answers of each.
+
+    Args:
+        decoder: see `FiDT5.decoder`.
+        source: the data's file, for error messages.
+    Errors: `InputError` naming the first example with a logit or score that is not finite.
+    """
     was_training = reader.training
     reader.eval()
+    score = "attention" if with_scores else None
     try:
         with autocast(device, precision):
-            decoder = reader.decoder()
+            laid_out = reader.decoder(decoder)
         for batch in batches:
             ids = batch["input_ids"].to(device, non_blocking=True)
             mask = batch["attention_mask"].to(device, non_blocking=True)
             with autocast(device, precision):
-                if with_scores:
-                    tokens, scores = reader.generate_with_scores(
-                        ids, mask, max_length, num_beams, decoder
-                    )
-                else:
-                    tokens = reader.generate(ids, mask, max_length, num_beams, decoder)
+                generation = max_length, num_beams, laid_out, score
+                tokens, scores, finite = reader(ids, mask, generation=generation)
+            check_finite(finite, batch["index"], source)
             rows = scores.tolist() if with_scores else [None] * len(tokens)
+            counts = batch["attention_mask"].any(dim=2).sum(dim=1).tolist()
             texts = decode_answers(tokenizer, tokens)
             yield [
-                Answer(index, text, row)
-                for index, text, row in zip(batch["index"], texts, rows, strict=True)
+                Answer(index, text, row and row[:n])
+                for index, text, row, n in zip(batch["index"], texts, rows, counts, strict=True)
             ]
     finally:
         reader.train(was_training)
+
+
+def check_finite(finite: torch.Tensor, indices: Sequence[int], source: str | None = None) -> None:
+    """Raise an `InputError` for the first question whose flag [B] is false."""
+    if not finite.all():
+        index = indices[finite.tolist().index(False)]
+        where = f"{source}: " if source else ""
+        raise InputError(
+            f"{where}example {index} (the first is 0): the reader's logits or passage scores are "
+            "inf or nan; use --precision bf16 or fp32, or another model if that does not help"
+        )
 
 
 # ----------------------------------------------------------------------------------------------

@@ -7,25 +7,21 @@ towards the softmax of the reader's passage scores.
 Shapes: B questions, N passages of a question, L tokens, D size of an embedding, P passages of all.
 """
 
-import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
-from src.models.lengths import MIN_TOKENS, length_groups, longest_first, token_batches
+from src.models.lengths import MIN_TOKENS, length_groups, longest_first
 from src.models.pretrained import build, digest, from_pretrained, load_config
+from src.runtime.device import full_precision
 from src.runtime.errors import InputError, shorten
 
 
@@ -123,106 +119,12 @@ class Retriever(PreTrainedModel):
 
 
 def similarities(questions: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
-    """Embeddings [B, D] and [B, N, D] -> scaled dot products [B, N] (section 3.1)."""
-    return torch.einsum("bd,bnd->bn", questions, passages) / questions.shape[-1] ** 0.5
-
-
-def distillation_loss(
-    scores: torch.Tensor,
-    gold_scores: torch.Tensor,
-    present: torch.Tensor,
-    negatives: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """How far the retriever's distribution over passages is from the reader's (section 3.3).
-
-    Args:
-        scores: the retriever's similarities [B, N].
-        gold_scores: the reader's scores [B, N].
-        present: [B, N], false where a question has no such passage, which then does not count.
-        negatives: similarities [B, M] to other questions' passages, -inf where one is not to
-            count; their target is 0. An addition to the paper.
-
-    Returns: the KL divergence, averaged over all present passages of all questions.
-    """
-    gold = gold_scores.float().masked_fill(~present, -torch.inf).softmax(dim=1)
-    candidates = scores.float().masked_fill(~present, -torch.inf)
-    if negatives is not None:
-        candidates = torch.cat([candidates, negatives.float()], dim=1)
-    log_likelihood = candidates.log_softmax(dim=1)[:, : gold.shape[1]]
-    # Where the target is 0 the divergence is 0; and -inf * 0 must not become nan.
-    log_likelihood = log_likelihood.masked_fill(~present, 0.0)
-    divergence = torch.xlogy(gold, gold) - gold * log_likelihood
-    return divergence.sum() / present.sum()
-
-
-class _GatherPassages(torch.autograd.Function):
-    """All processes' rows, by rank. Backward: each process's rows get every process's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
-        ctx.n_rows = rows.shape[0]
-        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        first = dist.get_rank() * ctx.n_rows
-        return gradient[first : first + ctx.n_rows]
-
-
-def _pad_rows(rows: torch.Tensor, n: int) -> torch.Tensor:
-    filler = rows.new_zeros(n - rows.shape[0], *rows.shape[1:])
-    return torch.cat([rows, filler])
-
-
-def in_batch_negatives(
-    questions: torch.Tensor, passages: torch.Tensor, keys: torch.Tensor, present: torch.Tensor
-) -> torch.Tensor:
-    """Similarities of each question to the passages of all other questions of the batch, those of
-    other processes included.
-
-    Args:
-        questions, passages: embeddings [B, D] and [B, N, D].
-        keys: [B, N], a number that says which passage it is; a question's own passages, wherever
-            in the batch they stand again, are not its negatives.
-        present: [B, N].
-
-    Returns: [B, M], -inf for what is not a negative.
-    """
-    flat, flat_keys = passages.flatten(0, 1), keys.flatten()
-    counts = present.flatten()
-    if dist.is_initialized():
-        size = torch.tensor(len(flat), device=flat.device)
-        dist.all_reduce(size, op=dist.ReduceOp.MAX)  # ragged batches: padded to the largest
-        flat = _GatherPassages.apply(_pad_rows(flat, int(size)))
-        flat_keys = _GatherPassages.apply(_pad_rows(flat_keys, int(size)))
-        counts = _GatherPassages.apply(_pad_rows(counts.int(), int(size))).bool()
-    scores = questions @ flat.T / questions.shape[-1] ** 0.5
-    own = ((flat_keys[None, None, :] == keys[:, :, None]) & present[:, :, None]).any(dim=1)
-    return scores.masked_fill(own | ~counts, -torch.inf)
-
-
-def embed(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The embeddings [B, D] and [B, N, D] of a `RetrieverCollator`'s batch."""
-    return model(
-        batch["question_ids"], batch["question_mask"], batch["passage_ids"], batch["passage_mask"]
-    )
-
-
-def retriever_loss(
-    model: nn.Module, batch: dict[str, Any], use_negatives: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The training loss of a batch and the number of passages that it is the mean of."""
-    questions, passages = embed(model, batch)
-    present = batch["present"]
-    negatives = None
-    if use_negatives:
-        negatives = in_batch_negatives(questions, passages, batch["passage_keys"], present)
-    scores = similarities(questions, passages)
-    return distillation_loss(scores, batch["gold_scores"], present, negatives), present.sum()
+    """Embeddings [B, D] and passages [B, N, D] or [M, D] -> scaled dot products (section 3.1)
+    [B, N] or [B, M], in float32 also inside autocast."""
+    with full_precision(questions.device):
+        questions, passages = questions.float(), passages.float()
+        formula = "bd,bnd->bn" if passages.dim() == 3 else "bd,md->bm"
+        return torch.einsum(formula, questions, passages) / questions.shape[-1] ** 0.5
 
 
 def gold_ranks(scores: torch.Tensor, present: torch.Tensor) -> list[list[int]]:
@@ -241,93 +143,6 @@ def fingerprint(retriever: Retriever) -> str:
     """A short text that two retrievers share exactly when they embed everything alike."""
     names = sorted(RetrieverConfig.__annotations__)
     return digest(retriever, [f"{name} {getattr(retriever.config, name)}" for name in names])
-
-
-class TextEmbedder:
-    """Embeds texts, those of like length together, and gives the embeddings in the texts' order.
-
-    A batch has as many tokens, with its padding, as `batch_size` texts of `max_length`.
-
-    Args:
-        side: "questions" or "passages".
-        max_length: tokens of a text; the rest is cut off.
-    """
-
-    def __init__(
-        self,
-        retriever: Retriever,
-        tokenizer: PreTrainedTokenizerBase,
-        side: str,
-        max_length: int,
-        batch_size: int,
-        device: torch.device,
-    ):
-        is_question = side == "questions"
-        config = retriever.config
-        apply_mask = config.apply_question_mask if is_question else config.apply_passage_mask
-        if max_length > config.max_position_embeddings:
-            raise InputError(
-                f"this retriever reads at most {config.max_position_embeddings} tokens, not "
-                f"{max_length}: lower --{side[:-1]}_maxlength"
-            )
-        self._embed = retriever.embed_questions if is_question else retriever.embed_passages
-        self._tokenizer, self._max_length = tokenizer, max_length
-        self._shortest = 1 if apply_mask else max_length  # a mean over padding needs all of it
-        self._most_tokens = batch_size * max_length
-        self._dimension, self._device = config.indexing_dimension, device
-        self._dtype = next(retriever.parameters()).dtype
-
-    def __call__(self, texts: list[str]) -> np.ndarray:
-        """Embeddings [len(texts), D] in the model's number format."""
-        return self.begin(self.tokenize(texts))()
-
-    def tokenize(self, texts: list[str]) -> list[list[int]]:
-        """The texts' tokens. (It can be another thread's work, but not that of two at a time.)"""
-        if not texts:
-            return []
-        tokens = self._tokenizer(texts, truncation=True, max_length=self._max_length)
-        return tokens["input_ids"]
-
-    @torch.no_grad()
-    def begin(self, tokens: list[list[int]]) -> Callable[[], np.ndarray]:
-        """Begin to embed tokenized texts. The function that is returned waits for the embeddings
-        [len(tokens), D]; until it is called, a GPU computes while the caller does something else.
-        """
-        order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]), reverse=True)
-        lengths = [max(self._shortest, len(tokens[row])) for row in order]
-        parts = [torch.empty(0, self._dimension, dtype=self._dtype, device=self._device)]
-        for start, end in token_batches(lengths, self._most_tokens):
-            ids, mask = self._pad([tokens[row] for row in order[start:end]], lengths[start])
-            parts.append(self._embed(ids, mask))
-        found, wait = _copy_to_cpu(torch.cat(parts))
-
-        def finish() -> np.ndarray:
-            wait()
-            rows = np.empty(found.shape, found.numpy().dtype)
-            rows[order] = found.numpy()
-            return rows
-
-        return finish
-
-    def _pad(self, tokens: list[list[int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        lengths = torch.tensor([len(text) for text in tokens])
-        mask = torch.arange(length) < lengths[:, None]
-        ids = torch.full((len(tokens), length), self._tokenizer.pad_token_id)
-        ids[mask] = torch.tensor(list(itertools.chain.from_iterable(tokens)))
-        if self._device.type == "cuda":  # from pinned memory, the copies do not wait for the GPU
-            ids, mask = ids.pin_memory(), mask.pin_memory()
-        return ids.to(self._device, non_blocking=True), mask.to(self._device, non_blocking=True)
-
-
-def _copy_to_cpu(rows: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
-    """Begin to copy; gives the copy and a function that waits until it is there."""
-    if rows.device.type != "cuda":
-        return rows, lambda: None
-    copied = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-    copied.copy_(rows, non_blocking=True)
-    there = torch.cuda.Event()
-    there.record()
-    return copied, there.synchronize
 
 
 # ----------------------------------------------------------------------------------------------

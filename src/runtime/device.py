@@ -13,24 +13,34 @@ _AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(local_rank: int) -> torch.device:
-    """The GPU of this process (`local_rank` counts the processes of one machine), else the CPU."""
+    """GPU number `local_rank` of those that this process sees, or the CPU if there is no GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise InputError(
-            f"process {local_rank} of this machine finds only {torch.cuda.device_count()} GPU(s): "
-            "start as many processes as there are GPUs"
+            f"process {local_rank} of this machine sees only {torch.cuda.device_count()} GPU(s): "
+            "start one process per GPU"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
+    # cuDNN's attention builds a plan for every new shape, and nearly every batch has a new one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto` means bf16 on a GPU that computes in it, else fp32; the rest stays as it is."""
-    if precision != "auto":
-        return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
+    """`auto` means bf16 on a GPU with bf16 arithmetic, else fp32; other values are returned as
+    they are. Errors: `InputError` for bf16 on a GPU that only emulates it."""
+    if precision not in ("auto", "bf16") or device.type != "cuda":
+        return "fp32" if precision == "auto" else precision
+    if torch.cuda.get_device_capability(device) >= (8, 0):
+        return "bf16"
+    if precision == "bf16":
+        raise InputError(
+            f"--precision bf16: {torch.cuda.get_device_name(device)} has no bf16 arithmetic "
+            "(compute capability 8.0 or later); use --precision fp32 or fp16"
+        )
+    return "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
@@ -40,9 +50,15 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=_AUTOCAST_TYPES[precision])
 
 
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """A context in which float32 tensors are multiplied in float32, also inside `autocast`."""
+    if not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()  # which costs nothing
+    return torch.autocast(device.type, enabled=False)
+
+
 def number_format(tensor: torch.Tensor) -> torch.dtype:
-    """What matrix products with this tensor come out in: its own format or, inside `autocast`,
-    the latter's."""
+    """The format of matrix products with this tensor: autocast's where it is on, else its own."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 

@@ -52,10 +52,7 @@ def detect_launch(environ: Mapping[str, str], local_rank: int | None = None) -> 
             port = 15000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000
             return Launch(
                 rank=int(environ["SLURM_PROCID"]),
-                # With --gpus-per-task, each process sees its own GPUs only, from 0.
-                local_rank=int(
-                    0 if "SLURM_GPUS_PER_TASK" in environ else environ.get("SLURM_LOCALID", 0)
-                ),
+                local_rank=0 if _sees_own_gpus(environ) else int(environ.get("SLURM_LOCALID", 0)),
                 world_size=tasks,
                 address=environ.get("MASTER_ADDR") or _first_host(environ),
                 port=int(environ.get("MASTER_PORT", port)),
@@ -64,6 +61,24 @@ def detect_launch(environ: Mapping[str, str], local_rank: int | None = None) -> 
     except ValueError as error:
         raise InputError(f"invalid launcher environment variables: {error}") from None
     return Launch()
+
+
+def _sees_own_gpus(environ: Mapping[str, str]) -> bool:
+    """Whether SLURM shows each task its own GPUs only, which it then numbers from 0."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    n_visible = len(visible.split(",")) if visible else None
+    step_gpus = environ.get("SLURM_STEP_GPUS") or environ.get("SLURM_JOB_GPUS") or ""
+    on_node = environ.get("SLURM_GPUS_ON_NODE") or len(step_gpus.split(","))
+    binding = environ.get("SLURM_GPU_BIND", "")
+    if "none" in binding or (n_visible is not None and n_visible == int(on_node) > 1):
+        return False  # every task sees every GPU of the machine, whatever was asked for
+    return (
+        "SLURM_GPUS_PER_TASK" in environ
+        or "SLURM_NTASKS_PER_GPU" in environ
+        or "gpu" in environ.get("SLURM_TRES_PER_TASK", "")
+        or any(kind in binding for kind in ("single", "per_task", "map_gpu"))
+        or n_visible == 1 < int(on_node)
+    )
 
 
 def _first_host(environ: Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.data.files import open_source
+from src.data.files import Source
 from src.runtime.errors import InputError, shorten
 from src.search.legacy_pickle import read_legacy_embeddings
 from src.search.shards import FINGERPRINTS, Shard, ShardWriter, read_shard
@@ -120,7 +120,7 @@ def open_shard(path: str | Path) -> Shard:
     that cannot be written, its embeddings are in memory, except for an array on the file itself.
     """
     source = Path(path)
-    with open_source(path, path) as file:
+    with Source(str(path)).file as file:
         head = file.read(9)
         if head[8:] == b"{" or head[:1] != b"\x80":
             return read_shard(path)

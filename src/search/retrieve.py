@@ -15,8 +15,9 @@ import torch
 
 from src.data.batches import question_text
 from src.data.passages import Passages
+from src.models.embedder import TextEmbedder
 from src.models.pretrained import check_vocabulary, load_tokenizer
-from src.models.retriever import TextEmbedder, fingerprint, load_retriever
+from src.models.retriever import fingerprint, load_retriever
 from src.options import SearchOptions
 from src.runtime import distributed
 from src.runtime.terminal import count, has_bars, say, size

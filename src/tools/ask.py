@@ -158,6 +158,7 @@ def converse(
     use_title: bool,
     max_length: int,
     num_beams: int,
+    decoder: str = "fast",
 ) -> Iterator[Reply]:
     """Find passages for each question, and read them as those in a data file are read.
 
@@ -174,7 +175,7 @@ def converse(
             yield collate([ReaderItem(0, reader_texts(example, n_context, use_title), None)])
 
     for (answer,) in answer_questions(
-        reader, tokenizer, batches(), device, precision, max_length, num_beams, with_scores=True
+        reader, tokenizer, batches(), device, precision, max_length, num_beams, True, decoder
     ):
         scores = answer.scores[: len(passages)]  # with no passage, the question alone has one
         read = [

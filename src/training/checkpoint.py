@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from src.data.files import write_whole
+from src.data.outputs import write_whole
 from src.runtime import distributed
 from src.runtime.errors import InputError, first_line
 

@@ -1,0 +1,112 @@
+"""Embedding texts with a retriever, many at a time.
+
+Shapes: D size of an embedding.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from src.models.retriever import Retriever
+from src.runtime.errors import InputError
+
+
+def token_batches(lengths: list[int], most_tokens: int) -> list[tuple[int, int]]:
+    """Cut a list of lengths, longest first, into batches [start, end) of at least one text, and of
+    at most `most_tokens` tokens when padded to the first text."""
+    batches, start = [], 0
+    while start < len(lengths):
+        end = min(len(lengths), start + max(1, most_tokens // max(1, lengths[start])))
+        batches.append((start, end))
+        start = end
+    return batches
+
+
+class TextEmbedder:
+    """Embeds texts in batches of similar length, and returns the embeddings in the texts' order.
+
+    A batch has at most as many tokens, padding included, as `batch_size` texts of `max_length`.
+
+    Args:
+        side: "questions" or "passages".
+        max_length: tokens of a text; the rest is cut off.
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        tokenizer: PreTrainedTokenizerBase,
+        side: str,
+        max_length: int,
+        batch_size: int,
+        device: torch.device,
+    ):
+        is_question = side == "questions"
+        config = retriever.config
+        apply_mask = config.apply_question_mask if is_question else config.apply_passage_mask
+        if max_length > config.max_position_embeddings:
+            raise InputError(
+                f"this retriever reads at most {config.max_position_embeddings} tokens, not "
+                f"{max_length}: lower --{side[:-1]}_maxlength"
+            )
+        self._embed = retriever.embed_questions if is_question else retriever.embed_passages
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self._shortest = 1 if apply_mask else max_length  # a mean over padding needs all of it
+        self._most_tokens = batch_size * max_length
+        self._dimension, self._device = config.indexing_dimension, device
+        self._dtype = next(retriever.parameters()).dtype
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        """Embeddings [len(texts), D] in the model's number format."""
+        return self.begin(self.tokenize(texts))()
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        """The texts' token ids. (May run in another thread, but in one at a time.)"""
+        if not texts:
+            return []
+        tokens = self._tokenizer(texts, truncation=True, max_length=self._max_length)
+        return tokens["input_ids"]
+
+    @torch.no_grad()
+    def begin(self, tokens: list[list[int]]) -> Callable[[], np.ndarray]:
+        """Start to embed tokenized texts. The returned function waits for the embeddings
+        [len(tokens), D]; until it is called, a GPU computes while the caller does something else.
+        """
+        order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]), reverse=True)
+        lengths = [max(self._shortest, len(tokens[row])) for row in order]
+        parts = [torch.empty(0, self._dimension, dtype=self._dtype, device=self._device)]
+        for start, end in token_batches(lengths, self._most_tokens):
+            ids, mask = self._pad([tokens[row] for row in order[start:end]], lengths[start])
+            parts.append(self._embed(ids, mask))
+        found, wait = _copy_to_cpu(torch.cat(parts))
+
+        def finish() -> np.ndarray:
+            wait()
+            rows = np.empty(found.shape, found.numpy().dtype)
+            rows[order] = found.numpy()
+            return rows
+
+        return finish
+
+    def _pad(self, tokens: list[list[int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths = torch.tensor([len(text) for text in tokens])
+        mask = torch.arange(length) < lengths[:, None]
+        ids = torch.full((len(tokens), length), self._tokenizer.pad_token_id)
+        ids[mask] = torch.tensor(list(itertools.chain.from_iterable(tokens)))
+        if self._device.type == "cuda":  # from pinned memory, the copies do not wait for the GPU
+            ids, mask = ids.pin_memory(), mask.pin_memory()
+        return ids.to(self._device, non_blocking=True), mask.to(self._device, non_blocking=True)
+
+
+def _copy_to_cpu(rows: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
+    """Start to copy; returns the copy and a function that waits until it is complete."""
+    if rows.device.type != "cuda":
+        return rows, lambda: None
+    copied = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    copied.copy_(rows, non_blocking=True)
+    complete = torch.cuda.Event()
+    complete.record()
+    return copied, complete.synchronize
