@@ -211,11 +211,11 @@ def test_testing_goes_on_after_the_last_finished_batch(reference, tmp_path, caps
 
     killed_after(2)
     killed_after(3)
-    assert "going on after 2 of" in capsys.readouterr().out
+    assert "resuming after 2 of" in capsys.readouterr().out
     assert not (tmp_path / "parts" / "run" / "final_output.txt").exists()
     test_reader.main(answering(reference, tmp_path / "parts"))
     parts = results("parts")
-    assert "going on after 5 of" in parts[-1]
+    assert "resuming after 5 of" in parts[-1]
     assert parts[:3] == whole[:3]
     # Another command does not go on with what this one left.
     killed_after(2)

@@ -12,6 +12,7 @@ import generate_passage_embeddings
 import passage_retrieval
 from src.data.passages import Passages
 from src.runtime.errors import InputError
+from src.models import embedder
 from src.search import retrieve as search_room
 from src.search.bm25 import BM25
 from src.search.embeddings import open_shards
@@ -87,7 +88,7 @@ def test_results_from_the_references_own_embeddings(reference, passages, tmp_pat
 @pytest.mark.parametrize("name", ["mask_mean", "cls", "nomask_mean"])
 def test_shards_together_hold_every_passage_once(name, reference, passages, tmp_path, monkeypatch):
     """And to the bit what one shard holds, also where they are cut inside blocks and batches."""
-    monkeypatch.setattr(generate_passage_embeddings, "BLOCK_ROWS", 50)
+    monkeypatch.setattr("src.models.embedder.BLOCK_ROWS", 50)
     ids = list(Passages(passages).ids())
     embed(reference, passages, tmp_path / "1" / "x", 1, name)
     whole = open_shards(str(tmp_path / "1" / "x_*"))[0]
@@ -102,7 +103,7 @@ def test_shards_together_hold_every_passage_once(name, reference, passages, tmp_
 
 
 def test_retrieval_is_the_same_over_any_shards(reference, passages, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate_passage_embeddings, "BLOCK_ROWS", 50)
+    monkeypatch.setattr("src.models.embedder.BLOCK_ROWS", 50)
     results = []
     for n in (1, 3, 7):
         embed(reference, passages, tmp_path / str(n) / "x", n)
@@ -114,7 +115,7 @@ def test_retrieval_is_the_same_over_any_shards(reference, passages, tmp_path, mo
 
 def test_two_processes_embed_and_retrieve_as_one(reference, passages, tmp_path):
     header, *rows = passages.read_text().splitlines()
-    n_copies = 2 * generate_passage_embeddings.BLOCK_ROWS // len(rows) + 1  # three blocks
+    n_copies = 2 * embedder.BLOCK_ROWS // len(rows) + 1  # three blocks
     copies = [f"{number}-{row}" for number in range(n_copies) for row in rows]
     passages.write_text("\n".join([header, *copies]) + "\n")
     results = []

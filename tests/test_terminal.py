@@ -282,7 +282,7 @@ def test_ctrl_c_in_testing(reference, tmp_path, capsys):
     )
     assert not (tmp_path / "run" / "final_output.txt").exists()
     test_reader.main([str(word) for word in command])
-    assert re.search(r"going on after [1-9]\d* of", capsys.readouterr().out)
+    assert re.search(r"resuming after [1-9]\d* of", capsys.readouterr().out)
     lines = (tmp_path / "run" / "final_output.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == [str(n) for n in range(len(lines))]
     assert len(lines) == len(data.read_text().splitlines())
@@ -307,7 +307,7 @@ def test_ctrl_c_in_embedding_and_in_retrieval(reference, tmp_path, capsys):
     assert_left_well(terminal.press_ctrl_c(), line)
     assert not (tmp_path / "x_00").exists()
     generate_passage_embeddings.main([str(word) for word in command])
-    assert "going on after" in capsys.readouterr().out
+    assert "resuming after" in capsys.readouterr().out
 
     data = many_questions(reference, tmp_path, 100)
     command = [*model, "--passages", passages, "--passages_embeddings", tmp_path / "x_00"]

@@ -18,10 +18,11 @@ from src.data.examples import Examples, parse_example, read_example
 from src.data.json_files import json_list
 from src.data.outputs import require_regular, write_whole, writing
 from src.data.passages import Passages
-from src.evaluation.answers import ANSWERS, SCORES, find_answers
+from src.evaluation.answers import ANSWERS, SCORES, find_answers, judge
 from src.evaluation.rankings import recall_at_k
 from src.models.reader import Answer
 from src.runtime.errors import InputError, shorten
+from src.training.metrics import Average
 
 OnExamples = Callable[[int], object]
 MADE_BY, RECALL = ".made_by.json", ".recall.json"  # behind the name of the file that they are about
@@ -79,6 +80,35 @@ class AnswerFile:
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
+
+
+class Tally:
+    """Mean exact match and F1, in percent, of answers to a file's questions."""
+
+    def __init__(self, data: Examples):
+        self._data = data
+        self.exact_match, self.f1 = Average(), Average()
+
+    def add(self, answers: list[Answer]) -> None:
+        for answer in answers:
+            if gold := read_example(self._data, answer.index).answers:
+                match, overlap = judge(answer.text, gold)
+                self.exact_match.add(100.0 * match)
+                self.f1.add(100.0 * overlap)
+
+    def over_all(self) -> "Tally":
+        """The tally over what every process added."""
+        joint = Tally(self._data)
+        joint.exact_match, joint.f1 = self.exact_match.over_all(), self.f1.over_all()
+        return joint
+
+    def __str__(self) -> str:
+        n = round(self.exact_match.weight)
+        if not n:
+            return "the data has no answers to judge by"
+        return (
+            f"exact match {self.exact_match.value():.2f}, F1 {self.f1.value():.2f} on {n} examples"
+        )
 
 
 def remove_parts(folder: Path) -> None:

@@ -1,10 +1,9 @@
 """Decoding over encoded passages: answers, token by token.
 
-`GreedyDecoder` gives the same tokens as Transformers' `generate` (the tests hold the two equal) and
-spends less. It lays out the weights once, for many batches, as products with a few rows read them
-fastest, and when half of a batch's answers are finished, it continues with the others alone.
-`TransformersDecoder` runs `generate` itself: for beam search, and for a decoder that was changed
-(adapters, hooks, other modules), which the layout would miss.
+`GreedyDecoder` gives the same tokens as Transformers' `generate` (the tests hold the two equal),
+faster: the weights are laid out once for products with a few rows, and when half of a batch's
+answers have ended, it continues with the others alone. `TransformersDecoder` runs `generate`
+itself: for beam search, and for a decoder that was changed (adapters, hooks, other modules).
 
 The greedy decoder never computes keys and values of the passages. A query's product with a key,
 W_k h, is the product of W_k^T q with the hidden state h; and a weighted sum of values, W_v h, is
@@ -15,7 +14,6 @@ Shapes: B questions (in a step, the unfinished ones), N passages, S tokens of a 
 T tokens of an answer, D model size, H heads, K head size, V vocabulary.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -59,36 +57,24 @@ class Decoded(NamedTuple):
 
 # (query positions [T], key positions [B, S]) -> bias of the cross-attention scores [B, H, T, S].
 PositionBias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# A layer's keys [B, H, K, T] and values [B, H, T, K] of the answers so far.
+Cache = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Layer(NamedTuple):
     """One layer of the decoder. Matrices are [in, out]; `qkv` holds three side by side, `wi` one
     or, where the activation is gated, two."""
 
-    self_norm: nn.Module
+    norms: list[nn.Module]  # before self-attention, cross-attention and feed-forward
     qkv: torch.Tensor
     self_out: torch.Tensor
-    cross_norm: nn.Module
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     cross_out: torch.Tensor
-    wi_norm: nn.Module
     wi: list[torch.Tensor]
     activation: nn.Module
     wo: torch.Tensor
-
-
-@dataclasses.dataclass
-class _KVCache:
-    """A layer's keys [B, H, K, T] and values [B, H, T, K] of the answers so far, filled step by
-    step."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    def keep(self, rows: torch.Tensor) -> None:
-        self.keys, self.values = self.keys[rows], self.values[rows]
 
 
 class _Passages:
@@ -113,6 +99,14 @@ class _Passages:
         self.hidden, self.positions = self.hidden[rows], self.positions[rows]
         self.mask = None if self.mask is None else self.mask[rows]
 
+    def bias(self, step: int, position_bias: PositionBias | None) -> torch.Tensor | None:
+        """What to add to the scores of this step's queries, [B, H or 1, S]."""
+        if position_bias is None:
+            return self.mask
+        here = torch.tensor([step], device=self.positions.device)
+        bias = position_bias(here, self.positions)[:, :, 0]
+        return bias if self.mask is None else bias + self.mask
+
     def scores(self, queries: torch.Tensor) -> torch.Tensor:
         """Queries [B, H, D] -> their products with all tokens [B, H, S]."""
         products = queries[:, None] @ self.hidden.transpose(2, 3)  # [B, parts, H, S / parts]
@@ -130,9 +124,8 @@ class GreedyDecoder:
     Args:
         t5: one in which `changed_decoder_part` finds nothing.
         position_bias: the position table of legacy readers, or None.
-        dtype: number format of the weights' copies, autocast's where it is on. The head, whose
-            logits decide, is kept in float32, and so is `wo` if the format is fp16 (see
-            `OutputLinear`).
+        dtype: number format of the weights' copies, autocast's where it is on. As in `WideLinear`,
+            the head is kept in float32, and so is `wo` if the format is fp16.
     """
 
     def __init__(
@@ -140,65 +133,47 @@ class GreedyDecoder:
     ):
         config = t5.config
         self._config, self._embed = config, t5.decoder.embed_tokens
-        self._position_bias = position_bias
-        self._n_heads, self._head_size, self._dtype = config.num_heads, config.d_kv, dtype
+        self._position_bias, self._dtype = position_bias, dtype
+        self._heads = config.num_heads, config.d_kv
         self._first_attention = t5.decoder.block[0].layer[0].SelfAttention  # has the position bias
         self._final_norm = t5.decoder.final_layer_norm
         self._scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
-        wo_dtype = torch.float32 if dtype == torch.float16 else dtype
+        self._layers = [self._lay_out_layer(block) for block in t5.decoder.block]
+        self._head = _lay_out(torch.float32, t5.lm_head)
 
-        def lay_out(*weights: torch.Tensor, dtype: torch.dtype = dtype) -> torch.Tensor:
-            """[out, in] matrices -> [in, out], side by side."""
-            joint = weights[0] if len(weights) == 1 else torch.cat(weights)
-            turned = joint.detach().to(dtype).t()
-            # With few rows to multiply, a CPU takes up to twice as long over matrices whose rows
-            # in memory are the short ones.
-            copy = turned.device.type == "cpu" and turned.shape[1] > turned.shape[0]
-            return turned.contiguous() if copy else turned
+    def _lay_out_layer(self, block: nn.Module) -> _Layer:
+        dtype = self._dtype
+        attention, across = block.layer[0].SelfAttention, block.layer[1].EncDecAttention
+        dense = block.layer[2].DenseReluDense
 
-        def by_head(weight: torch.Tensor) -> torch.Tensor:
+        def by_head(linear: nn.Linear) -> torch.Tensor:
             """[H * K, D] -> [H, K, D]"""
-            return weight.detach().to(dtype).unflatten(0, (config.num_heads, config.d_kv))
+            return linear.weight.detach().to(dtype).unflatten(0, self._heads)
 
-        self._layers = []
-        for block in t5.decoder.block:
-            own, cross, feed_forward = block.layer
-            attention, across = own.SelfAttention, cross.EncDecAttention
-            dense = feed_forward.DenseReluDense
-            wi = [dense.wi_0, dense.wi_1] if hasattr(dense, "wi_0") else [dense.wi]
-            self._layers.append(
-                _Layer(
-                    self_norm=own.layer_norm,
-                    qkv=lay_out(attention.q.weight, attention.k.weight, attention.v.weight),
-                    self_out=lay_out(attention.o.weight),
-                    cross_norm=cross.layer_norm,
-                    query=lay_out(across.q.weight),
-                    key=by_head(across.k.weight),
-                    value=by_head(across.v.weight).transpose(1, 2),
-                    cross_out=lay_out(across.o.weight),
-                    wi_norm=feed_forward.layer_norm,
-                    wi=[lay_out(linear.weight) for linear in wi],
-                    activation=dense.act,
-                    wo=lay_out(dense.wo.weight, dtype=wo_dtype),
-                )
-            )
-        self._head = lay_out(t5.lm_head.weight, dtype=torch.float32)
+        return _Layer(
+            norms=[layer.layer_norm for layer in block.layer],
+            qkv=_lay_out(dtype, attention.q, attention.k, attention.v),
+            self_out=_lay_out(dtype, attention.o),
+            query=_lay_out(dtype, across.q),
+            key=by_head(across.k),
+            value=by_head(across.v).transpose(1, 2),
+            cross_out=_lay_out(dtype, across.o),
+            wi=[_lay_out(dtype, wi) for name, wi in dense.named_children() if name[:2] == "wi"],
+            activation=dense.act,
+            wo=_lay_out(torch.float32 if dtype == torch.float16 else dtype, dense.wo),
+        )
 
     @torch.no_grad()
     def decode(self, encoded: Encoded, max_length: int) -> Decoded:
-        """The likeliest next token, again and again, until every answer has ended.
-
-        Args: max_length: most tokens of an answer, the start token included.
-        """
+        """The likeliest next token, again and again, until every answer has ended or has
+        `max_length` tokens, including the start token."""
         config, device = self._config, encoded.hidden.device
         B = len(encoded.hidden)
         n_parts = torch.get_num_threads() if device.type == "cpu" else 1
         passages = _Passages(encoded, n_parts, self._dtype)
-        empty = encoded.hidden.new_zeros(
-            B, self._n_heads, self._head_size, max_length, dtype=self._dtype
-        )
+        shape, kind = (B, *self._heads, max_length), {"dtype": self._dtype, "device": device}
         caches = [
-            _KVCache(empty.clone(), empty.mT.clone(memory_format=torch.contiguous_format))
+            (torch.zeros(shape, **kind), torch.zeros(shape, **kind).mT.contiguous())
             for _ in self._layers
         ]
         own_bias = self._first_attention.compute_bias(max_length, max_length, device)
@@ -210,19 +185,9 @@ class GreedyDecoder:
         logit_sums = torch.zeros(B, device=device)  # not finite once a logit is not
         first_queries: list[torch.Tensor] = []
         for step in range(max_length - 1):
-            bias = passages.mask
-            if self._position_bias is not None:
-                here = torch.tensor([step], device=device)
-                bias = self._position_bias(here, passages.positions)[:, :, 0]
-                bias = bias if passages.mask is None else bias + passages.mask
-            logits, queries = self._step(
-                tokens[rows, step],
-                step,
-                caches,
-                passages,
-                own_bias[:, :, step, : step + 1],
-                bias,
-            )
+            bias = passages.bias(step, self._position_bias)
+            own = own_bias[:, :, step, : step + 1]
+            logits, queries = self._step(tokens[rows, step], step, caches, passages, own, bias)
             first_queries = first_queries or queries
             logit_sums[rows] += logits.sum(dim=1).masked_fill(finished, 0.0)
             chosen = logits.argmax(dim=1).masked_fill(finished, config.pad_token_id)
@@ -235,15 +200,15 @@ class GreedyDecoder:
             if 2 * n_finished >= len(rows):
                 unfinished = (~finished).nonzero()[:, 0]
                 rows, finished = rows[unfinished], finished[unfinished]
-                for kept in (passages, *caches):
-                    kept.keep(unfinished)
+                passages.keep(unfinished)
+                caches = [(keys[unfinished], values[unfinished]) for keys, values in caches]
         return Decoded(tokens, logit_sums.isfinite(), first_queries)
 
     def _step(
         self,
         tokens: torch.Tensor,
         step: int,
-        caches: list[_KVCache],
+        caches: list[Cache],
         passages: _Passages,
         own_bias: torch.Tensor,
         bias: torch.Tensor | None,
@@ -251,18 +216,17 @@ class GreedyDecoder:
         """The answers' tokens [B] at this step -> logits [B, V] of the next ones, in float32, and
         each layer's cross-attention query [B, H * K]."""
         hidden = self._embed(tokens)  # [B, D]
-        heads = (len(tokens), self._n_heads, self._head_size)
+        heads = (len(tokens), *self._heads)
         queries = []
-        for layer, cache in zip(self._layers, caches, strict=True):
-            query, key, value = (fused_norm(layer.self_norm, hidden) @ layer.qkv).chunk(3, dim=1)
-            cache.keys[..., step] = key.view(heads)
-            cache.values[:, :, step] = value.view(heads)
-            scores = query.view(heads)[:, :, None] @ cache.keys[..., : step + 1]
+        for layer, (keys, values) in zip(self._layers, caches, strict=True):
+            query, key, value = (fused_norm(layer.norms[0], hidden) @ layer.qkv).chunk(3, dim=1)
+            keys[..., step], values[:, :, step] = key.view(heads), value.view(heads)
+            scores = query.view(heads)[:, :, None] @ keys[..., : step + 1]
             weights = (scores + own_bias[:, :, None]).softmax(dim=3).to(value.dtype)
-            mixed = (weights @ cache.values[:, :, : step + 1]).flatten(1)
+            mixed = (weights @ values[:, :, : step + 1]).flatten(1)
             hidden = hidden + mixed @ layer.self_out
 
-            query = fused_norm(layer.cross_norm, hidden) @ layer.query
+            query = fused_norm(layer.norms[1], hidden) @ layer.query
             queries.append(query)
             queries_by_head = query.view(heads).transpose(0, 1)  # [H, B, K]
             scores = passages.scores((queries_by_head @ layer.key).transpose(0, 1))
@@ -270,13 +234,23 @@ class GreedyDecoder:
             mixed = passages.mix(weights).transpose(0, 1) @ layer.value  # [H, B, K]
             hidden = hidden + mixed.transpose(0, 1).flatten(1) @ layer.cross_out
 
-            normed = fused_norm(layer.wi_norm, hidden)
+            normed = fused_norm(layer.norms[2], hidden)
             inner = layer.activation(normed @ layer.wi[0])
             for gate in layer.wi[1:]:
                 inner = inner * (normed @ gate)
             hidden = hidden + _multiply(inner, layer.wo)
         hidden = fused_norm(self._final_norm, hidden) * self._scale
         return _multiply(hidden, self._head), queries
+
+
+def _lay_out(dtype: torch.dtype, *linears: nn.Linear) -> torch.Tensor:
+    """The weights of linear layers, [out, in] -> [in, out], side by side."""
+    weights = [linear.weight.detach() for linear in linears]
+    turned = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype).t()
+    # With few rows to multiply, a CPU takes up to twice as long over a matrix whose rows in memory
+    # are the short ones.
+    copy = turned.device.type == "cpu" and turned.shape[1] > turned.shape[0]
+    return turned.contiguous() if copy else turned
 
 
 def _multiply(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -286,7 +260,7 @@ def _multiply(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 class TransformersDecoder:
-    """The answers by Transformers' `generate`, which calls every module."""
+    """Decoding by Transformers' `generate`, which calls every module."""
 
     def __init__(self, t5: T5ForConditionalGeneration):
         self._t5 = t5
@@ -314,7 +288,7 @@ class TransformersDecoder:
         # Sharded weights are gathered at every step, in which every process has to take part.
         is_sharded = any(isinstance(module, FSDPModule) for module in self._t5.modules())
         tokens = self._t5.generate(
-            **self._passages(encoded),
+            **_passages(encoded),
             synced_gpus=is_sharded and torch.distributed.get_world_size() > 1,
             generation_config=settings,
             logits_processor=LogitsProcessorList([watch]),
@@ -338,25 +312,23 @@ class TransformersDecoder:
                 cross = getattr(block.layer[1], "EncDecAttention", None)
                 if not (hasattr(cross, "q") and hasattr(cross, "k")):
                     raise InputError(
-                        f"decoder block {number} has no EncDecAttention with q and k, which "
-                        "passage scores are computed from: leave out "
-                        "--write_crossattention_scores"
+                        f"decoder block {number} has no EncDecAttention with q and k for passage "
+                        "scores: leave out --write_crossattention_scores"
                     )
                 handles += [
                     cross.q.register_forward_hook(lambda *call: queries.append(call[2][:, 0])),
                     cross.k.register_forward_hook(lambda *call: keys.append(reduce(call[2]))),
                 ]
-            start = torch.full((len(encoded.hidden), 1), self._t5.config.decoder_start_token_id)
-            self._t5(
-                **self._passages(encoded),
-                decoder_input_ids=start.to(encoded.hidden.device),
-                use_cache=False,
+            start = encoded.positions.new_full(
+                (len(encoded.hidden), 1), self._t5.config.decoder_start_token_id
             )
+            self._t5(**_passages(encoded), decoder_input_ids=start, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
         return queries, keys
 
-    def _passages(self, encoded: Encoded) -> dict:
-        states = BaseModelOutput(last_hidden_state=encoded.hidden)
-        return {"encoder_outputs": states, "attention_mask": encoded.mask}
+
+def _passages(encoded: Encoded) -> dict:
+    states = BaseModelOutput(last_hidden_state=encoded.hidden)
+    return {"encoder_outputs": states, "attention_mask": encoded.mask}

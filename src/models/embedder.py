@@ -1,17 +1,27 @@
-"""Embedding texts with a retriever, many at a time.
+"""Embedding texts with a retriever, many at a time, and a whole collection block by block.
 
 Shapes: D size of an embedding.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from src.data.batches import passage_text
+from src.data.passages import Passages
+from src.models.lengths import prefetch_one
 from src.models.retriever import Retriever
+from src.runtime import distributed
 from src.runtime.errors import InputError
+
+# A killed job loses at most one block a process. Blocks are those of the whole collection, and each
+# is sorted into batches as a whole, also if a shard begins or ends inside it: so a passage's
+# embedding is the same to the bit in any shard, and by any number of processes.
+BLOCK_ROWS = 2048
 
 
 def token_batches(lengths: list[int], most_tokens: int) -> list[tuple[int, int]]:
@@ -56,7 +66,7 @@ class TextEmbedder:
         self._tokenizer, self._max_length = tokenizer, max_length
         self._shortest = 1 if apply_mask else max_length  # a mean over padding needs all of it
         self._most_tokens = batch_size * max_length
-        self._dimension, self._device = config.indexing_dimension, device
+        self._dimension, self.device = config.indexing_dimension, device
         self._dtype = next(retriever.parameters()).dtype
 
     def __call__(self, texts: list[str]) -> np.ndarray:
@@ -77,7 +87,7 @@ class TextEmbedder:
         """
         order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]), reverse=True)
         lengths = [max(self._shortest, len(tokens[row])) for row in order]
-        parts = [torch.empty(0, self._dimension, dtype=self._dtype, device=self._device)]
+        parts = [torch.empty(0, self._dimension, dtype=self._dtype, device=self.device)]
         for start, end in token_batches(lengths, self._most_tokens):
             ids, mask = self._pad([tokens[row] for row in order[start:end]], lengths[start])
             parts.append(self._embed(ids, mask))
@@ -96,9 +106,9 @@ class TextEmbedder:
         mask = torch.arange(length) < lengths[:, None]
         ids = torch.full((len(tokens), length), self._tokenizer.pad_token_id)
         ids[mask] = torch.tensor(list(itertools.chain.from_iterable(tokens)))
-        if self._device.type == "cuda":  # from pinned memory, the copies do not wait for the GPU
+        if self.device.type == "cuda":  # from pinned memory, the copies do not wait for the GPU
             ids, mask = ids.pin_memory(), mask.pin_memory()
-        return ids.to(self._device, non_blocking=True), mask.to(self._device, non_blocking=True)
+        return ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
 
 
 def _copy_to_cpu(rows: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
@@ -110,3 +120,31 @@ def _copy_to_cpu(rows: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
     complete = torch.cuda.Event()
     complete.record()
     return copied, complete.synchronize
+
+
+def embed_blocks(
+    embed: TextEmbedder, passages: Passages, rows: range, use_title: bool, plain: bool
+) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Embed these rows of a collection, in rounds of a block for each process. Yields the ids and
+    embeddings [n, D] of a round in the main process, and nothing in the others."""
+
+    def read(start: int) -> tuple[slice, list[str], list[list[int]]]:
+        """Of a block: the rows to embed, their ids, and the tokens of all."""
+        block = [passages[row] for row in range(start, min(start + BLOCK_ROWS, len(passages)))]
+        texts = [passage_text(p.title, p.text, use_title, plain) for p in block]
+        wanted = slice(max(0, rows.start - start), max(0, min(len(block), rows.stop - start)))
+        return wanted, [passage.id for passage in block[wanted]], embed.tokenize(texts)
+
+    first = rows.start // BLOCK_ROWS * BLOCK_ROWS
+    own, step = distributed.rank() * BLOCK_ROWS, distributed.world_size() * BLOCK_ROWS
+    starts = [start + own for start in range(first, rows.stop, step)]
+    with ThreadPoolExecutor(1) as thread:  # it reads and tokenizes the next block
+        read_blocks = (
+            ready.result() for ready in prefetch_one(thread.submit(read, s) for s in starts)
+        )
+        begun = ((wanted, ids, embed.begin(tokens)) for wanted, ids, tokens in read_blocks)
+        # A GPU embeds the next block while the caller writes this one.
+        for wanted, ids, finish in prefetch_one(begun) if embed.device.type == "cuda" else begun:
+            blocks = distributed.gather((ids, finish()[wanted])) or [([], np.empty(0))]
+            all_ids, vectors = zip(*blocks, strict=True)
+            yield list(itertools.chain(*all_ids)), np.concatenate(vectors)

@@ -2,15 +2,14 @@
 
 Everything in an encoder but attention treats each token on its own, so it runs over all passages'
 tokens at once and nothing is computed on padding. Attention runs over groups of passages: of equal
-length on a CPU, elsewhere of similar length, padded for that one call. Weights and modules are
-those of Transformers' T5.
+length on a CPU, elsewhere of similar length, padded for that one call.
 
-Blocks are called as modules, so hooks, FSDP and activation checkpointing on a block see the packed
-computation; so are all linear layers, so adapters on them apply. If anything that the packed layer
-bypasses was changed, the encoder is called the ordinary way, with padding.
+Blocks and linear layers are called as modules, so hooks, FSDP, activation checkpointing and
+adapters on them apply. If anything that the packed layer bypasses was changed, the encoder is
+called the ordinary way, with padding.
 
 Shapes: R passages, L tokens of a padded passage, P real tokens in total, D model size, H heads, K
-head size; G passages of a group, W tokens of its longest.
+head size; G passages of a group, W tokens of its longest, p its real tokens.
 """
 
 import inspect
@@ -25,6 +24,7 @@ from transformers.models.t5.modeling_t5 import (
     T5Block,
     T5DenseActDense,
     T5DenseGatedActDense,
+    T5ForConditionalGeneration,
     T5LayerFF,
     T5LayerNorm,
     T5LayerSelfAttention,
@@ -38,6 +38,7 @@ from src.runtime.device import full_precision, number_format
 # The largest share of padding in a group, and the fewest tokens for which padding is avoided.
 # A CPU loses more to padding than to extra calls; a GPU the other way round.
 GROUPING = {"cpu": (0.0, 1), "cuda": (0.1, 8192)}
+_FEED_FORWARDS = (T5DenseActDense, T5DenseGatedActDense)
 
 
 class _Group(NamedTuple):
@@ -65,44 +66,43 @@ class PackedBlock(T5Block):
     ) -> tuple[torch.Tensor, Any, Any]:
         """As in T5; or, with `groups`, packed tokens [P, D] -> hidden states [P, D], the groups'
         attention biases (made by the first block, then passed on), and None."""
+        dense = getattr(self.layer[-1], "DenseReluDense", None)
+        if original_class(dense) is T5DenseActDense and type(dense.act) is nn.ReLU:
+            # It may overwrite its input, unless something is attached to the layer that made it.
+            dense.act.inplace = is_plain(dense.wi, nn.Linear)
         if groups is None:
             return super().forward(hidden_states, *args, **kwargs)
         return _packed_layer(self, hidden_states, groups, biases)
 
 
-class OutputLinear(nn.Linear):
-    """The last linear layer of T5's feed-forward, `wo`. Its outputs exceed 65,504, the largest
-    number in fp16, so under fp16 autocast it computes in float32."""
+class WideLinear(nn.Linear):
+    """A linear layer that computes in float32 where autocast's format is not enough: `wo`, whose
+    outputs exceed 65,504, the largest number in fp16; and the head, whose largest logit decides."""
 
     stands_for = nn.Linear
+    is_head = False
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.weight.dtype != torch.float32 or number_format(self.weight) != torch.float16:
+        is_wide = number_format(self.weight) == torch.float16 or (
+            self.is_head and not self.training
+        )
+        if self.weight.dtype != torch.float32 or not is_wide:
             return super().forward(hidden)
         with full_precision(hidden.device):
             return linear(hidden.float(), self.weight, self.bias)
 
 
-def prepare(t5: nn.Module) -> list[nn.Module]:
-    """Let a T5's encoder blocks accept packed passages, and its `wo` layers run in fp16; returns
-    the feed-forward modules with ReLU, for `choose_inplace`."""
-    with_relu = []
+def prepare(t5: T5ForConditionalGeneration) -> None:
+    """Let a T5's encoder accept packed passages, and its `wo` layers and head compute in float32
+    where they must."""
     for block in t5.encoder.block:
         if type(block) is T5Block:
             block.__class__ = PackedBlock
-    for module in t5.modules():
-        if isinstance(module, (T5DenseActDense, T5DenseGatedActDense)):
-            if type(module.wo) is nn.Linear:
-                module.wo.__class__ = OutputLinear
-            if type(module.act) is nn.ReLU:
-                with_relu.append(module)
-    return with_relu
-
-
-def choose_inplace(with_relu: list[nn.Module]) -> None:
-    """Let ReLU overwrite its input, unless something was attached to the layer that made it."""
-    for module in with_relu:
-        module.act.inplace = is_plain(module.wi, nn.Linear)
+    wide = [module.wo for module in t5.modules() if isinstance(module, _FEED_FORWARDS)]
+    for layer in (*wide, t5.lm_head):
+        if type(layer) is nn.Linear:
+            layer.__class__ = WideLinear
+            layer.is_head = layer is t5.lm_head
 
 
 def changed_part(encoder: nn.Module) -> str | None:
@@ -133,21 +133,15 @@ def _is_packable(block: nn.Module) -> bool:
         is_plain(own, T5LayerSelfAttention)
         and is_plain(own.SelfAttention, T5Attention)
         and is_plain(feed_forward, T5LayerFF)
-        and original_class(feed_forward.DenseReluDense) in (T5DenseActDense, T5DenseGatedActDense)
+        and original_class(feed_forward.DenseReluDense) in _FEED_FORWARDS
     )
 
 
 def encode_packed(
     encoder: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, is_packable: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode passages, each on its own.
-
-    Args:
-        encoder: a T5's.
-        input_ids, attention_mask: [R, L], each passage's real tokens first.
-        is_packable: false if the encoder has to be called the ordinary way.
-    Returns: the hidden states of the real tokens [P, D], and each one's index in [R * L].
-    """
+    """Encode passages [R, L], real tokens first, each on its own; the ordinary way if not
+    `is_packable`. Returns the real tokens' hidden states [P, D] and indices in [R * L]."""
     order, lengths = longest_first(attention_mask)
     lengths = lengths[: len(lengths) - lengths.count(0)]  # missing passages
     rows = order[: len(lengths)]
@@ -163,36 +157,35 @@ def encode_packed(
     hidden = encoder.dropout(encoder.embed_tokens(input_ids.flatten()[positions]))
     for block in encoder.block:
         hidden, biases, _ = block(hidden, groups=groups, biases=biases)
-    return encoder.dropout(normalize(encoder.final_layer_norm, hidden)), positions
+    return encoder.dropout(_normalize(encoder.final_layer_norm, hidden)), positions
 
 
 def parts_to_compile(encoder: nn.Module) -> list[nn.Module]:
-    """The modules of an encoder that gain by being compiled: those of several steps, token by
-    token."""
+    """The modules that gain by being compiled: several steps on each token."""
     return [block.layer[-1].DenseReluDense for block in encoder.block]
 
 
-def normalize(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """T5's layer norm, in one kernel on a GPU instead of six; another kind of norm is called."""
+def _normalize(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return fused_norm(norm, hidden) if is_plain(norm, T5LayerNorm) else norm(hidden)
 
 
 def fused_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    # (Some versions of Transformers put apex's norm in the place of T5's.)
+    """T5's layer norm, in one kernel on a GPU instead of six."""
+    # (Where apex is installed, Transformers uses its norm.)
     eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
     return rms_norm(hidden, hidden.shape[-1:], norm.weight, eps)
 
 
 def _make_groups(lengths: list[int], device: torch.device) -> list[_Group]:
-    """Groups of passages of these lengths, longest first."""
+    """Groups of passages of these lengths, given longest first."""
     groups = []
     for start, end in length_groups(lengths, *GROUPING[device.type]):
-        own, width, real, positions = lengths[start:end], lengths[start], None, None
-        if own[-1] != width:
-            real = torch.arange(width) < torch.tensor(own)[:, None]
+        own, W, real, positions = lengths[start:end], lengths[start], None, None
+        if own[-1] != W:
+            real = torch.arange(W) < torch.tensor(own)[:, None]
             positions = real.flatten().nonzero()[:, 0].to(device)
             real = real.to(device)
-        groups.append(_Group((end - start, width), sum(own), real, positions))
+        groups.append(_Group((end - start, W), sum(own), real, positions))
     return groups
 
 
@@ -213,17 +206,13 @@ def _make_biases(attention: nn.Module, groups: list[_Group]) -> list[torch.Tenso
 
 
 def _packed_layer(
-    block: nn.Module,
-    hidden: torch.Tensor,
-    groups: list[_Group],
-    biases: list[torch.Tensor] | None,
+    block: nn.Module, hidden: torch.Tensor, groups: list[_Group], biases: list[torch.Tensor] | None
 ) -> tuple[torch.Tensor, list[torch.Tensor], None]:
-    """One layer of the encoder over packed tokens, [P, D] -> [P, D]."""
     own, feed_forward = block.layer
     attention = own.SelfAttention
     if biases is None:
         biases = _make_biases(attention, groups)
-    normed = normalize(own.layer_norm, hidden)
+    normed = _normalize(own.layer_norm, hidden)
     sizes = [group.n_tokens for group in groups]
     states = [project(normed).split(sizes) for project in (attention.q, attention.k, attention.v)]
     mixed = [
@@ -231,19 +220,14 @@ def _packed_layer(
         for group, bias, *parts in zip(groups, biases, *states, strict=True)
     ]
     hidden = hidden + own.dropout(attention.o(torch.cat(mixed)))
-    normed = normalize(feed_forward.layer_norm, hidden)
+    normed = _normalize(feed_forward.layer_norm, hidden)
     return hidden + feed_forward.dropout(feed_forward.DenseReluDense(normed)), biases, None
 
 
 def _attend(
-    attention: nn.Module,
-    group: _Group,
-    bias: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    attention: nn.Module, group: _Group, bias: torch.Tensor, *states: torch.Tensor
 ) -> torch.Tensor:
-    """Attention within each passage of a group, [p, H * K] -> [p, H * K]."""
+    """Attention within each passage of a group: query, key, value [p, H * K] -> [p, H * K]."""
     G, W = group.shape
     dropout = attention.dropout if attention.training else 0.0
 
@@ -255,7 +239,7 @@ def _attend(
         return tokens.view(G, W, attention.n_heads, -1).transpose(1, 2)
 
     mixed = scaled_dot_product_attention(
-        heads(query), heads(key), heads(value), bias, dropout, scale=attention.scaling
+        *map(heads, states), bias, dropout, scale=attention.scaling
     )
     mixed = mixed.transpose(1, 2).reshape(G * W, -1)
     return mixed if group.positions is None else mixed.index_select(0, group.positions)

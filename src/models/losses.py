@@ -62,8 +62,8 @@ def kl_divergence(
     present: torch.Tensor,
     negatives: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """How far the retriever's distribution over passages is from the reader's (Izacard and Grave,
-    2021, https://arxiv.org/abs/2012.04584, section 3.3).
+    """The divergence of the retriever's distribution over passages from the reader's (Izacard and
+    Grave, 2021, https://arxiv.org/abs/2012.04584, section 3.3), averaged over all passages.
 
     Args:
         scores: the retriever's similarities [B, N].
@@ -71,9 +71,6 @@ def kl_divergence(
         present: [B, N], false where a question has no such passage; it is not counted.
         negatives: similarities [B, M] to other questions' passages, -inf for those not to count;
             their target is 0. An addition to the paper.
-
-    Returns: the divergence averaged over the present passages of all questions; 0 if there are
-    none.
     """
     gold = gold_scores.float().masked_fill(~present, -torch.inf).softmax(dim=1)
     gold = gold.masked_fill(~present, 0.0)  # also where a question has no passages at all
@@ -116,16 +113,14 @@ def _pad_rows(rows: torch.Tensor, n: int) -> torch.Tensor:
 def in_batch_negatives(
     questions: torch.Tensor, passages: torch.Tensor, keys: torch.Tensor, present: torch.Tensor
 ) -> torch.Tensor:
-    """Similarities of each question to the passages of the other questions of the batch, including
-    the other processes' parts of it. (Every process has to call it.)
+    """Similarities [B, M] of each question to the passages of all questions of the batch, in all
+    processes (which all have to call it); -inf where a passage is not a negative.
 
     Args:
         questions, passages: embeddings [B, D] and [B, N, D].
         keys: [B, N], equal numbers for equal passages; a question's own passages are not its
             negatives, wherever in the batch they occur.
         present: [B, N].
-
-    Returns: [B, M], -inf where a passage is not a negative.
     """
     flat, flat_keys = passages.flatten(0, 1), keys.flatten()
     counts = present.flatten()

@@ -1,15 +1,16 @@
-"""Models and tokenizers by folder or hub name: config, weights, tokenizer, with errors that help.
+"""Models and tokenizers by folder or hub name: config, weights, tokenizer; errors in one line.
 
-Nothing here unpickles freely: weights are safetensors, or `.bin` files read with weights_only.
+Code in a model folder never runs: weights are safetensors, or `.bin` files read with weights_only.
 """
 
 import contextlib
 import hashlib
+import json
 import pickle
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from src.runtime.errors import InputError, first_line
+from src.runtime.errors import InputError, first_line, shorten
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -47,20 +48,19 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "
 
 
 def quiet_transformers() -> None:
-    """No progress bars of Transformers' own in a log file, and no advice that is not an error."""
+    """No progress bars of Transformers in a log file, and no advice."""
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
 
 
 def hide_bars() -> None:
-    """From now on no bars of Transformers' own, which come with each checkpoint that is saved."""
+    """From now on no progress bars of Transformers, which shows one for each saved checkpoint."""
     transformers.utils.logging.disable_progress_bar()
 
 
 def load_config(path: str, model_type: str, *others: str) -> PreTrainedConfig:
-    """The config of the wanted kind, or one of some others, at a hub name, in a folder, or in a
-    JSON file."""
+    """The config of a model of one of these types: by hub name, folder, or JSON file."""
     _check_path(path)
     with _reporting(path, "no model config can be read there", "give a model's folder or hub name"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -79,15 +79,19 @@ def load_config(path: str, model_type: str, *others: str) -> PreTrainedConfig:
 
 
 def build(model_class: Callable[[Config], Model], path: str, config: Config) -> Model:
-    """A model with fresh weights, of the shape that the config read from `path` says."""
-    with _reporting(path, "no model can be built by this config", "mend its numbers"):
+    """A model with fresh weights, in the shape of the config read from `path`."""
+    with _reporting(path, "no model can be built by this config", "fix its values"):
         return model_class(config)
 
 
 def from_pretrained(
     model_class: type[Model], path: str, config: PreTrainedConfig, **kwargs: Any
 ) -> Model:
-    """A model in float32 with every one of its weights read from `path`."""
+    """A model in float32 with every one of its weights read from `path`.
+
+    Errors: `InputError` if weights are missing, or have other shapes than in the config.
+    """
+    _check_index(path)
     with _reporting(path, "the model's weights cannot be read", _COPY):
         try:
             model, report = model_class.from_pretrained(
@@ -103,34 +107,32 @@ def from_pretrained(
             raise InputError(
                 f"{path}: the weights have other shapes than its config.json says; {_SAVED_WITH}"
             ) from None
-    check_shapes(path, sorted(report["missing_keys"]), sorted(report["mismatched_keys"]))
-    return model
-
-
-def check_shapes(
-    path: str,
-    missing: Sequence[str],
-    mismatched: Sequence[tuple[str, Sequence[int], Sequence[int]]],
-) -> None:
-    """Errors: `InputError` when weights lack tensors that the config asks for, or have them in
-    another shape: (name, shape of the weights, shape by the config)."""
-    if mismatched:
-        name, found, wanted = mismatched[0]
+    for name, found, wanted in sorted(report["mismatched_keys"]):
         raise InputError(
             f"{path}: by its config.json {name} is {list(wanted)}, but in the weights it is "
             f"{list(found)}; {_SAVED_WITH}"
         )
-    if missing:
+    if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"{path}: the weights lack {len(missing)} tensors, such as {missing[0]}; {_SAVED_WITH}"
         )
+    return model
+
+
+def _check_index(path: str) -> None:
+    """Errors: `InputError` when weights in several files are not all in the model's folder."""
+    for index in Path(path).glob("*.index.json"):
+        with _reporting(str(index), "not an index of weights", _COPY):
+            for file in set(json.loads(index.read_text())["weight_map"].values()):
+                if Path(file).name != file:
+                    raise ValueError(f"{shorten(file)} is outside its folder")
 
 
 def load_tokenizer(
     path: str, fallback: str, option: str = "--tokenizer"
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder when it has one, else that of `fallback`, a folder or hub
-    name (the value of the option, or the base model)."""
+    """The tokenizer in a model's folder if it has one, else that of `fallback`, a folder or hub
+    name (the option's value, or the base model)."""
     folder = Path(path)
     own = not folder.exists() or any((folder / name).exists() for name in _TOKENIZER_FILES)
     source = path if own else fallback
@@ -138,7 +140,7 @@ def load_tokenizer(
     files = {path.name for path in Path(source).glob("*")}
     bare = "vocab.txt" in files and not files & {"tokenizer.json", "tokenizer_config.json"}
     with _reporting(source, "no tokenizer can be read there", f"give one with {option}"):
-        # A vocabulary alone, as BERT's of its time came, does not say whose it is.
+        # Old BERTs come with a vocabulary alone, which does not name its class.
         loader = BertTokenizer if bare else AutoTokenizer
         tokenizer = loader.from_pretrained(source, trust_remote_code=False)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -163,8 +165,8 @@ class SentencePieces:
         self._split = re.compile("(" + "|".join(map(re.escape, special)) + ")")
 
     def encode(self, text: str) -> list[int]:
-        """Ids without an end-of-sequence token of its own; special tokens in the text are read as
-        such, without the spaces around them."""
+        """Ids without a final end-of-sequence token. Special tokens in the text are recognised,
+        and the spaces around them dropped."""
         parts = self._split.split(text)  # odd ones are special tokens
         ids = []
         for i, part in enumerate(parts):
@@ -178,8 +180,8 @@ class SentencePieces:
 
 
 def _load_pieces(tokenizer: PreTrainedTokenizerBase) -> SentencePieces | None:
-    """None unless it is a T5's tokenizer with a `spiece.model` of the same vocabulary: where a
-    folder's tokenizer.json has another one, that is what Transformers uses."""
+    """None unless it is a T5's tokenizer with a `spiece.model` of the same vocabulary: if the
+    folder's tokenizer.json has another one, Transformers uses that."""
     file = getattr(tokenizer, "vocab_file", None)
     if not isinstance(tokenizer, T5Tokenizer) or not file or not file.endswith(".model"):
         return None
@@ -199,9 +201,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
 
 
 def decode_answers(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor) -> list[str]:
-    """Token ids [B, T] -> texts without special tokens, and without the spaces that tokens have
-    before punctuation and contractions ("Bob 's"): transformers 3.0.2 always removed them. A false
-    `tokenizer.clean_up_tokenization_spaces` keeps them."""
+    """Token ids [B, T] -> texts without special tokens and, unless the tokenizer's
+    `clean_up_tokenization_spaces` is false, without spaces before punctuation and contractions
+    ("Bob 's"), as transformers 3.0.2 decoded."""
     texts = tokenizer.batch_decode(
         tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -214,8 +216,8 @@ def decode_answers(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor) -> 
 def check_vocabulary(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, option: str = "--tokenizer"
 ) -> None:
-    """A tokenizer that knows more tokens than the model has embeddings belongs to another model,
-    and without a token for padding, or a T5's for the end of an answer, there are no batches."""
+    """Errors: `InputError` if the tokenizer has more tokens than the model, so is another model's,
+    or lacks the tokens for padding or (for a T5) the end of an answer."""
     for token in ["pad_token", "eos_token"] if config.model_type == "t5" else ["pad_token"]:
         if getattr(tokenizer, f"{token}_id") is None:
             raise InputError(
@@ -231,7 +233,7 @@ def check_vocabulary(
 
 
 def digest(model: nn.Module, settings: Iterable[str] = ()) -> str:
-    """A short text that two models share exactly when their weights and settings are equal."""
+    """A short text, equal for two models if and only if their weights and settings are."""
     found = hashlib.blake2b(digest_size=16)
     for setting in settings:
         found.update(f"{setting}\n".encode())
@@ -241,60 +243,51 @@ def digest(model: nn.Module, settings: Iterable[str] = ()) -> str:
     return found.hexdigest()
 
 
-def read_bin(path: str) -> dict[str, Any] | None:
-    """The tensors of a folder's `pytorch_model.bin`; None when it has none, or has safetensors."""
-    file = Path(path) / "pytorch_model.bin"
-    if not file.exists() or (Path(path) / "model.safetensors").exists():
-        return None
-    with _reporting(str(file), "not a file of weights", _COPY):
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-        if not isinstance(weights, dict):
-            raise ValueError(f"it holds a {type(weights).__name__}")
-        strange = [key for key, value in weights.items() if not isinstance(value, torch.Tensor)]
-        if strange:
-            raise ValueError(f"its {strange[0]} is no tensor")
-    return weights
-
-
-def read_tensor(path: str, key: str) -> torch.Tensor | None:
-    """One tensor, in float32, of the weights at a folder or hub name; None when not among them."""
-    weights = read_bin(path)
-    if weights is not None:
-        tensor = weights.get(key)
-        return None if tensor is None else tensor.float()
-    file = cached_file(path, "model.safetensors", _raise_exceptions_for_missing_entries=False)
+def read_tensors(path: str, *keys: str) -> list[torch.Tensor | None]:
+    """Some tensors, in float32, of the weights at a folder or hub name; None if not among them."""
+    files = (
+        cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        for name in ("model.safetensors", "pytorch_model.bin")
+    )
+    file = next((file for file in files if file), None)
     if file is None:
-        return None
+        return [None] * len(keys)
+    if file.endswith(".bin"):
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+        return [weights[key].float() if key in weights else None for key in keys]
     with safe_open(file, framework="pt") as stored:
-        return stored.get_tensor(key).float() if key in list(stored.keys()) else None
+        names = set(stored.keys())
+        return [stored.get_tensor(key).float() if key in names else None for key in keys]
 
 
 def _check_path(path: str, needs_config: bool = True) -> None:
-    """What can be said about a wrong path without asking the hub."""
-    folder = Path(path)
-    if folder.is_dir():
-        if needs_config and not (folder / "config.json").exists():
-            raise InputError(f"{path}: no config.json in this folder; give the folder of a model")
-        if needs_config and (folder / "adapter_config.json").exists():
-            raise InputError(
-                f"{path}: holds an adapter (adapter_config.json), which would be ignored; merge it "
-                "into its model and give the merged model's folder"
+    """Report a wrong path without asking the hub."""
+    folder, problem = Path(path), None
+    if folder.is_dir() and needs_config:
+        if not (folder / "config.json").exists():
+            problem = "no config.json in this folder; give the folder of a model"
+        elif (folder / "adapter_config.json").exists():
+            problem = (
+                "holds an adapter (adapter_config.json); merge it into its model and give that"
             )
     elif not folder.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise InputError(f"{path}: there is no such file or folder; check the path")
-        _ask_hub(path)
+            problem = "there is no such file or folder; check the path"
+        else:
+            _ask_hub(path)
+    if problem:
+        raise InputError(f"{path}: {problem}")
 
 
 def _ask_hub(name: str) -> None:
-    """Where the hub cannot be reached, say so at once: Transformers tries for half a minute."""
+    """Report at once that the hub cannot be reached: Transformers tries for half a minute."""
     try:
         kept = [try_to_load_from_cache(name, file) for file in ("config.json", *_TOKENIZER_FILES)]
         if not is_offline_mode() and not any(isinstance(path, str) for path in kept):
             get_hf_file_metadata(hf_hub_url(name, "config.json"))
     except HfHubHTTPError:
-        pass  # it answers that there is no such model, or another problem: Transformers explains
-    except Exception as error:  # of the HTTP library, whichever it is; or of an impossible name
+        pass  # the hub has no such model, or another problem: Transformers explains
+    except Exception as error:  # of the HTTP library, or of an impossible name
         raise InputError(
             f"{name}: there is no such folder, and the hub cannot be asked for a model of this "
             f"name ({first_line(error)}); give a model's folder"
@@ -303,26 +296,24 @@ def _ask_hub(name: str) -> None:
 
 @contextlib.contextmanager
 def _reporting(path: str, what: str, cure: str):
-    """Turn whatever a library raises for a broken or missing file into one line.
+    """Turn any exception of a library about a broken or missing file into one line.
 
-    Transformers loads some things by names in a folder's JSON files, without handing on
-    `trust_remote_code=False`; there it would ask on stdin whether to run the folder's code. With
-    no time for an answer it refuses.
+    Transformers loads some things by names in a folder's JSON files without passing on
+    `trust_remote_code=False`, and asks on stdin whether to run the folder's code. With no time for
+    an answer, it refuses.
     """
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # what is wrong is said by the one line
+            warnings.simplefilter("ignore", UserWarning)
             yield
     except InputError:
         raise
-    except pickle.UnpicklingError as error:  # torch.load advises to run whatever is in the file
-        problem = f"{path}: {what} (refused: more than tensors in it, or damaged); {cure}"
-        raise InputError(problem) from error
     except Exception as error:  # hub, safetensors, torch.load and tokenizers each have their own
-        if "trust_remote_code" in str(error):
-            raise InputError(
-                f"{path}: it needs Python code of its own (auto_map), which is never run here; "
-                "give a T5 or BERT that Transformers reads without it"
-            ) from error
-        raise InputError(f"{path}: {what} ({first_line(error, 200)}); {cure}") from error
+        why = first_line(error, 200)
+        if isinstance(error, pickle.UnpicklingError):  # torch.load advises to run the file's code
+            why = "refused: more than tensors in it, or damaged"
+        elif "trust_remote_code" in str(error):
+            what = "it needs Python code of its own, which is never run here"
+            why, cure = "auto_map", "give a T5 or BERT that Transformers reads without it"
+        raise InputError(f"{path}: {what} ({why}); {cure}") from error

@@ -12,6 +12,7 @@ question's passages (as many as the longest of the batch has), T tokens of an an
 H heads, K head size.
 """
 
+import argparse
 import dataclasses
 import functools
 import logging
@@ -26,25 +27,29 @@ from transformers import PreTrainedTokenizerBase, T5Config, T5ForConditionalGene
 from transformers.modeling_outputs import BaseModelOutput
 
 from src.models.decoder import Encoded, GreedyDecoder, TransformersDecoder
-from src.models.encoder import changed_part, choose_inplace, encode_packed, prepare
+from src.models.encoder import changed_part, encode_packed, parts_to_compile, prepare
 from src.models.plain import changed_decoder_part
 from src.models.pretrained import (
     build,
-    check_shapes,
+    check_vocabulary,
     decode_answers,
     from_pretrained,
     load_config,
-    read_bin,
-    read_tensor,
+    load_tokenizer,
+    quiet_transformers,
+    read_tensors,
 )
 from src.models.scores import passage_means, passage_scores
-from src.runtime.device import autocast, number_format
+from src.runtime.device import autocast, compile_layers, number_format
 from src.runtime.errors import InputError
+from src.runtime.terminal import say
 
 # T5 under transformers 3.0.2 added a table of relative positions to the decoder's cross-attention.
 # Published and legacy readers were trained with it; today's T5 drops it without a message.
 POSITION_TABLE_KEY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-_LEGACY_ENCODER = "encoder.encoder."  # prefix of the encoder's keys in the reference's checkpoints
+# The reference's checkpoints wrap the encoder twice: this key, and how keys map to T5's.
+_LEGACY_KEY = "encoder.encoder.final_layer_norm.weight"
+_LEGACY_NAMES = {r"^encoder\.encoder\.": "encoder.", r"\.module\.layer\.": ".layer."}
 
 
 class CrossAttentionPositions(nn.Module):
@@ -81,20 +86,25 @@ class FiDT5(nn.Module):
     def __init__(self, t5: T5ForConditionalGeneration, position_table: torch.Tensor | None = None):
         super().__init__()
         self.t5 = t5
-        self._with_relu = prepare(t5)
+        prepare(t5)
         self._warned: set[str] = set()
         self.positions: CrossAttentionPositions | None = None
         self._key_positions: torch.Tensor | None = None  # [B, S] of the passages encoded last
         if position_table is not None:
             self.positions = CrossAttentionPositions(t5.config)
             self.positions.table.weight.data.copy_(position_table)
-            # T5 itself passes the first block's bias on to all others.
-            first_cross_attention = t5.decoder.block[0].layer[1]
-            first_cross_attention.register_forward_pre_hook(self._add_positions, with_kwargs=True)
+        self._attach_positions()
 
     @property
     def config(self) -> T5Config:
         return self.t5.config
+
+    def _attach_positions(self) -> None:
+        """Make T5 use the position table, also in a layer that replaced the one that had it."""
+        first = self.t5.decoder.block[0]  # T5 itself passes its bias on to all other blocks
+        hooks = [hook for module in first.modules() for hook in module._forward_pre_hooks.values()]
+        if self.positions is not None and self._add_positions not in hooks:
+            first.layer[1].register_forward_pre_hook(self._add_positions, with_kwargs=True)
 
     def _add_positions(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         queries, keys = args[0], kwargs["key_value_states"]
@@ -120,7 +130,7 @@ class FiDT5(nn.Module):
         """Passages [B, N, L], their real tokens first, and the mask of these -> `Encoded`."""
         B, N, L = input_ids.shape
         ids, mask = input_ids.flatten(0, 1), attention_mask.flatten(0, 1)
-        choose_inplace(self._with_relu)
+        self._attach_positions()
         changed = changed_part(self.t5.encoder)
         if changed is not None:
             self._warn_once(changed, "the encoder runs with padding, which is slower")
@@ -147,9 +157,9 @@ class FiDT5(nn.Module):
         """Passages [B, N, L], mask [B, N, L], labels [B, T] (-100: not counted) -> the mean
         cross-entropy over the labels' tokens, and the logits [B, T, vocabulary]. (`generate` goes
         through here as well, because FSDP gathers weights when a module is called.)"""
-        if generation is not None:
-            return self._generate(input_ids, attention_mask, *generation)
         encoded = self.encode(input_ids, attention_mask)
+        if generation is not None:
+            return self._generate(encoded, attention_mask, *generation)
         output = self.t5(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
             attention_mask=encoded.mask,
@@ -165,6 +175,7 @@ class FiDT5(nn.Module):
         number format; or Transformers' if something in the T5's decoder was changed, which only
         calling its modules respects. "transformers" is always the latter.
         """
+        self._attach_positions()
         if kind == "fast":
             changed = changed_decoder_part(self.t5, self._add_positions)
             if changed is None:
@@ -173,25 +184,11 @@ class FiDT5(nn.Module):
             self._warn_once(changed, "answers come from Transformers' generate, which is slower")
         return TransformersDecoder(self.t5)
 
-    def generate(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        max_length: int = 50,
-        num_beams: int = 1,
-        decoder: GreedyDecoder | TransformersDecoder | None = None,
-    ) -> torch.Tensor:
-        """Passages [B, N, L] -> answers' token ids [B, at most `max_length`], the start token
-        included, greedily or by beam search.
+    def generate(self, *passages: torch.Tensor, **options: Any) -> torch.Tensor:
+        """The first of what `generate_with_scores` returns, which also has the arguments."""
+        return self.generate_with_scores(*passages, score=None, **options)[0]
 
-        Args: decoder: what `decoder()` returned; None makes one for this batch alone.
-        Errors: `InputError` if logits are not finite.
-        """
-        generation = max_length, num_beams, decoder, None
-        tokens, _, finite = self(input_ids, attention_mask, generation=generation)
-        check_finite(finite, range(len(finite)))
-        return tokens
-
+    @torch.no_grad()
     def generate_with_scores(
         self,
         input_ids: torch.Tensor,
@@ -199,26 +196,39 @@ class FiDT5(nn.Module):
         max_length: int = 50,
         num_beams: int = 1,
         decoder: GreedyDecoder | TransformersDecoder | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `generate` returns, and the passages' scores [B, N] (see `passage_scores`)."""
-        generation = max_length, num_beams, decoder, "attention"
+        score: str | None = "attention",
+        names: Sequence[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Passages [B, N, L] -> answers' token ids [B, at most `max_length`], the start token
+        included, greedily or by beam search; and the passages' scores [B, N].
+
+        Args:
+            decoder: what `decoder()` returned; None makes one for this batch alone.
+            score: a name in `SCORES`; None: return None instead of scores.
+            names: of the questions, for errors.
+        Errors: `InputError` for the first question with a logit or score that is not finite.
+        """
+        generation = max_length, num_beams, decoder, score
         tokens, scores, finite = self(input_ids, attention_mask, generation=generation)
-        check_finite(finite, range(len(finite)))
+        if not finite.all():
+            index = finite.tolist().index(False)
+            name = names[index] if names else f"example {index} (the first is 0)"
+            raise InputError(
+                f"{name}: the reader's logits or passage scores are inf or nan; use --precision "
+                "bf16 or fp32, or another model if that does not help"
+            )
         return tokens, scores
 
-    @torch.no_grad()
     def _generate(
         self,
-        input_ids: torch.Tensor,
+        encoded: Encoded,
         attention_mask: torch.Tensor,
         max_length: int,
         num_beams: int,
         decoder: GreedyDecoder | TransformersDecoder | None,
         score: str | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Token ids, the passages' scores of this name in `SCORES` (or None), and a flag [B] per
-        question: false if a logit or score is not finite."""
-        encoded = self.encode(input_ids, attention_mask)
+        """Token ids, scores, and a flag [B]: whether a question's logits and scores are finite."""
         decoder = decoder or self.decoder()
         if num_beams > 1 or isinstance(decoder, TransformersDecoder):
             decoded = TransformersDecoder(self.t5).decode(encoded, max_length, num_beams)
@@ -241,7 +251,7 @@ class FiDT5(nn.Module):
         if self.positions is not None:
             weights[POSITION_TABLE_KEY] = self.positions.table.weight
         self.config.fid_position_table = self.positions is not None
-        self.t5.save_pretrained(folder, state_dict=weights)
+        self.t5.save_pretrained(folder, state_dict=weights, save_original_format=False)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -280,17 +290,18 @@ def answer_questions(
     """
     was_training = reader.training
     reader.eval()
-    score = "attention" if with_scores else None
+    score, file = "attention" if with_scores else None, f"{source}: " if source else ""
     try:
         with autocast(device, precision):
             laid_out = reader.decoder(decoder)
         for batch in batches:
             ids = batch["input_ids"].to(device, non_blocking=True)
             mask = batch["attention_mask"].to(device, non_blocking=True)
+            names = [f"{file}example {index} (the first is 0)" for index in batch["index"]]
             with autocast(device, precision):
-                generation = max_length, num_beams, laid_out, score
-                tokens, scores, finite = reader(ids, mask, generation=generation)
-            check_finite(finite, batch["index"], source)
+                tokens, scores = reader.generate_with_scores(
+                    ids, mask, max_length, num_beams, laid_out, score, names
+                )
             rows = scores.tolist() if with_scores else [None] * len(tokens)
             counts = batch["attention_mask"].any(dim=2).sum(dim=1).tolist()
             texts = decode_answers(tokenizer, tokens)
@@ -300,17 +311,6 @@ def answer_questions(
             ]
     finally:
         reader.train(was_training)
-
-
-def check_finite(finite: torch.Tensor, indices: Sequence[int], source: str | None = None) -> None:
-    """Raise an `InputError` for the first question whose flag [B] is false."""
-    if not finite.all():
-        index = indices[finite.tolist().index(False)]
-        where = f"{source}: " if source else ""
-        raise InputError(
-            f"{where}example {index} (the first is 0): the reader's logits or passage scores are "
-            "inf or nan; use --precision bf16 or fp32, or another model if that does not help"
-        )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -329,29 +329,15 @@ def load_reader(path: str, dropout: float | None = None, use_position_table: boo
     Errors: `InputError` when there is no such model, or it is not a T5.
     """
     config = _reader_config(path, dropout)
-    legacy = _legacy_weights(path)
-    table = None
-    if legacy:
-        t5 = build(T5ForConditionalGeneration, path, config)
-        wanted = {key: value.shape for key, value in t5.state_dict().items()}
-        mismatched = [
-            (key, legacy[key].shape, shape)
-            for key, shape in sorted(wanted.items())
-            if key in legacy and legacy[key].shape != shape
-        ]
-        check_shapes(path, sorted(set(wanted) - set(legacy)), mismatched)
-        table = legacy.pop(POSITION_TABLE_KEY, None)
-        t5.load_state_dict({key: legacy[key] for key in t5.state_dict()})
-    else:
-        t5 = from_pretrained(T5ForConditionalGeneration, path, config)
-        if use_position_table or getattr(config, "fid_position_table", False):
-            table = read_tensor(path, POSITION_TABLE_KEY)
-            if table is None:
-                raise InputError(
-                    f"{path}: its weights hold no cross-attention position table "
-                    f"({POSITION_TABLE_KEY}); leave out --legacy_position_table"
-                )
-    return FiDT5(t5, table)
+    t5 = from_pretrained(T5ForConditionalGeneration, path, config, key_mapping=_LEGACY_NAMES)
+    table, legacy = read_tensors(path, POSITION_TABLE_KEY, _LEGACY_KEY)
+    use_position_table |= getattr(config, "fid_position_table", False)
+    if use_position_table and table is None:
+        raise InputError(
+            f"{path}: its weights hold no cross-attention position table ({POSITION_TABLE_KEY}); "
+            "leave out --legacy_position_table"
+        )
+    return FiDT5(t5, table if use_position_table or legacy is not None else None)
 
 
 def new_reader(config_file: str, dropout: float | None = None) -> FiDT5:
@@ -359,8 +345,8 @@ def new_reader(config_file: str, dropout: float | None = None) -> FiDT5:
     config = _reader_config(config_file, dropout)
     t5 = build(T5ForConditionalGeneration, config_file, config)
     if not config.scale_decoder_outputs:
-        # So Transformers remembers tie_word_embeddings: false (T5 v1.1, Flan-T5, ByT5), of which
-        # it makes nothing else. Weights that it loads may differ; fresh ones it ties all the same.
+        # tie_word_embeddings is false (T5 v1.1, Flan-T5, ByT5), but Transformers ties fresh weights
+        # all the same, and would save them as tied.
         head = torch.empty_like(t5.shared.weight).normal_(std=config.initializer_factor)
         t5.lm_head.weight = nn.Parameter(head)
     return FiDT5(t5)
@@ -375,14 +361,36 @@ def _reader_config(path: str, dropout: float | None) -> T5Config:
     return config
 
 
-def _legacy_weights(path: str) -> dict[str, torch.Tensor] | None:
-    """The weights of a reference checkpoint under T5's keys, or None if this is not one."""
-    weights = read_bin(path)
-    if weights is None or not any(key.startswith(_LEGACY_ENCODER) for key in weights):
-        return None
-    renamed = {}
-    for key, value in weights.items():
-        if key.startswith(_LEGACY_ENCODER):
-            key = key.replace(_LEGACY_ENCODER, "encoder.").replace(".module.layer.", ".layer.")
-        renamed[key] = value.float()
-    return renamed
+def open_reader(
+    options: argparse.Namespace,
+    device: torch.device,
+    log: logging.Logger,
+    newest: Path | None = None,
+) -> tuple[FiDT5, PreTrainedTokenizerBase]:
+    """The reader that the options of a script name, on its device, and its tokenizer.
+
+    Args: newest: the checkpoint to resume training from, which goes before what options name.
+    """
+    quiet_transformers()
+    base = f"t5-{options.model_size}"
+    path = options.model_path if options.model_path != "none" else base
+    fallback = options.tokenizer if options.tokenizer != "none" else base
+    values = vars(options)  # the options of training are missing in a test
+    dropout, shape = values.get("dropout"), values.get("model_config", "none")
+    if newest is None and shape != "none":
+        source, path = f"fresh weights of the shape in {shape}", fallback
+        reader = new_reader(shape, dropout)
+    else:
+        source = path = str(newest or path)
+        table = newest is None and values.get("legacy_position_table", False)
+        reader = load_reader(path, dropout, table)
+    tokenizer = load_tokenizer(path, fallback)
+    check_vocabulary(reader.config, tokenizer)
+    tokenizer.clean_up_tokenization_spaces = not options.no_clean_up
+    if options.compile:
+        compile_layers(parts_to_compile(reader.t5.encoder))
+    if values.get("use_checkpoint"):
+        reader.checkpoint_encoder()
+    size = sum(p.numel() for p in reader.parameters()) / 1e6
+    say(log, "model", "%.1fM parameters, from %s", size, source)
+    return reader.to(device), tokenizer

@@ -17,10 +17,19 @@ from transformers import (
     BertModel,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from src.models.lengths import MIN_TOKENS, length_groups, longest_first
-from src.models.pretrained import build, digest, from_pretrained, load_config
+from src.models.pretrained import (
+    build,
+    check_vocabulary,
+    digest,
+    from_pretrained,
+    load_config,
+    load_tokenizer,
+    quiet_transformers,
+)
 from src.runtime.device import full_precision
 from src.runtime.errors import InputError, shorten
 
@@ -31,7 +40,7 @@ class RetrieverConfig(BertConfig):
     Args:
         projection: whether a linear layer to `indexing_dimension` and a LayerNorm follow BERT.
         apply_question_mask, apply_passage_mask: whether padding is masked; without it, texts are
-            always padded to their full `*_maxlength`, which every position then has a part in.
+            always padded to `*_maxlength`, and all positions count.
         extract_cls: take the first token's state instead of the mean over tokens.
     """
 
@@ -86,12 +95,15 @@ class Retriever(PreTrainedModel):
         states = output.last_hidden_state
         if self.config.projection:
             states = self.norm(self.proj(states))
+        states = states.float()  # sums of autocast's bf16 would lose digits
         if self.config.extract_cls:
-            return states[:, 0]
-        if not apply_mask:
-            return states.mean(dim=1)
-        states = states.masked_fill(~mask.bool().unsqueeze(2), 0.0)
-        return states.sum(dim=1) / mask.sum(dim=1, keepdim=True)
+            pooled = states[:, 0]
+        elif apply_mask:
+            states = states.masked_fill(~mask.bool().unsqueeze(2), 0.0)
+            pooled = states.sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        else:
+            pooled = states.mean(dim=1)
+        return pooled.to(self.dtype)  # of the weights: half when embedding on a GPU
 
     def forward(
         self,
@@ -128,19 +140,15 @@ def similarities(questions: torch.Tensor, passages: torch.Tensor) -> torch.Tenso
 
 
 def gold_ranks(scores: torch.Tensor, present: torch.Tensor) -> list[list[int]]:
-    """The reader's rank of each passage in the retriever's order, a list a question.
-
-    Args:
-        scores: the retriever's similarities [B, N] to passages in the reader's order.
-        present: [B, N].
-    """
+    """The retriever's similarities [B, N] to passages in the reader's order (those `present`
+    [B, N]) -> for each question, the reader's ranks in the retriever's order."""
     masked = scores.masked_fill(~present, -torch.inf)
     order = masked.argsort(dim=1, descending=True, stable=True).tolist()
     return [ranks[:n] for ranks, n in zip(order, present.sum(dim=1).tolist(), strict=True)]
 
 
 def fingerprint(retriever: Retriever) -> str:
-    """A short text that two retrievers share exactly when they embed everything alike."""
+    """A short text, equal for two retrievers if and only if they embed everything alike."""
     names = sorted(RetrieverConfig.__annotations__)
     return digest(retriever, [f"{name} {getattr(retriever.config, name)}" for name in names])
 
@@ -149,41 +157,53 @@ def fingerprint(retriever: Retriever) -> str:
 # Loading
 
 
+def open_retriever(
+    path: str, tokenizer: str, option: str = "--tokenizer"
+) -> tuple[Retriever, PreTrainedTokenizerBase]:
+    """A retriever with its tokenizer or, if it has none, the one that an option names."""
+    quiet_transformers()
+    retriever = load_retriever(path)
+    fallback = tokenizer if tokenizer != "none" else "bert-base-uncased"
+    own_tokenizer = load_tokenizer(path, fallback, option)
+    check_vocabulary(retriever.config, own_tokenizer, option)
+    return retriever, own_tokenizer
+
+
 def load_retriever(path: str, dropout: float | None = None) -> Retriever:
-    """A retriever from a checkpoint of ours or of the reference, or from any BERT by folder or hub
-    name that has no settings of a retriever (Contriever's, for one): then without projection, mean
-    over real tokens. DPR's question encoder is read too, by its first token."""
-    config = load_config(path, "bert", "dpr")
-    if config.model_type == "dpr":
-        return _load_dpr(path, config, dropout)
-    if not hasattr(config, "indexing_dimension"):
+    """A retriever by folder or hub name: a checkpoint of ours or of the reference; any other BERT
+    (such as Contriever), without projection and by the mean over real tokens; or DPR's question
+    encoder (Karpukhin et al., 2020, section 3), by its first token."""
+    bert = load_config(path, "bert", "dpr")
+    if bert.model_type == "dpr":
+        if bert.architectures != ["DPRQuestionEncoder"] or bert.projection_dim:
+            raise InputError(
+                f"{path}: of DPR's models, only question encoders without a projection can be "
+                f"used, not {shorten(bert.architectures)}; give one, and the passages' embeddings "
+                "as DPR's pickles"
+            )
+        return _around_bert(path, bert, dropout, projection=False, extract_cls=True)
+    if not hasattr(bert, "indexing_dimension"):
         return start_retriever(path, dropout, projection=False)
-    config = RetrieverConfig(**config.to_dict())
-    _set_dropout(config, dropout)
-    return from_pretrained(Retriever, path, config)
+    return from_pretrained(Retriever, path, _retriever_config(bert, dropout))
 
 
-def _load_dpr(path: str, dpr: PreTrainedConfig, dropout: float | None) -> Retriever:
-    """DPR's question encoder (Karpukhin et al., 2020, section 3), to search its own embeddings."""
-    if dpr.architectures != ["DPRQuestionEncoder"] or dpr.projection_dim:
+def start_retriever(path: str, dropout: float | None = None, **settings: Any) -> Retriever:
+    """A retriever around a pretrained BERT, or around fresh weights if `path` is a config file.
+
+    Args: settings: fields of `RetrieverConfig`; masks are applied by default, and without a
+        projection the indexing dimension is BERT's hidden size.
+    """
+    bert = load_config(path, "bert")
+    if hasattr(bert, "indexing_dimension") and not Path(path).is_file():
+        raise InputError(f"{path}: a retriever already, not a BERT; give it with --model_path")
+    retriever = _around_bert(path, bert, dropout, **settings)
+    config = retriever.config
+    longest = max(config.question_maxlength, config.passage_maxlength)
+    if longest > config.max_position_embeddings:
         raise InputError(
-            f"{path}: of DPR's models, question encoders without a projection can be used, not "
-            f"{shorten(dpr.architectures)}; give one, and the passages' embeddings as DPR's pickles"
+            f"{path}: reads at most {config.max_position_embeddings} tokens, not {longest}; "
+            "lower --question_maxlength or --passage_maxlength"
         )
-    shape = {key: value for key, value in dpr.to_dict().items() if key != "model_type"}
-    settings = {"projection": False, "indexing_dimension": dpr.hidden_size, "extract_cls": True}
-    settings |= {"apply_question_mask": True, "apply_passage_mask": True}
-    config = RetrieverConfig(**{**shape, **settings})
-    _set_dropout(config, dropout)
-    retriever = build(Retriever, path, config)
-    bert = from_pretrained(
-        BertModel,
-        path,
-        BertConfig(**shape),
-        add_pooling_layer=False,
-        key_mapping={r"^question_encoder\.bert_model\.": ""},
-    )
-    retriever.model.load_state_dict(bert.state_dict())
     return retriever
 
 
@@ -197,35 +217,34 @@ def check_settings(config: RetrieverConfig, settings: dict[str, Any], path: str)
             )
 
 
-def start_retriever(path: str, dropout: float | None = None, **settings: Any) -> Retriever:
-    """A retriever around a pretrained BERT, or around fresh weights if `path` is a config file.
-
-    Args:
-        settings: fields of `RetrieverConfig`; masks are applied unless they say otherwise, and
-            without a projection the indexing dimension is BERT's hidden size.
-    """
-    config = load_config(path, "bert")
-    if hasattr(config, "indexing_dimension") and not Path(path).is_file():
-        raise InputError(f"{path}: a retriever already, not a BERT; give it with --model_path")
+def _around_bert(
+    path: str, bert: PreTrainedConfig, dropout: float | None, **settings: Any
+) -> Retriever:
+    """A retriever around the BERT at `path`, which has this config; fresh if that is its file."""
     defaults = {"apply_question_mask": True, "apply_passage_mask": True}
     if not settings.get("projection", True):
-        defaults["indexing_dimension"] = config.hidden_size
-    config = RetrieverConfig(**{**config.to_dict(), **defaults, **settings})
-    _set_dropout(config, dropout)
-    retriever = build(Retriever, path, config)
+        defaults["indexing_dimension"] = bert.hidden_size
+    retriever = build(Retriever, path, _retriever_config(bert, dropout, **defaults | settings))
     if not Path(path).is_file():
-        bert_config = BertConfig(**load_config(path, "bert").to_dict())
-        bert = from_pretrained(BertModel, path, bert_config, add_pooling_layer=False)
-        retriever.model.load_state_dict(bert.state_dict())
-    longest = max(config.question_maxlength, config.passage_maxlength)
-    if longest > config.max_position_embeddings:
-        raise InputError(
-            f"{path}: reads at most {config.max_position_embeddings} tokens, not {longest}; "
-            "lower --question_maxlength or --passage_maxlength"
+        weights = from_pretrained(
+            BertModel,
+            path,
+            BertConfig(**_shape(bert)),
+            add_pooling_layer=False,
+            key_mapping={r"^question_encoder\.bert_model\.": ""},  # DPR's
         )
+        retriever.model.load_state_dict(weights.state_dict())
     return retriever
 
 
-def _set_dropout(config: RetrieverConfig, dropout: float | None) -> None:
+def _retriever_config(
+    bert: PreTrainedConfig, dropout: float | None, **settings: Any
+) -> RetrieverConfig:
+    config = RetrieverConfig(**_shape(bert) | settings)
     if dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    return config
+
+
+def _shape(bert: PreTrainedConfig) -> dict[str, Any]:
+    return {key: value for key, value in bert.to_dict().items() if key != "model_type"}

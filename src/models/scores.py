@@ -60,8 +60,7 @@ def passage_scores(
     """The passages' scores by a function in `SCORES`, in float32 also inside autocast.
 
     Args:
-        reader: a `FiDT5`.
-        encoded: what its `encode` made of passages with this mask [B, N, L].
+        reader: a `FiDT5`, whose `encode` gave `encoded` for passages with this mask [B, N, L].
         queries: each decoder layer's cross-attention query for the first token, [B, H * K].
         mean_keys: each layer's mean key of each passage [B, N, H * K], or None to compute them
             from the mean hidden state, which is the same for plain linear layers.

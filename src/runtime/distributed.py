@@ -4,6 +4,7 @@ Every function works in a single process too, where it does nothing; none needs 
 because the process group knows who is who.
 """
 
+import argparse
 import datetime
 import os
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from src.runtime.device import pick_device
 from src.runtime.errors import InputError
-from src.runtime.launch import Launch
+from src.runtime.launch import Launch, detect_launch
 
 Value = TypeVar("Value")
 _patient_group: dist.ProcessGroup | None = None  # of all processes, see run_on_main
@@ -37,6 +39,14 @@ def start(launch: Launch, timeout: float = 600.0) -> None:
     )
     global _patient_group
     _patient_group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
+
+
+def join(options: argparse.Namespace) -> torch.device:
+    """Read the launcher's environment, and meet the other processes. Returns our device."""
+    launch = detect_launch(os.environ, options.local_rank)
+    device = pick_device(launch.local_rank)
+    start(launch, options.dist_timeout)
+    return device
 
 
 def stop() -> None:

@@ -1,18 +1,27 @@
 """A conversation with a reader: questions as they come, answers, and the passages behind these.
 
-`open_find` gives the search, `questions` what is asked, `converse` the replies, and `print_replies`
-what a person sees of them.
+    python -m src.tools.ask --model_path READER --n_context 10 --passages psgs_w100.tsv \\
+        --retriever_path RETRIEVER --passages_embeddings "wikipedia_embeddings/wiki_*" --interactive
+
+The same as `test_reader.py` with these options. Keeps no results.
 """
 
+import argparse
 import contextlib
-import logging
 import os
 import shutil
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from src.options import conversation_search, test_reader_parser
+from src.runtime.errors import InputError, reports_input_errors
+
+if __name__ == "__main__":
+    reports_input_errors(test_reader_parser().parse_args)()  # answers --help at once
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,62 +30,65 @@ from src.data.batches import ReaderCollator, ReaderItem, reader_texts
 from src.data.examples import Example
 from src.data.passages import Passage, Passages
 from src.evaluation.answers import answer_spans
-from src.models.reader import FiDT5, answer_questions
-from src.options import SearchOptions
-from src.runtime.terminal import say
+from src.models.reader import FiDT5, answer_questions, open_reader
+from src.runtime.device import describe, pick_device, resolve_precision
+from src.runtime.launch import detect_launch
+from src.runtime.terminal import count, duration, say
 from src.search.retrieve import open_search
+from src.training.metrics import passing_bar, start_log
 
-Find = Callable[[str, int], list[Passage]]  # the k passages found for a question, best first
+Find = Callable[[str], list[Passage]]  # the passages found for a question, best first
 
 _SHOWN, _LINES = 5, 3  # passages that are shown of a reply, and lines of each
 _LONGEST = 5000  # characters of a passage's text in which the answer is looked for
-_ON, _OFF = "\x02", "\x03"  # around what is marked: texts that are shown have no such characters
-_KEPT = 1000  # questions in the history
+_ON, _OFF = "\x02", "\x03"  # around an answer to mark; `clean` removes these characters from texts
 
 
-# ----------------------------------------------------------------------------------------------
-# Search
+def main(options: argparse.Namespace) -> None:
+    """Answer questions until there are no more, by the options of test_reader.py."""
+    started = time.perf_counter()
+    launch = detect_launch(os.environ, options.local_rank)
+    device = pick_device(launch.local_rank)
+    precision = resolve_precision(options.precision, device)
+    if launch.world_size > 1:
+        raise InputError("a conversation has one process: start it without torchrun or srun")
+    log = start_log(None)
+    say(log, "ask", "a Fusion-in-Decoder reader, with passages found as you ask")
+    say(log, "device", "%s; %s", describe(device), precision)
+    passages = Passages(options.passages, passing_bar)
+    n, each = count(len(passages), "passage"), count(options.n_context, "passage")
+    say(log, "passages", "%s of %s, %s for each question", n, options.passages, each)
+    search = open_search(conversation_search(options), passages, device, log)
+    reader, tokenizer = open_reader(options, device, log)
 
-
-def open_find(
-    options: SearchOptions, passages: Passages, device: torch.device, log: logging.Logger
-) -> Find:
-    """The search that the options ask for, for one question at a time."""
-    search = open_search(options, passages, device, log)
-
-    def find(question: str, k: int) -> list[Passage]:
-        found = search.search([question], k)
-        rows = [passages[position] for position in found.rows()[0]]
-        scores = found.scores[0, : len(rows)].tolist()
+    def find(question: str) -> list[Passage]:
+        found = search.search([question], options.n_context)
         return [
-            row._replace(score=score, position=rank)
-            for rank, (row, score) in enumerate(zip(rows, scores, strict=True))
+            passages[position]._replace(score=float(found.scores[0, rank]), position=rank)
+            for rank, position in enumerate(found.rows()[0])
         ]
 
-    return find
+    sys.stdin.reconfigure(errors="replace")  # invalid text must not end a conversation
+    sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
+    is_typed = options.question is None and sys.stdin.isatty() and sys.stdout.isatty()
+    if is_typed:
+        say(log, "ready", "type a question; Ctrl-D leaves")
+    asked = [options.question.strip()] if options.question is not None else _piped()
+    replies = converse(
+        _typed() if is_typed else asked, find, reader, tokenizer, device, precision, options
+    )
+    n_replies = print_replies(replies)
+    took = duration(time.perf_counter() - started)
+    say(log, "done", "%s in %s", count(n_replies, "question"), took)
 
 
 # ----------------------------------------------------------------------------------------------
 # Questions
 
 
-def questions(given: str | None, log: logging.Logger) -> Iterator[str]:
-    """The one question that was given; without one, what a person types, or what a pipe or a file
-    has in standard input, a question a line."""
-    if given is not None:
-        yield given.strip()
-        return
-    sys.stdin.reconfigure(errors="replace")  # bytes that are no text shall not end a conversation
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        say(log, "ready", "type a question; Ctrl-D leaves")
-        yield from _typed()
-    else:
-        yield from _piped()
-
-
 def _typed() -> Iterator[str]:
     """Questions typed at a prompt, until Ctrl-D. Ctrl-C drops the line, as in a shell; the arrow
-    keys bring back what was asked before, also on other days."""
+    keys bring back earlier questions, also of earlier conversations."""
     remember = _open_history()
     while True:
         try:
@@ -101,8 +113,8 @@ def _piped() -> Iterator[str]:
 
 
 def _open_history() -> Callable[[str], None]:
-    """Let `input` have a history, and give what adds a question to it, and at once to the file that
-    keeps it: a conversation can end at any moment. Where none can be kept, it does without."""
+    """Give `input` a history. Returns a function that adds a question to it and, if possible, to
+    its file at once: a conversation can end at any moment."""
     try:
         import readline  # not in every Python; and it looks at the terminal when it is imported
     except ImportError:
@@ -112,7 +124,7 @@ def _open_history() -> Callable[[str], None]:
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         readline.read_history_file(file)
-    readline.set_history_length(_KEPT)
+    readline.set_history_length(1000)
     readline.set_auto_history(False)  # which has empty lines, too
 
     def remember(question: str) -> None:
@@ -129,18 +141,17 @@ def _open_history() -> Callable[[str], None]:
 
 
 class Evidence(NamedTuple):
-    """A passage that was read: its score by the reader, by the search, and its place there, from
-    1."""
+    """A passage that was read: its scores by reader and search, and its rank there, from 1."""
 
     title: str
     text: str
     score: float
     search_score: float
-    search_place: int
+    search_rank: int
 
 
 class Reply(NamedTuple):
-    """An answer, and the passages that it comes from: by the reader's score, highest first."""
+    """An answer, and the passages that were read for it, by the reader's score, highest first."""
 
     answer: str
     passages: list[Evidence]
@@ -153,31 +164,23 @@ def converse(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     precision: str,
-    n_context: int,
-    text_maxlength: int,
-    use_title: bool,
-    max_length: int,
-    num_beams: int,
-    decoder: str = "fast",
+    options: argparse.Namespace,
 ) -> Iterator[Reply]:
-    """Find passages for each question, and read them as those in a data file are read.
-
-    Args: `n_context` passages are found; the others are as in `test_reader.py`.
-    """
-    collate = ReaderCollator(tokenizer, text_maxlength)
+    """Find passages for each question, and read them like those in a data file."""
+    collate = ReaderCollator(tokenizer, options.text_maxlength)
     passages: list[Passage] = []  # of the question that is being read
 
     def batches() -> Iterator[dict[str, Any]]:
         for question in questions:
-            question = question.encode(errors="replace").decode()  # no half characters
-            passages[:] = find(question, n_context)
+            question = question.encode(errors="replace").decode()  # no unpaired surrogates
+            passages[:] = find(question)
             example = Example(0, "0", question, None, [], passages)
-            yield collate([ReaderItem(0, reader_texts(example, n_context, use_title), None)])
+            texts = reader_texts(example, options.n_context, not options.no_title)
+            yield collate([ReaderItem(0, texts, None)])
 
-    for (answer,) in answer_questions(
-        reader, tokenizer, batches(), device, precision, max_length, num_beams, True, decoder
-    ):
-        scores = answer.scores[: len(passages)]  # with no passage, the question alone has one
+    generation = options.generation_max_length, options.num_beams, True, options.decoder
+    for (answer,) in answer_questions(reader, tokenizer, batches(), device, precision, *generation):
+        scores = answer.scores[: len(passages)]  # without passages, the question alone has one
         read = [
             Evidence(passage.title, passage.text, score, passage.score, passage.position + 1)
             for passage, score in zip(passages, scores, strict=True)
@@ -185,37 +188,27 @@ def converse(
         yield Reply(answer.text, sorted(read, key=lambda evidence: -evidence.score))
 
 
-# ----------------------------------------------------------------------------------------------
-# What is shown
-
-
 def print_replies(replies: Iterable[Reply]) -> int:
     """Show each reply when it comes, fitted to the terminal; returns how many there were."""
-    sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
     bold = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     n_replies = 0
     for reply in replies:
+        n_replies += 1
         width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
         print(f"\n{show(reply, width, bold)}\n", flush=True)
-        n_replies += 1
     return n_replies
 
 
 def show(reply: Reply, width: int, bold: bool) -> str:
-    """A reply as text for a terminal: the answer, then the first passages, each with its scores
-    and the lines around the answer, where it has one.
-
-    Args:
-        width: of the terminal, in cells.
-        bold: mark answers by the terminal's bold letters; else they are not marked.
-    """
+    """A reply as text for a terminal of `width` cells: the answer, then the first passages, each
+    with its scores and the lines around the answer, which is printed in bold if `bold`."""
     lines = wrap(f"{_ON}{clean(reply.answer) or '(no answer)'}{_OFF}", width) + [""]
     shown = reply.passages[:_SHOWN]
-    scores = [f"{evidence.score:.2f}" for evidence in shown]
-    found = [f"{evidence.search_score:.2f} (#{evidence.search_place})" for evidence in shown]
-    for place, evidence in enumerate(shown):
-        score = scores[place].rjust(max(map(len, scores)))
-        head = f"{place + 1}  reader {score} | search {found[place].ljust(max(map(len, found)))}"
+    scores = _align([f"{evidence.score:.2f}" for evidence in shown], str.rjust)
+    found = [f"{evidence.search_score:.2f} (#{evidence.search_rank})" for evidence in shown]
+    rows = zip(shown, scores, _align(found, str.ljust), strict=True)
+    for rank, (evidence, score, place) in enumerate(rows, start=1):
+        head = f"{rank}  reader {score} | search {place}"
         title = wrap(clean(evidence.title), max(12, width - len(head) - 7))
         if title:
             head += f" | {title[0]}{' ...' if len(title) > 1 else ''}"
@@ -225,6 +218,10 @@ def show(reply: Reply, width: int, bold: bool) -> str:
         lines += [f"and {len(reply.passages) - _SHOWN} more"]
     text = "\n".join(lines)
     return text.replace(_ON, "\x1b[1m" if bold else "").replace(_OFF, "\x1b[22m" if bold else "")
+
+
+def _align(texts: list[str], adjust: Callable[[str, int], str]) -> list[str]:
+    return [adjust(text, max(map(len, texts))) for text in texts]
 
 
 def clean(text: str) -> str:
@@ -248,8 +245,7 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def _cells(text: str) -> int:
-    """How many cells of a terminal the text takes: none for marks, two for the wide letters of
-    East Asia."""
+    """The text's width in a terminal: marks have none, the wide letters of East Asia two cells."""
     return sum(
         0
         if unicodedata.category(c) in ("Cc", "Mn", "Me")
@@ -259,14 +255,14 @@ def _cells(text: str) -> int:
 
 
 def _excerpt(text: str, answer: str, width: int) -> list[str]:
-    """The lines of a passage around the answer where it stands in it first; else its beginning."""
+    """The lines of a passage around the first occurrence of the answer, or else its beginning."""
     text = clean(text[:_LONGEST])
     pieces, end = [], 0
     for start, stop in answer_spans([answer], text):
         pieces += [text[end:start], _ON, text[start:stop], _OFF]
         end = stop
     lines = wrap("".join([*pieces, text[end:]]), width - 4)  # with room for the dots
-    marked = next((place for place, line in enumerate(lines) if _ON in line), 0)
+    marked = next((number for number, line in enumerate(lines) if _ON in line), 0)
     first = max(0, min(marked - 1, len(lines) - _LINES))
     excerpt = lines[first : first + _LINES]
     if first > 0:
@@ -274,3 +270,7 @@ def _excerpt(text: str, answer: str, width: int) -> list[str]:
     if first + _LINES < len(lines):
         excerpt[-1] += f"{_OFF} ..."
     return excerpt
+
+
+if __name__ == "__main__":
+    reports_input_errors(lambda: main(test_reader_parser().parse_args()))()

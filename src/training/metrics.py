@@ -8,11 +8,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from src.data.outputs import claim, require_regular, write_whole, writing
 from src.runtime import distributed, terminal
+from src.runtime.device import describe
 from src.runtime.errors import InputError, drop_unread_output
+from src.runtime.terminal import count, say
 
 _ELSEWHERE = "give another --checkpoint_dir or --name"
 
@@ -56,6 +59,16 @@ def start_log(file: Path | None) -> logging.Logger:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
     return log
+
+
+def announce(
+    log: logging.Logger, name: str, title: str, device: torch.device, precision: str, results: Path
+) -> None:
+    """A script's first log lines: what it does, on what, and where the results go."""
+    say(log, name, title)
+    processes = count(distributed.world_size(), "process", "processes")
+    say(log, "device", "%s; %s; %s", describe(device), precision, processes)
+    say(log, "results", "%s", results)
 
 
 def write_options(folder: Path, options: dict[str, Any]) -> None:

@@ -224,7 +224,7 @@ def test_an_array_of_shards(cluster, tmp_path):
     assert cluster.show(f"{job}_1")["JobId"] == job
     assert [cluster.show(f"{job}_{task}")["Restarts"] for task in (0, 1)] == ["0", "1"]
     for task in (0, 1):
-        assert "going on after" in (tmp_path / "disturbed" / f"{task}.log").read_text()
+        assert "resuming after" in (tmp_path / "disturbed" / f"{task}.log").read_text()
         ours, theirs = (tmp_path / name / f"x_{task:02d}" for name in ("disturbed", "undisturbed"))
         assert ours.read_bytes() == theirs.read_bytes()
 
