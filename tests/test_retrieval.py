@@ -11,8 +11,8 @@ import pytest
 import generate_passage_embeddings
 import passage_retrieval
 from src.data.passages import Passages
-from src.runtime.errors import InputError
 from src.models import embedder
+from src.runtime.errors import InputError
 from src.search import retrieve as search_room
 from src.search.bm25 import BM25
 from src.search.embeddings import open_shards
