@@ -876,7 +876,7 @@ REPORT: dict[str, Case] = {
     "words for numbers": ("report", "{misworded}",
         r"metrics\.jsonl, line 1: must be a step with its numbers.*; remove the line"),
     "numbers in Latin-1": ("report", "{latin_metrics}",
-        r"metrics\.jsonl: not UTF-8 text; remove the lines that are not"),
+        r"metrics\.jsonl, line 1: must be a step with its numbers.*; remove the line"),
     "options that no run wrote": ("report", "{without_options}",
         r"options\.json: not the options that a run writes; remove the file"),
     "a report of answers alone": ("report", "{answered}",
