@@ -18,7 +18,6 @@ if __name__ == "__main__":
     reports_input_errors(passage_retrieval_parser().parse_args)()  # answers --help at once
 
 import logging
-import os
 import shlex
 import time
 from pathlib import Path
@@ -29,8 +28,7 @@ from src.data.passages import Passages
 from src.evaluation.results import MADE_BY, RECALL, check_trec_ids, write_recall, write_retrieved
 from src.models.pretrained import quiet_transformers
 from src.runtime import distributed
-from src.runtime.device import describe, pick_device
-from src.runtime.launch import detect_launch
+from src.runtime.device import describe
 from src.runtime.terminal import count, duration, say, say_next
 from src.search.retrieve import open_search
 from src.training.metrics import passing_bar, start_log
@@ -44,9 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Environment
     quiet_transformers()
-    launch = detect_launch(os.environ, options.local_rank)
-    device = pick_device(launch.local_rank)
-    distributed.start(launch, options.dist_timeout)
+    device = distributed.join(options)
     part = distributed.rank(), distributed.world_size()
     beside = (MADE_BY, RECALL)
     distributed.run_on_main(lambda: claim_output(options.output_path, beside=beside))

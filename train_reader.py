@@ -16,14 +16,11 @@ from collections.abc import Iterator
 
 from src.data.batches import ReaderCollator, ReaderDataset
 from src.data.examples import read_example
-from src.evaluation.answers import judge
-from src.models.encoder import parts_to_compile
+from src.evaluation.results import Tally
 from src.models.losses import reader_loss
-from src.models.pretrained import load_tokenizer
-from src.models.reader import Answer, answer_questions, load_reader, new_reader
+from src.models.reader import Answer, answer_questions, open_reader
 from src.runtime.terminal import say_next
 from src.training.loop import Evaluation
-from src.training.metrics import Average
 from src.training.run import fit, start_run
 
 
@@ -42,19 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
     # Model: this run's newest checkpoint, else what the options name
-    size = f"t5-{options.model_size}"
-    base = options.tokenizer if options.tokenizer != "none" else size
-    named = options.model_path if options.model_path != "none" else size
-    source = str(run.resumed_from or named)
-    if run.is_fresh:
-        reader = new_reader(options.model_config, options.dropout)
-    else:
-        reader = load_reader(source, options.dropout, options.legacy_position_table)
-    tokenizer = load_tokenizer(base if run.is_fresh else source, base)
-    tokenizer.clean_up_tokenization_spaces = not options.no_clean_up
-    if options.use_checkpoint:
-        reader.checkpoint_encoder()
-    run.prepare(reader, tokenizer, source, parts_to_compile(reader.t5.encoder))
+    reader, tokenizer = open_reader(options, run.device, run.log, run.resumed_from)
 
     # Evaluation: exact match of generated answers
     collate = ReaderCollator(tokenizer, options.text_maxlength, options.answer_maxlength)
@@ -74,15 +59,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     def evaluate() -> dict[str, float]:
         dataset = ReaderDataset(dev_data, options.n_context, not options.no_title)
-        matches, overlaps = Average(), Average()
+        tally = Tally(dev_data)
         for answers in run.dev_results(dataset, collate, answer):
-            for given in answers:
-                right = read_example(dev_data, given.index).answers
-                if right:
-                    match, overlap = judge(given.text, right)
-                    matches.add(100.0 * match)
-                    overlaps.add(100.0 * overlap)
-        return {"exact_match": matches.over_all().value(), "f1": overlaps.over_all().value()}
+            tally.add(answers)
+        joint = tally.over_all()
+        return {"exact_match": joint.exact_match.value(), "f1": joint.f1.value()}
 
     # Training
     dataset = ReaderDataset(

@@ -48,7 +48,7 @@ def begun(tmp_path_factory) -> Path:
     (folder / "other.json").write_text(json.dumps(examples[9:14]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train_reader.answer_questions", lambda *_: iter(()))
-        patch.setattr("train_reader.Average.value", lambda self: 1.0)
+        patch.setattr("src.training.metrics.Average.value", lambda self: 1.0)
         for kind, script in SCRIPTS.items():
             script.main(command(kind, folder / "data.json", folder / kind))
     return folder

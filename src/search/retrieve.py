@@ -17,8 +17,7 @@ import torch
 from src.data.batches import question_text
 from src.data.passages import Passages
 from src.models.embedder import TextEmbedder
-from src.models.pretrained import check_vocabulary, load_tokenizer
-from src.models.retriever import fingerprint, load_retriever
+from src.models.retriever import fingerprint, open_retriever
 from src.options import SearchOptions
 from src.runtime import distributed
 from src.runtime.terminal import count, has_bars, say, size
@@ -124,10 +123,8 @@ class EmbeddingSearch:
 
     def _load_retriever(self, device: torch.device, log: logging.Logger) -> TextEmbedder:
         options = self._options
-        retriever = load_retriever(options.model_path)
-        base = "bert-base-uncased" if options.tokenizer == "none" else options.tokenizer
-        tokenizer = load_tokenizer(options.model_path, base, options.tokenizer_option)
-        check_vocabulary(retriever.config, tokenizer, options.tokenizer_option)
+        path, tokenizer, option = options.model_path, options.tokenizer, options.tokenizer_option
+        retriever, tokenizer = open_retriever(path, tokenizer, option)
         shard, model = self._exact.shards[0], fingerprint(retriever)
         collection, theirs = self._passages.fingerprint(), shard.metadata
         self.made_by = {"model": model, "passages": collection, "embeddings": theirs}

@@ -28,9 +28,9 @@ from src.data.examples import Examples, describe_passages, load_data, skip_unsco
 from src.models.pretrained import check_vocabulary, hide_bars, quiet_transformers, save_tokenizer
 from src.options import LoopOptions, OptimOptions, select
 from src.runtime import distributed
-from src.runtime.device import compile_layers, describe, pick_device, resolve_precision
+from src.runtime.device import compile_layers, resolve_precision
 from src.runtime.errors import on_interrupt
-from src.runtime.launch import StopRequest, detect_launch
+from src.runtime.launch import StopRequest
 from src.runtime.terminal import count, duration, say
 from src.training.checkpoint import (
     Checkpoints,
@@ -40,7 +40,7 @@ from src.training.checkpoint import (
     resume_point,
 )
 from src.training.loop import Evaluation, LossFunction, Position, check_finite, train
-from src.training.metrics import Metrics, passing_bar, start_log, write_options
+from src.training.metrics import Metrics, announce, passing_bar, start_log, write_options
 from src.training.optim import build_optimizer, build_schedule
 
 Batch = dict[str, Any]
@@ -172,18 +172,13 @@ def start_run(options: argparse.Namespace, title: str) -> Run:
     started = time.perf_counter()
     quiet_transformers()
     stop = StopRequest()
-    launch = detect_launch(os.environ, options.local_rank)
-    device = pick_device(launch.local_rank)
-    distributed.start(launch, options.dist_timeout)
+    device = distributed.join(options)
     precision = resolve_precision(options.precision, device)
     folder = Path(options.checkpoint_dir) / options.name
     log = start_log(folder / "run.log")
     run = Run(options, folder, log, device, precision, stop, started)
     write_options(folder, run.started_with)
-    processes = count(distributed.world_size(), "process", "processes")
-    say(log, "train", title)
-    say(log, "device", "%s; %s; %s", describe(device), precision, processes)
-    say(log, "results", "%s", folder)
+    announce(log, "train", title, device, precision, folder)
     torch.manual_seed(options.seed)
     return run
 
