@@ -26,7 +26,6 @@ from src.data.examples import load_data
 from src.data.outputs import claim_output
 from src.data.passages import Passages
 from src.evaluation.results import MADE_BY, RECALL, check_trec_ids, write_recall, write_retrieved
-from src.models.pretrained import quiet_transformers
 from src.runtime import distributed
 from src.runtime.device import describe
 from src.runtime.terminal import count, duration, say, say_next
@@ -41,7 +40,6 @@ def main(arguments: list[str] | None = None) -> None:
     search_options = select(SearchOptions, options)
 
     # Environment
-    quiet_transformers()
     device = distributed.join(options)
     part = distributed.rank(), distributed.world_size()
     beside = (MADE_BY, RECALL)

@@ -8,12 +8,14 @@ from src.models.reader import FiDT5, load_reader, new_reader
 from tests.make_models import make_t5_config
 
 SHAPES = {
-    "t5": {},
-    "more layers below": {"num_layers": 3, "num_decoder_layers": 1},
-    "more layers above": {"num_layers": 1, "num_decoder_layers": 3},
-    "wide heads": {"d_kv": 24, "num_heads": 2},
-    "t5 v1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
-}
+    "t5, more layers below, wide heads": {
+        "num_layers": 3, "num_decoder_layers": 1, "d_kv": 24, "num_heads": 2,
+    },
+    "t5 v1.1, more layers above": {
+        "num_layers": 1, "num_decoder_layers": 3, "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 
 
 def by_transformers(reader: FiDT5, encoded: Encoded, max_length: int) -> torch.Tensor:
@@ -55,30 +57,30 @@ def test_the_tokens_are_those_of_transformers(shape, table, tmp_path, monkeypatc
         assert torch.equal(tokens, expected)
         answers |= {tuple(row) for row in tokens.tolist()}
     ends = [row.index(1) if 1 in row else len(row) for row in answers]
-    assert len(set(ends)) > 3, "the answers must end at different places for this test to tell"
+    assert len(set(ends)) > 3  # or this test shows little
 
 
-def test_unfinished_answers_go_on_alone(reference, monkeypatch):
+def test_unfinished_answers_continue_alone(reference, monkeypatch):
     """When half of the answers have ended, steps compute the others only, and come out the same."""
     reader = load_reader(str(reference / "legacy_reader/checkpoint/step-20")).eval()
     encoded = reader.encode(*some_passages(1))
     decoder, step = reader.decoder(), GreedyDecoder._step
-    ends = [3, 1, 5, 1, 3, 4]  # the place of each question's end token
-    seen: dict[int, list[int]] = {}  # place -> the questions of a step, known by their passages
+    ends = [3, 1, 5, 1, 3, 4]  # the position of each question's end token
+    seen: dict[int, list[int]] = {}  # step -> its questions, known by their passages
     whole = encoded.hidden[:, 0]
 
-    def ending(self, tokens, place, caches, passages, *rest):
-        logits, queries = step(self, tokens, place, caches, passages, *rest)
+    def ending(self, tokens, position, caches, passages, *rest):
+        logits, queries = step(self, tokens, position, caches, passages, *rest)
         firsts = passages.hidden[:, 0, 0]
-        seen[place] = [next(b for b in range(6) if torch.equal(whole[b], one)) for one in firsts]
-        for row, question in enumerate(seen[place]):
-            logits[row, 1] = torch.inf if place + 1 == ends[question] else -torch.inf
+        seen[position] = [next(b for b in range(6) if torch.equal(whole[b], one)) for one in firsts]
+        for row, question in enumerate(seen[position]):
+            logits[row, 1] = torch.inf if position + 1 == ends[question] else -torch.inf
         return logits, queries
 
     monkeypatch.setattr(GreedyDecoder, "_step", ending)
     tokens, _, queries = decoder.decode(encoded, 20)
     everyone = [0, 1, 2, 3, 4, 5]
-    # Two of six ended at place 1: not yet half. Four at place 3; one of the two left at 4.
+    # Two of six ended at step 1: not yet half. Four at step 3; one of the two left at 4.
     assert seen == {0: everyone, 1: everyone, 2: everyone, 3: [2, 5], 4: [2]}
     assert [row.index(1) for row in tokens.tolist()] == ends
     assert all(set(row[end + 1 :]) <= {0} for row, end in zip(tokens.tolist(), ends, strict=True))

@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import test_reader
 from src.models.pretrained import load_config, load_tokenizer
 from src.models.reader import load_reader, new_reader
 from src.models.retriever import load_retriever
 from src.runtime.errors import InputError
-from tests.conftest import REFERENCE, ROOT
+from tests.conftest import REFERENCE
 
 CODE = """
 from pathlib import Path
@@ -197,16 +196,28 @@ def test_a_tokenizer_without_a_vocabulary(plain, tmp_path):
         read_tokenizer(tmp_path / "hostile")
 
 
-def test_a_script_asks_nobody(plain, tmp_path):
+def test_a_script_asks_nobody(plain, tmp_path, capfd, monkeypatch):
     """As in `yes | python test_reader.py ...`: one line, status 2, nothing read from stdin."""
     marker = make_hostile(plain, tmp_path / "hostile", {"config.json": FOREIGN})
-    done = subprocess.run(
-        [sys.executable, ROOT / "test_reader.py", "--interactive", "--bm25",
-         "--passages", REFERENCE / "passages.tsv", "--model_path", tmp_path / "hostile"],
-        cwd=tmp_path, input="y\n" * 20, capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "code of its own" in done.stderr
-    assert "[y/N]" not in done.stdout + done.stderr
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"y\n" * 20)))
+    passages = str(shutil.copy(REFERENCE / "passages.tsv", tmp_path / "passages.tsv"))
+    with pytest.raises(SystemExit) as exited:
+        test_reader.main(
+            ["--interactive", "--bm25", "--passages", passages, "--model_path",
+             str(tmp_path / "hostile")]
+        )  # fmt: skip
+    assert exited.value.code == 2
+    printed = capfd.readouterr()
+    assert "code of its own" in printed.err
+    assert "[y/N]" not in printed.out + printed.err
     assert not marker.exists()
+
+
+def test_weights_outside_the_model_folder_are_not_read(plain, tmp_path):
+    make_hostile(plain, tmp_path / "hostile", {})
+    (tmp_path / "hostile" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    for outside in ("../model.safetensors", str(tmp_path / "model.safetensors")):
+        index = {"metadata": {}, "weight_map": {"shared.weight": outside}}
+        (tmp_path / "hostile" / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(InputError, match=r"index\.json: .* is outside its folder"):
+            load_reader(str(tmp_path / "hostile"))

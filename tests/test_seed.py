@@ -1,16 +1,13 @@
 """The commands of the original's README, as printed there, on small files of those names.
 
 Changed are only the two scripts that have new names (`test.py`, `generate_retriever_embedding.py`)
-and the placeholder `<model_dir>`. Trainings are stopped by SIGTERM once they have begun: they would
-take 15,000 updates and more.
+and the placeholder `<model_dir>`. Trainings are asked to stop after their first update.
 """
 
+import importlib
 import json
-import os
+import shlex
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,7 @@ from transformers import BertConfig, BertModel
 
 from src.models.pretrained import load_tokenizer
 from src.models.reader import load_reader
-from tests.conftest import ROOT
+from src.runtime.launch import StopRequest
 
 READER = """
 python train_reader.py \\
@@ -93,16 +90,14 @@ python passage_retrieval.py \\
 """
 
 
-@pytest.fixture
-def folder(reference: Path, tmp_path: Path) -> Path:
-    """A folder with the scripts, and small files under the names that the commands mention."""
-    for script in ROOT.glob("*.py"):
-        (tmp_path / script.name).symlink_to(script)
-    (tmp_path / "src").symlink_to(ROOT / "src")
+@pytest.fixture(autouse=True)
+def folder(reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with small files under the names that the commands mention."""
+    monkeypatch.chdir(tmp_path)
     examples = json.loads((reference / "data.json").read_text())
-    (tmp_path / "train_data.json").write_text(json.dumps(examples[:16]))
-    (tmp_path / "eval_data.json").write_text(json.dumps(examples[16:]))
-    (tmp_path / "data.json").write_text((reference / "questions.json").read_text())
+    for name, part in {"train": examples[:16], "eval": examples[16:]}.items():
+        (tmp_path / f"{name}_data.json").write_text(json.dumps(part))
+    shutil.copy(reference / "data.json", tmp_path)
     for name in ("passages.tsv", "psgs_w100.tsv"):
         shutil.copy(reference / "passages.tsv", tmp_path / name)
     t5 = load_reader(str(reference / "t5"))
@@ -120,64 +115,40 @@ def folder(reference: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(command: str, folder: Path) -> subprocess.Popen:
-    binaries = str(Path(sys.executable).parent)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PATH": binaries + os.pathsep + os.environ["PATH"],
-    }
-    # (bash, not `exec`: the signal goes to its child by the group)
-    return subprocess.Popen(
-        ["bash", "-c", command],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def run(command: str) -> None:
+    """What the command does, in this process."""
+    _, script, *arguments = shlex.split(command.replace("\\\n", " "))
+    importlib.import_module(script.removesuffix(".py")).main(arguments)
 
 
-def run_command(command: str, folder: Path) -> str:
-    process = start(command, folder)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    return output
+def train_for_a_moment(command: str, monkeypatch, capsys) -> None:
+    """Start a training that is asked to stop at once, and see it save and leave."""
+    stopping = property(lambda self: True, lambda self, value: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "requested", stopping, raising=False)
+        with pytest.raises(SystemExit):
+            run(command)
+    assert "stopped by a signal after update 1" in capsys.readouterr().out
 
 
-def train_for_a_moment(command: str, folder: Path) -> str:
-    """Start a training, ask it to stop when its model is built, and see it save and leave."""
-    process = start(command, folder)
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if "parameters" in line:
-            os.killpg(process.pid, signal.SIGTERM)
-            break
-    lines += process.stdout.readlines()
-    process.wait()
-    assert "stopped by a signal after update 1" in "".join(lines), "".join(lines)
-    return "".join(lines)
-
-
-def test_reader_commands(folder):
-    train_for_a_moment(READER, folder)
+def test_reader_commands(folder, monkeypatch, capsys):
+    train_for_a_moment(READER, monkeypatch, capsys)
     assert (folder / "checkpoint/my_experiment/checkpoint/step-1/model.safetensors").exists()
-    train_for_a_moment(LARGE_READER, folder)
+    train_for_a_moment(LARGE_READER, monkeypatch, capsys)
     options = json.loads((folder / "checkpoint/experiment_name/options.json").read_text())
     assert (options["options"]["total_steps"], options["options"]["warmup_steps"]) == (15000, 1000)
-    assert "exact match" in run_command(TEST, folder)
+    run(TEST)
+    assert "exact match" in capsys.readouterr().out
 
 
-def test_retriever_commands(folder):
-    printed = run_command(SCORES, folder)
-    assert "40 of 40" in printed
+def test_retriever_commands(folder, monkeypatch, capsys):
+    run(SCORES)
+    data = json.loads((folder / "data.json").read_text())
     scored = json.loads((folder / "checkpoint/my_test/dataset_wscores.json").read_text())
-    assert len(scored) == 40
-    train_for_a_moment(RETRIEVER, folder)
-    run_command(EMBEDDING, folder)
+    assert len(scored) == len(data)
+    train_for_a_moment(RETRIEVER, monkeypatch, capsys)
+    run(EMBEDDING)
     assert (folder / "wikipedia_embeddings" / "wiki_00").exists()
-    run_command(RETRIEVAL, folder)
+    run(RETRIEVAL)
     found = json.loads((folder / "retrieved_data.json").read_text())
-    assert [len(row["ctxs"]) for row in found] == [100] * 40
+    assert [len(row["ctxs"]) for row in found] == [100] * len(data)

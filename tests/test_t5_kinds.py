@@ -15,11 +15,9 @@ from src.models.reader import load_reader, new_reader
 from tests.make_models import make_t5_config, make_tokenizer
 
 V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-# What sets them apart from T5: the head's weights, gated GELU, the depth of the decoder, the
-# vocabulary. Flan-T5 is T5 v1.1, trained on.
+# They differ from T5 in the head's weights, gated GELU, the decoder's depth and the vocabulary.
 KINDS = {
     "T5": {"feed_forward_proj": "relu", "tie_word_embeddings": True, "vocab_size": 400},
-    "T5 v1.1": {**V1_1, "vocab_size": 400},
     "Flan-T5": {**V1_1, "vocab_size": 400, "n_positions": 512, "output_past": True},
     "ByT5": {**V1_1, "vocab_size": 384, "num_layers": 3, "num_decoder_layers": 1},
 }
@@ -67,7 +65,7 @@ def answer_slowly(folder: Path, data: Path) -> list[str]:
     return answers
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["Flan-T5", "ByT5"])
 def test_it_is_trained_and_tested(kind, reference, tmp_path):
     data = reference / "data.json"
     before = make_model(kind, data, tmp_path / "model").state_dict()

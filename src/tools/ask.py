@@ -68,7 +68,6 @@ def main(options: argparse.Namespace) -> None:
             for rank, position in enumerate(found.rows()[0])
         ]
 
-    sys.stdin.reconfigure(errors="replace")  # invalid text must not end a conversation
     sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
     is_typed = options.question is None and sys.stdin.isatty() and sys.stdout.isatty()
     if is_typed:
@@ -106,6 +105,7 @@ def _typed() -> Iterator[str]:
 
 def _piped() -> Iterator[str]:
     """Questions one a line, each printed as if it had been typed."""
+    sys.stdin.reconfigure(errors="replace")  # invalid text must not end a conversation
     for line in sys.stdin:
         if question := line.strip():
             print(f"question: {clean(question)}", flush=True)

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import logging
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
