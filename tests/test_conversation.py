@@ -164,7 +164,7 @@ def test_five_passages_are_shown_and_the_rest_counted():
     assert show(reply(answer=""), 80, bold=False) == "(no answer)\n"
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("width", [60, 120])
 def test_lines_fit_the_terminal(width):
     long = "東京は日本の首都である。" * 40 + " " + "x" * 300 + " é" * 100 + " word" * 100
     passages = [Evidence(long, long, -123.456, 1234.5, 100), Evidence("T", "y", 0.0, 1.0, 1)]
@@ -230,15 +230,6 @@ def test_bad_use_is_one_line(case, reference, passages, tmp_path, capsys, monkey
     assert exited.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(f"error: .*{message}", line), line
-
-
-def test_one_process_alone(reference, passages, capsys, monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as exited:
-        run_main(test_reader.main, "--question", "Who?", "--bm25", "--passages", passages)
-    assert exited.value.code == 2
-    assert "a conversation has one process: start it without torchrun" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------

@@ -443,21 +443,7 @@ def test_dropout_is_what_was_asked_for(reference):
     assert rates == {0.37}
 
 
-def test_t5_v1_1_with_an_untied_head(tmp_path, batch):
-    make_t5_config(
-        tmp_path / "config.json", feed_forward_proj="gated-gelu", tie_word_embeddings=False
-    )
-    reader = new_reader(str(tmp_path / "config.json"), dropout=0.0).eval()
-    head = torch.nn.Parameter(torch.randn(800, 32))
-    reader.t5.lm_head.weight = head
-    _, logits = forward(reader, batch)
-    reader.save_pretrained(tmp_path / "saved")
-    loaded = load_reader(str(tmp_path / "saved")).eval()
-    assert torch.equal(loaded.t5.lm_head.weight, head)
-    assert torch.equal(forward(loaded, batch)[1], logits)  # v1.1 does not scale before its head
-
-
-# --- what is broken
+# --- broken models
 
 
 def test_a_broken_reader_is_reported_in_one_line(reference, tmp_path):
