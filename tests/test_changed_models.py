@@ -156,17 +156,6 @@ def change_first(module: nn.Module, args: tuple, output: tuple) -> tuple:
     return (output[0] * 1.5, *output[1:])
 
 
-class WithPositions(nn.Module):
-    """A layer in place of the one that had the hook of the position table."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer_norm, self.EncDecAttention = layer.layer_norm, layer.EncDecAttention
-        self.dropout = layer.dropout
-
-    forward = T5LayerCrossAttention.forward
-
-
 OTHER: dict[str, Callable[[FiDT5], object]] = {
     "norm": lambda r: setattr(r.t5.decoder.block[1].layer[1], "layer_norm", HalfNorm()),
     "final norm": lambda r: setattr(r.t5.decoder, "final_layer_norm", HalfNorm()),
@@ -175,9 +164,6 @@ OTHER: dict[str, Callable[[FiDT5], object]] = {
     ),
     "embedding's hook": lambda r: hook(r.t5.decoder, "embed_tokens"),
     "block's hook": lambda r: r.t5.decoder.block[1].register_forward_hook(change_first),
-    "layer": lambda r: r.t5.decoder.block[0].layer.__setitem__(
-        1, WithPositions(r.t5.decoder.block[0].layer[1])
-    ),
     "layer left out": lambda r: r.t5.decoder.block.__delitem__(1),
 }
 
@@ -186,6 +172,18 @@ OTHER: dict[str, Callable[[FiDT5], object]] = {
 def test_other_changes_of_the_decoder(change, reader):
     OTHER[change](reader)
     check_answers(reader)
+
+
+def test_the_position_table_survives_a_replaced_layer(reference):
+    reader = load_reader(str(reference / "legacy_reader/checkpoint/step-20")).eval()
+    layers, batch = reader.t5.decoder.block[0].layer, make_batch()
+    with torch.no_grad():
+        _, expected = reader(**batch)
+        layer = T5LayerCrossAttention(reader.config).eval()
+        layer.load_state_dict(layers[1].state_dict())
+        layers[1] = layer
+        assert torch.equal(reader(**batch)[1], expected)
+    assert isinstance(reader.decoder(), GreedyDecoder)
 
 
 def test_an_unchanged_decoder_is_the_fast_one(reader):
