@@ -47,7 +47,7 @@ def begun(tmp_path_factory) -> Path:
     (folder / "data.json").write_text(json.dumps(examples[:9]))
     (folder / "other.json").write_text(json.dumps(examples[9:14]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train_reader.answer_questions", lambda *_: iter(()))
+        patch.setattr("train_reader.answer_questions", lambda *_, **__: iter(()))
         patch.setattr("src.training.metrics.Average.value", lambda self: 1.0)
         for kind, script in SCRIPTS.items():
             script.main(command(kind, folder / "data.json", folder / kind))

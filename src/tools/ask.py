@@ -40,7 +40,7 @@ from src.training.metrics import passing_bar, start_log
 Find = Callable[[str], list[Passage]]  # the passages found for a question, best first
 
 _SHOWN, _LINES = 5, 3  # passages that are shown of a reply, and lines of each
-_LONGEST = 5000  # characters of a passage's text in which the answer is looked for
+_LONGEST = 5000  # characters of a passage that are searched for the answer
 _ON, _OFF = "\x02", "\x03"  # around an answer to mark; `clean` removes these characters from texts
 
 
@@ -207,8 +207,8 @@ def show(reply: Reply, width: int, bold: bool) -> str:
     scores = _align([f"{evidence.score:.2f}" for evidence in shown], str.rjust)
     found = [f"{evidence.search_score:.2f} (#{evidence.search_rank})" for evidence in shown]
     rows = zip(shown, scores, _align(found, str.ljust), strict=True)
-    for rank, (evidence, score, place) in enumerate(rows, start=1):
-        head = f"{rank}  reader {score} | search {place}"
+    for rank, (evidence, score, hit) in enumerate(rows, start=1):
+        head = f"{rank}  reader {score} | search {hit}"
         title = wrap(clean(evidence.title), max(12, width - len(head) - 7))
         if title:
             head += f" | {title[0]}{' ...' if len(title) > 1 else ''}"
