@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from src.data import files
+from src.data import files, outputs
 from src.data.outputs import atomic_folder, claim, claim_output, load_or_claim, write_whole
 from src.data.passages import Passages
 from src.evaluation.results import AnswerFile, check_results
@@ -31,7 +31,7 @@ OTHER = r"another command \(process {}\) is writing it; wait for it, or give ano
 @pytest.fixture(autouse=True)
 def nothing_reserved() -> Iterator[None]:
     yield
-    files.release()
+    outputs.release()
 
 
 @contextlib.contextmanager
@@ -69,7 +69,7 @@ def test_an_output_is_one_commands_until_it_dies(tmp_path):
         claim_output(str(target))
         claim_output(str(target))  # which is this command's already
     assert sorted(os.listdir(tmp_path)) == [".found.json.lock", ".found.jsonl.lock"]
-    files.release()
+    outputs.release()
     assert os.listdir(tmp_path) == []
 
 
@@ -81,7 +81,7 @@ def test_a_runs_folder_is_locked_by_its_log(tmp_path):
         assert "first" in log.read_text()
         kill(child)
         start_log(log)
-    files.release()
+    outputs.release()
     assert os.listdir(log.parent) == ["run.log"]
 
 
@@ -194,7 +194,7 @@ def test_only_regular_files_are_replaced(what, kind, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
     assert os.path.samestat(os.lstat(tmp_path / name), before)
     assert (tmp_path / "victim").read_text() == "mine"
-    files.release()
+    outputs.release()
     assert sorted(os.listdir(tmp_path)) == sorted([name, "victim"])
 
 
@@ -265,8 +265,8 @@ def test_options_are_written_atomically(tmp_path, monkeypatch):
 
 def test_what_dead_writers_left_is_removed(tmp_path):
     def write_and_stay() -> None:
-        files._new_partial(tmp_path / "out")
-        files._new_partial(tmp_path / "out", folder=True)
+        outputs._new_partial(tmp_path / "out")
+        outputs._new_partial(tmp_path / "out", folder=True)
 
     with another_process(write_and_stay) as child:
         for name in (".out.lock", ".out.x.0123abcd.partial", ".other.0123abcd.partial"):
@@ -275,10 +275,10 @@ def test_what_dead_writers_left_is_removed(tmp_path):
         alive = set(os.listdir(tmp_path)) - {".out.x.0123abcd.partial"}
         claim(tmp_path / "out", "")
         assert set(os.listdir(tmp_path)) == alive
-        files.release()
+        outputs.release()
         kill(child)
         claim(tmp_path / "out", "")
-        files.release()
+        outputs.release()
     assert set(os.listdir(tmp_path)) == {"out", ".other.0123abcd.partial"}
 
 

@@ -25,14 +25,9 @@ from src.runtime.errors import InputError, end_children
 def reader_texts(example: Example, n_context: int, use_title: bool = True) -> list[str]:
     """The texts that the reader encodes for a question, one a passage (Izacard and Grave, 2020,
     section 3): its first `n_context` passages, or the question alone when it has none."""
-    question = f"question: {example.question}"
-    if use_title:
-        texts = [
-            f"{question} title: {passage.title} context: {passage.text}"
-            for passage in example.passages[:n_context]
-        ]
-    else:
-        texts = [f"{question} context: {passage.text}" for passage in example.passages[:n_context]]
+    question = question_text(example.question)
+    passages = example.passages[:n_context]
+    texts = [f"{question} {passage_text(p.title, p.text, use_title)}" for p in passages]
     return texts or [question]
 
 
@@ -71,8 +66,8 @@ class ReaderDataset(Dataset):
         self.with_target = with_target
         self.seed = seed
 
-    def __getitem__(self, place: tuple[int, int]) -> ReaderItem:
-        epoch, index = place
+    def __getitem__(self, key: tuple[int, int]) -> ReaderItem:
+        epoch, index = key
         example = read_example(self.examples, index)
         target = draw_target(example, self.seed, epoch) if self.with_target else None
         return ReaderItem(index, reader_texts(example, self.n_context, self.use_title), target)
@@ -113,39 +108,38 @@ class ReaderCollator:
         self.answer_maxlength = answer_maxlength
 
     def __call__(self, items: list[ReaderItem]) -> dict[str, Any]:
-        ids, mask = self._passages([item.texts for item in items])
-        batch = {"index": [item.index for item in items], "input_ids": ids, "attention_mask": mask}
+        N = max(len(item.texts) for item in items)
+        rows = []
+        # No end-of-sequence token: the released readers never saw one in a passage.
+        for item in items:
+            rows += encode_texts(self.tokenizer, item.texts, self.text_maxlength)
+            rows += [[]] * (N - len(item.texts))
+        ids = _padded(rows, self.text_maxlength, self.tokenizer.pad_token_id)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(self.text_maxlength) < lengths[:, None]
+        shape = len(items), N, self.text_maxlength
+        batch = {
+            "index": [item.index for item in items],
+            "input_ids": ids.view(shape),
+            "attention_mask": mask.view(shape),
+        }
         if items[0].target is not None:
             batch["labels"] = self._labels([item.target for item in items])
         return batch
 
-    def _passages(self, texts: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
-        # No end-of-sequence token: the released readers never saw one in a passage.
-        flat = encode_texts(
-            self.tokenizer, [text for group in texts for text in group], self.text_maxlength
-        )
-        shape = (len(texts), max(map(len, texts)), self.text_maxlength)
-        ids = torch.full(shape, self.tokenizer.pad_token_id, dtype=torch.long)
-        mask = torch.zeros(shape, dtype=torch.bool)
-        rows = iter(flat)
-        for b, group in enumerate(texts):
-            for n in range(len(group)):
-                tokens = next(rows)
-                ids[b, n, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-                mask[b, n, : len(tokens)] = True
-        return ids, mask
-
     def _labels(self, targets: list[str]) -> torch.Tensor:
         cut = self.answer_maxlength > 0
-        # (no space between a target and its end; Python's idea of one, as transformers 3.0.2's)
+        # Without trailing white space, as in transformers 3.0.2.
         texts = [target.rstrip() for target in targets]
         tokens = encode_texts(self.tokenizer, texts, self.answer_maxlength - 1 if cut else None)
         tokens = [row + [self.tokenizer.eos_token_id] for row in tokens]
         width = self.answer_maxlength if cut else max(map(len, tokens))
-        labels = torch.full((len(tokens), width), -100, dtype=torch.long)
-        for b, row in enumerate(tokens):
-            labels[b, : len(row)] = torch.tensor(row)
-        return labels
+        return _padded(tokens, width, -100)
+
+
+def _padded(rows: list[list[int]], width: int, value: int) -> torch.Tensor:
+    """Rows of numbers as a tensor [len(rows), width], filled up with a value."""
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -210,8 +204,8 @@ class RetrieverDataset(Dataset):
         self.n_context = n_context
         self.use_title = use_title
 
-    def __getitem__(self, place: tuple[int, int]) -> RetrieverItem:
-        _, index = place
+    def __getitem__(self, key: tuple[int, int]) -> RetrieverItem:
+        _, index = key
         example = read_example(self.examples, index)
         passages = scored_passages(example, self.n_context)
         for passage in passages:
