@@ -26,7 +26,7 @@ from src.data.examples import (
     read_example,
     skip_unscored,
 )
-from src.data.json_files import JsonFile
+from src.data.json_files import read_json
 from src.runtime.errors import InputError
 
 
@@ -454,7 +454,7 @@ def test_a_sparse_file_is_refused_at_once(case, tmp_path):
         with pytest.raises(InputError, match=r"line [12]: a NUL byte, .*not UTF-8 text"):
             load_data(path)
         with pytest.raises(InputError, match=r"line [12]: a NUL byte, .*not UTF-8 text"):
-            JsonFile(path).json()
+            read_json(path)
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
         tracemalloc.stop()
