@@ -612,7 +612,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(inputs, tmp_path):
         ("more", "more: no such option .*--help"),
         ("--seed one", "--seed 'one': must be a whole number from 0"),
         ("-o", "an option's value is missing .*--help"),
-        ("-o {data.json}", r"-o .*data\.json: a file is in this place; name a folder"),
+        ("-o {data.json}", r"-o .*data\.json: this is a file; name a folder"),
     ],
 )
 def test_the_quickstarts_options(options, message, inputs):
