@@ -32,7 +32,7 @@ from src.evaluation.results import (
     write_scores,
 )
 from src.models.reader import Answer
-from src.search.faiss_index import read_description
+from src.search.saved_index import read_description
 from src.search.shards import ShardWriter
 from src.training.checkpoint import read_meta
 from src.training.metrics import Metrics

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from src.data import files, outputs
+from src.data import outputs
 from src.data.outputs import atomic_folder, claim, claim_output, load_or_claim, write_whole
 from src.data.passages import Passages
 from src.evaluation.results import AnswerFile, check_results

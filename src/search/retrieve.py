@@ -119,7 +119,8 @@ class EmbeddingSearch:
         of = f"{len(exact):,} embeddings of size {exact.dimension} in {count(len(shards), 'shard')}"
         kind = options.factory or "exact"
         say(log, "search", "%s; %s search takes about %s of memory", of, kind, size(memory))
-        self._exact, self._embedder = exact, self._load_retriever(device, log)
+        self._exact = exact
+        self._embedder = self._load_retriever(device, log)
         self._index = _open_index(options, exact, device, log)
 
     def _load_retriever(self, device: torch.device, log: logging.Logger) -> TextEmbedder:
