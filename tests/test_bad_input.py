@@ -197,9 +197,6 @@ def make_embeddings(at: Path) -> None:
     (at / "pickles_cut").mkdir()
     whole = (REFERENCE / "legacy_embeddings" / "wiki_00").read_bytes()
     (at / "pickles_cut" / "wiki_00").write_bytes(whole[:4000])
-    shutil.copytree(shards, at / "indexed")
-    (at / "indexed" / "index_Flat").mkdir()
-    (at / "indexed" / "index_Flat" / "index.json").write_text("{")
 
 
 def make_downloads(at: Path) -> None:
@@ -295,7 +292,7 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
     "train_reader": [
         ("--train_data no.json", rf"no\.json: {_CHECK_PATH}"),
         ("--train_data {nested.jsonl}",
-         rf"nested\.jsonl, line 1: JSON that cannot be read \(maximum recursion.*{_MEND_JSON}"),
+         rf"nested\.jsonl, line 1: unreadable JSON \(maximum recursion.*{_MEND_JSON}"),
         ("--train_data {surrogate.jsonl}",
          r"surrogate\.jsonl, line 1: '\\ud83d' is an unpaired surrogate; remove it"),
         ("--eval_data {unanswered.json}",
@@ -344,15 +341,13 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
         ("--lr 0", "--lr: 0 must be more than 0" + _HELP),
         ("--lr nan", "--lr: 'nan' is not a finite number"),
         (f"--seed {'9' * 20}", "--seed: 9+ must be .*at most"),
-        ("--total_steps 3 --lr 1e30", "the gradient of update 2 is (nan|inf) .*: try a lower --lr"),
+        ("--total_steps 3 --lr 1e30", "the gradient of update 2 is (nan|inf): try a lower --lr"),
         ("--checkpoint_dir {out}/file",
          r"file/run: cannot be written \(Not a directory\); .*another --checkpoint_dir or --name"),
         ("--name file",
          r"out/file: cannot be written \(File exists\); .*another --checkpoint_dir or --name"),
         (f"--name {'n' * 300}",
          r"--name: 'n+\.\.\.' cannot be a folder's name; leave out slashes" + _HELP),
-        ("--checkpoint_dir {runs}",
-         "run/checkpoint/step-1: a bert model, but a t5 is needed here; give"),
     ],
     "test_reader": [
         ("--eval_data {call.csv}",
@@ -400,7 +395,8 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
          r"odd_bert\.json: no model can be built .*hidden size \(25\).*; mend its numbers"),
         ("--model_path {retriever_cut}",
          f"retriever_cut: the model's weights cannot be read .*{_COPY}"),
-        ("--model_path {retriever_nan}", "the gradient of update 1 is nan .*: try a lower --lr"),
+        ("--model_path {retriever_nan}",
+         "the weight norm.bias is not finite before training: start from other weights"),
         ("--model_path none --model_config {short_bert.json}",
          r"short_bert\.json: reads at most 32 tokens, not 200; lower .*--passage_maxlength"),
         ("--checkpoint_dir {runs_damaged} --total_steps 2",
@@ -420,7 +416,7 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
         ("--passages {surrogate_passages.jsonl}",
          r"surrogate_passages\.jsonl, line 1: '\\ud83d' is an unpaired surrogate; remove it"),
         ("--passages {nested.jsonl}",
-         r"nested\.jsonl, line 1: JSON that cannot be read \(maximum recursion.*; correct it"),
+         r"nested\.jsonl, line 1: unreadable JSON \(maximum recursion.*; correct it"),
         ("--model_path none", "--model_path is missing: give the folder of a"),
         ("--model_path {retriever_safe_cut}",
          rf"retriever_safe_cut: the model's weights cannot be read .*not fully covered\){_COPY}"),
@@ -448,7 +444,7 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
         ("--output_format trec --passages {spaced_id.jsonl}",
          r"spaced_id\.jsonl: the id 'b c' is empty or has white space; change it, or say"),
         ("--passages {indexed.tsv} --save_or_load_index",
-         r"indexed\.tsv\.bm25: not a BM25 index, it holds notes\.txt; remove it"),
+         r"indexed\.tsv\.bm25: not a complete index, and it holds notes\.txt; remove it"),
         ("--output_path /dev/null",
          r"/dev/null: cannot be written \(null is a device, .*\); give another --output_path"),
         ("--output_path ''",
@@ -497,8 +493,6 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
          "--index_factory PQ8 and --n-subquantizers 8: give one; .*PQ8x8"),
         ("--index_factory nonsense",
          "--index_factory 'nonsense': FAISS cannot .*; leave it .*out for exact search"),
-        ("--index_factory Flat --save_or_load_index --passages_embeddings {indexed}/wiki_*",
-         "index_Flat: not a complete index .*; remove it to build it again"),
         ("--output_format trec --data {twice_id.json}",
          r"twice_id\.json, example 2 .*: its id 'a' is another's too; change it, or say"),
         ("--question_maxlength 600",
@@ -525,12 +519,11 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
         ("no_run", r"no_run: no such folder; give a run's \(--checkpoint_dir/--name\)"),
         ("{folder}",
          r"folder: neither metrics\.jsonl nor final_output\.txt nor dataset_wscores\.json is in"
-         r" folder; give a run's"),
+         r" this folder; give a run's"),
         ("{counted} -o {folder}",
          r"folder: cannot be written \(folder is a folder, not a .*\); give another --output"),
         ("{miscounted}",
-         r"metrics\.jsonl, line 2: must be a step with its numbers, such as .*, not '{.loss.:"
-         "; remove the line"),
+         r"metrics\.jsonl, line 2: must be a step .*, not '{.loss.: 2\.5}'; remove the line"),
         ("{misworded}",
          r"metrics\.jsonl, line 1: must be a step with its numbers.*; remove the line"),
         ("{without_options}", r"options\.json: not the options that a run writes; remove the file"),
@@ -545,9 +538,9 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
         ("{data_no_tsv}", rf"psgs_w100\.tsv: {_CHECK_PATH}"),
         ("{data_index}", rf"NQ\.dev\.idx\.json, line 1: bad JSON .*{_MEND_JSON}"),
         ("{data_cut}",
-         r"unfiltered-web-dev\.json: bad JSON \(the file ends inside the list.*make or copy it"),
+         r"unfiltered-web-dev\.json: bad JSON \(the file ends inside the object.*make or copy it"),
         ("{data_place} --only tqa",
-         r"TQA/dev\.json: cannot be written \(dev\.json is a folder, .*\); remove it"),
+         r"TQA/dev\.json: cannot be written \(dev\.json is a folder, .*\); give another"),
     ],
 }  # fmt: skip
 BAD = [(script, *case) for script, cases in CASES.items() for case in cases]
@@ -559,7 +552,9 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
 
 
-@pytest.mark.parametrize(("script", "options", "message"), BAD)
+@pytest.mark.parametrize(
+    ("script", "options", "message"), BAD, ids=[f"{script} {options}" for script, options, _ in BAD]
+)
 def test_one_line_and_status_2(script, options, message, inputs, tmp_path, capfd, monkeypatch):
     out = tmp_path / "out"
     for folder in ("folder/wiki_00", "answered/final_output.txt"):
@@ -582,15 +577,6 @@ def test_one_line_and_status_2(script, options, message, inputs, tmp_path, capfd
         allowed |= {"metrics.jsonl"} | {name for name in written if name.startswith("tensorboard/")}
     assert written <= allowed
     assert not list(inputs.rglob("*partial*"))
-
-
-def test_from_a_shell(inputs, tmp_path):
-    """Here the libraries' own warnings would be seen."""
-    options = f"{GOOD['train_reader']} --model_path {{t5_hostile}}"
-    done = run("train_reader.py", *arguments(options, inputs, tmp_path))
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert re.match(r"error: .*t5_hostile/pytorch_model\.bin: .*refused", line), line
 
 
 def test_a_hub_that_cannot_be_reached_is_asked_once(inputs, tmp_path):

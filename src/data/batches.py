@@ -1,6 +1,7 @@
 """From examples to batches: the reader's texts, datasets, collators, and who reads what when."""
 
 import atexit
+import dataclasses
 import functools
 import hashlib
 import os
@@ -49,22 +50,15 @@ class ReaderItem(NamedTuple):
     target: str | None
 
 
+@dataclasses.dataclass
 class ReaderDataset(Dataset):
-    """Reader texts of the examples of a file, asked for by (epoch, index)."""
+    """Reader texts of the examples of a file, by (epoch, index)."""
 
-    def __init__(
-        self,
-        examples: Examples,
-        n_context: int,
-        use_title: bool = True,
-        with_target: bool = False,
-        seed: int = 0,
-    ):
-        self.examples = examples
-        self.n_context = n_context
-        self.use_title = use_title
-        self.with_target = with_target
-        self.seed = seed
+    examples: Examples
+    n_context: int
+    use_title: bool = True
+    with_target: bool = False
+    seed: int = 0
 
     def __getitem__(self, key: tuple[int, int]) -> ReaderItem:
         epoch, index = key
@@ -92,6 +86,7 @@ def encode_texts(
     )["input_ids"]
 
 
+@dataclasses.dataclass
 class ReaderCollator:
     """Makes a batch: `input_ids` and `attention_mask` [B, N, L], `labels` [B, T], `index` (list).
 
@@ -100,12 +95,9 @@ class ReaderCollator:
     table of legacy readers counts in. With `answer_maxlength` > 0, T is fixed too.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, text_maxlength: int, answer_maxlength: int = -1
-    ):
-        self.tokenizer = tokenizer
-        self.text_maxlength = text_maxlength
-        self.answer_maxlength = answer_maxlength
+    tokenizer: PreTrainedTokenizerBase
+    text_maxlength: int
+    answer_maxlength: int = -1
 
     def __call__(self, items: list[ReaderItem]) -> dict[str, Any]:
         N = max(len(item.texts) for item in items)
@@ -158,6 +150,7 @@ def passage_text(title: str, text: str, use_title: bool = True, plain: bool = Fa
     return f"title: {title} context: {text}" if use_title else f"context: {text}"
 
 
+@dataclasses.dataclass
 class TextCollator:
     """Tokenizes texts as BERT reads them: ids and mask [B, L], cut on the right at `max_length`.
 
@@ -166,17 +159,16 @@ class TextCollator:
             otherwise to the longest text of the batch.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, fixed_length: bool):
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.padding = "max_length" if fixed_length else "longest"
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    fixed_length: bool
 
     def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self.tokenizer(
             texts,
             truncation=True,
             max_length=self.max_length,
-            padding=self.padding,
+            padding="max_length" if self.fixed_length else "longest",
             return_tensors="pt",
         )
         return tokens["input_ids"], tokens["attention_mask"].bool()
@@ -196,13 +188,13 @@ def scored_passages(example: Example, n_context: int) -> list[Passage]:
     return [passage for passage in example.passages[:n_context] if passage.score is not None]
 
 
+@dataclasses.dataclass
 class RetrieverDataset(Dataset):
-    """Questions with scored passages of a file, asked for by (epoch, index)."""
+    """Questions with scored passages of a file, by (epoch, index)."""
 
-    def __init__(self, examples: Examples, n_context: int, use_title: bool = True):
-        self.examples = examples
-        self.n_context = n_context
-        self.use_title = use_title
+    examples: Examples
+    n_context: int
+    use_title: bool = True
 
     def __getitem__(self, key: tuple[int, int]) -> RetrieverItem:
         _, index = key
@@ -220,6 +212,7 @@ class RetrieverDataset(Dataset):
         )
 
 
+@dataclasses.dataclass
 class RetrieverCollator:
     """Makes a batch: `question_ids` and `question_mask` [B, L]; `passage_ids` and `passage_mask`
     [B, N, L']; `gold_scores`, `present` and `passage_keys` [B, N]; `index` (list).
@@ -228,9 +221,8 @@ class RetrieverCollator:
     keys mean equal passages.
     """
 
-    def __init__(self, questions: TextCollator, passages: TextCollator):
-        self.questions = questions
-        self.passages = passages
+    questions: TextCollator
+    passages: TextCollator
 
     def __call__(self, items: list[RetrieverItem]) -> dict[str, Any]:
         B, N = len(items), max(len(item.passages) for item in items)
