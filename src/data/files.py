@@ -63,9 +63,10 @@ class Source:
         """The bytes from `start` to before `end`, which must be within the file."""
         handle = self.file.fileno()
         with self._readable():
-            data = os.pread(handle, end - start, start)
-            while data and len(data) < end - start:  # one call reads at most 2 GiB
-                data += os.pread(handle, end - start - len(data), start + len(data))
+            data = piece = os.pread(handle, end - start, start)
+            while piece and len(data) < end - start:  # one call reads at most 2 GiB
+                piece = os.pread(handle, end - start - len(data), start + len(data))
+                data += piece
         self.check_unchanged()
         return data
 
@@ -223,7 +224,7 @@ def unpack(path: str, bar: Bar) -> str:
             problem = f"cannot be unpacked next to it ({error.strerror})"
             cure = "run gunzip -k on a copy where there is room, and give the result"
             raise InputError(f"{path}: {problem}; {cure}") from None
-    for old in archive.parent.glob(glob.escape(f".{archive.name}.") + "*.unpacked"):
-        if old != target:  # of an earlier version of the archive
+    for old in archive.parent.glob(glob.escape(f".{archive.name}.") + "*.unpacked*"):
+        if not old.name.startswith(target.name):  # of an earlier version of the archive
             old.unlink(missing_ok=True)
     return str(target)

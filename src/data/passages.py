@@ -191,7 +191,7 @@ _NUMBER = re.compile("0|[1-9][0-9]{0,17}")  # as `str` writes them, within an in
 
 def _parse_json(line: str) -> Passage:
     """A passage from one line of JSONL. Errors: `BadValue`, and those of `json`."""
-    raw = json.loads(line)
+    raw = json.loads(line.rstrip())  # so that errors are on this line
     if "\\ud" in line or "\\uD" in line:  # surrogates, perhaps unpaired
         check_characters(raw)
     if not isinstance(raw, dict):
