@@ -236,7 +236,7 @@ def flush_to_disk(*paths: Path) -> None:
 
 
 def write_whole(
-    path: Path, pieces: Iterable[str], remedy: str = "give another place, or make room"
+    path: Path, pieces: Iterable[str], remedy: str = "give another path, or make room"
 ) -> Path:
     """Write a text file atomically: also when it is the pieces that fail, nothing is left.
 
