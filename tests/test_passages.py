@@ -1,4 +1,4 @@
-"""Passage collections equal what `csv` and `json` read; side files; what is broken is named."""
+"""Passage collections equal what `csv` and `json` read; their caches; errors name the line."""
 
 import csv
 import gzip
@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import pickle
 import random
-import re
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ def _cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-@pytest.fixture(params=[1 << 20, 64, 13, 1])
+@pytest.fixture(params=[1 << 20, 13])
 def window(request, monkeypatch):
     """Small windows put every kind of boundary in the middle of every kind of thing."""
     monkeypatch.setattr(files, "_CHUNK", request.param)
@@ -45,7 +44,7 @@ _numbers = itertools.count()
 
 
 def write(folder: Path, content: str | bytes, name: str = "passages") -> Path:
-    """A file with a name of its own, so that no side file of another lies beside it."""
+    """A file with a name of its own, so that no cache of another lies beside it."""
     path = folder / f"{name}{next(_numbers)}"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
@@ -75,7 +74,7 @@ def random_field(rng: random.Random) -> str:
     return rng.choice([quoted, quoted, bare, quoted + bare, "", "plain"])
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(15))
 def test_random_rows_equal_csv(seed, tmp_path, window, any_ids):
     rng = random.Random(seed)
     text = "\ufeff" * rng.randrange(2) + rng.choice(["", "\n", "\r\n\n"]) + HEADER
@@ -89,42 +88,6 @@ def test_random_rows_equal_csv(seed, tmp_path, window, any_ids):
     assert list(opened.ids()) == [row[0] for row in rows]
 
 
-def possible_errors(text: str) -> list[str]:
-    """What the slow way finds wrong: the first bad row, and a quoted field without an end."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t")
-    errors, line, n_rows = [], 1, 0
-    for row in reader:
-        last, line, n_rows = line, reader.line_num + 1, n_rows + bool(row)
-        if n_rows == 1 and row:
-            n_columns = len(row)
-            if n_columns not in (2, 3) or (n_columns == 2 and re.search(r"\s", row[0])):
-                errors = [f"line {last}: a row must have 3 columns .* not the {len(row)} of"]
-            if n_columns > 1:  # without digits, any short row may be a header
-                errors.append(f"line {last}: the first row, .*, looks like a header")
-        elif row and len(row) != n_columns:
-            errors.append(f"line {last}: a row must have {n_columns} columns, .* the {len(row)} of")
-    if read_csv(text + "\nZ")[-1] != ["Z"]:  # inside a quoted field, Z does not make a row
-        errors.append(f"line {last}: this row has no end")
-    return errors if n_rows else ["there are no passages"]
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_random_characters_equal_csv(seed, tmp_path, window, any_ids):
-    rng = random.Random(seed)
-    if seed % 2:
-        text = "".join(rng.choices('a"\t\n', weights=[1, 3, 3, 1], k=40))
-    else:  # three columns more often than not
-        texts = ["".join(rng.choices('"a\t', weights=[4, 4, 1], k=5)) for _ in range(6)]
-        text = "".join(f'"{text}"\t{text}\t"a"\n' for text in texts)
-    errors, path = possible_errors(text), write(tmp_path, text)
-    if errors:
-        with pytest.raises(InputError, match="|".join(errors)):
-            Passages(path)
-    else:
-        rows = [row if len(row) == 3 else [*row, ""] for row in read_csv(text)]
-        assert list(Passages(path)) == to_passages(rows)
-
-
 NAMES = [
     ("id", "text", "title"),
     ("ID", "Text ", "Title"),
@@ -135,14 +98,15 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("names", NAMES)
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize(
+    ("names", "order"), list(zip(NAMES, itertools.permutations(range(3)), strict=True))
+)
 def test_a_header_gives_the_columns(order, names, tmp_path):
     fields = ("7", "all of it", "A name")
     row = "\t".join(fields[column] for column in order) + "\n"
     header = "\t".join(names[column] for column in order)
     quoted = "\t".join(f'"{names[column]}"' for column in order)
-    for start in (header + "\n", quoted + "\r\n", "\ufeff" + header + "\n\n", "\n" + quoted + "\n"):
+    for start in (header + "\n", "\ufeff" + header + "\n\n", "\n" + quoted + "\r\n"):
         opened = Passages(write(tmp_path, start + row))
         assert list(opened) == [Passage("7", "A name", "all of it")]
         assert list(opened.ids()) == ["7"]
@@ -195,7 +159,7 @@ def test_a_long_row(tmp_path, window, monkeypatch):
             Passages(write(tmp_path, f"{HEADER}1\ta\tb\n2\t{field}\tb\n"))
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(5))
 def test_random_lines_equal_json(seed, tmp_path, window, any_ids):
     rng = random.Random(seed)
     lines, wanted = [], []
@@ -216,34 +180,19 @@ def test_random_lines_equal_json(seed, tmp_path, window, any_ids):
         assert list(opened.ids()) == [passage.id for passage in wanted]
 
 
-@pytest.mark.parametrize("compress", [bytes, gzip.compress])
-def test_beir(compress, tmp_path):
-    """A line of a `corpus.jsonl`, as BEIR's data sets have them."""
-    line = {"_id": "MED-10", "title": "Statins", "text": "A\nstudy.", "metadata": {"url": "http"}}
-    more = {"_id": "2", "title": "", "text": "Another.", "metadata": {}}
-    content = compress(f"{json.dumps(line)}\n{json.dumps(more)}\n".encode())
-    opened = Passages(write(tmp_path, content, "corpus.jsonl"))
-    assert list(opened) == [Passage("MED-10", "Statins", "A\nstudy."), Passage("2", "", "Another.")]
-    assert opened.find(["2", "MED-10"]) == [1, 0]
-
-
 @pytest.mark.parametrize(
     ("changes", "title", "text"),
     [
         ({"contents": "Nile\nA river.\nLong."}, "Nile", "A river.\nLong."),
-        ({"contents": '"Nile"\nA river.'}, "Nile", "A river."),  # pyserini's Wikipedia
         ({"contents": '"""Heroes"" (album)"\nBy Bowie.'}, '"Heroes" (album)', "By Bowie."),
         ({"contents": '"\nA quote mark.'}, '"', "A quote mark."),
-        ({"contents": "A river."}, "", "A river."),
         ({"contents": '"A river."'}, "", '"A river."'),
         ({"contents": "\nA river."}, "", "A river."),
         ({"contents": "A river.\n"}, "", "A river.\n"),  # CACM and SciFact in Anserini's format
         ({"contents": "A river.\r\n \t\n\u3000"}, "", "A river.\r\n \t\n\u3000"),
-        ({"contents": '"A river."\n'}, "", '"A river."\n'),
         ({"docid": "doc1", "passage": "A river.\n"}, "", "A river.\n"),
         ({"contents": "Nile\nA river.", "title": "The Nile"}, "The Nile", "Nile\nA river."),
         ({"contents": "Nile\nA river.", "title": ""}, "", "Nile\nA river."),
-        ({"text": "Nile\nA river."}, "", "Nile\nA river."),
         ({"text": "A river.", "contents": "Nile\nA river."}, "", "A river."),
     ],
 )
@@ -252,22 +201,11 @@ def test_the_title_in_pyserinis_contents(changes, title, text, tmp_path):
     assert list(opened) == [Passage("doc1", title, text)]
 
 
-def copied(source: Path, folder: Path) -> tuple[Passages, list[Passage]]:
-    """A collection opened in another folder, where its side files may lie; and the slow way."""
-    opened = Passages(write(folder, source.read_bytes()))
-    return opened, to_passages(read_csv(source.read_text())[1:])
-
-
 def test_the_references_passages(reference: Path, tmp_path):
-    opened, wanted = copied(reference / "passages.tsv", tmp_path)
+    source = reference / "passages.tsv"
+    opened = Passages(write(tmp_path, source.read_bytes()))
+    assert list(opened) == to_passages(read_csv(source.read_text())[1:])
     assert len(opened) == 120
-    assert list(opened) == wanted
-
-
-def test_xquad(xquad: Path, tmp_path):
-    opened, wanted = copied(xquad / "passages.tsv", tmp_path)
-    assert list(opened) == wanted
-    assert opened.find([passage.id for passage in wanted][::-1]) == list(range(len(wanted)))[::-1]
 
 
 def test_it_is_a_sequence(tmp_path):
@@ -293,26 +231,16 @@ def test_a_worker_opens_it_again(tmp_path):
 # Finding by id, and the fingerprint
 
 
-@pytest.mark.parametrize("first", [0, 1, 8, 95, 10**17])
+@pytest.mark.parametrize("first", [0, 8, 10**17])
 @pytest.mark.parametrize("columns", [(0, 1, 2), (2, 1, 0)])
 def test_ids_that_count_up_need_no_table(first, columns, tmp_path):
     fields = ["id", "text", "title"]
     rows = [fields, *([str(first + i), "text", "title"] for i in range(30))]
     text = "\n".join("\t".join(row[column] for column in columns) for row in rows)
     opened = Passages(write(tmp_path, text))
-    ids = list(opened.ids())
-    assert opened.find(ids) == list(range(30))
-    assert opened.find([]) == []
+    assert opened.find(list(opened.ids())) == list(range(30))
     assert len(opened._id_table) == 1
-    for missing in (
-        str(first - 1),
-        str(first + 30),
-        f"0{first}",
-        f"+{first}",
-        f"{first} ",
-        "",
-        "x",
-    ):
+    for missing in (str(first - 1), str(first + 30), f"0{first}", f"+{first}", f"{first} ", ""):
         with pytest.raises(InputError, match=r"no passage has the id .*give the collection"):
             opened.find([missing])
 
@@ -350,14 +278,14 @@ def test_find_equals_a_dict(case, n_hashes, tmp_path, monkeypatch):
     text = HEADER + "".join(f"{identity}\ttext\ttitle\n" for identity in IDS[case])
     opened = Passages(write(tmp_path, text))
     ids = [row[0] for row in read_csv(text)[1:]]
-    table = {identity: place for place, identity in enumerate(ids)}
+    table = {identity: index for index, identity in enumerate(ids)}
     wanted = random.Random(0).choices(ids, k=1000)
     assert opened.find(wanted) == [table[identity] for identity in wanted]
     for missing in ["5", "a" * 32, "", "é"]:
         if missing not in table:
             with pytest.raises(InputError, match="no passage has the id"):
                 opened.find([ids[0], missing])
-    monkeypatch.setattr(Passages, "_make_id_table", None)  # the side file has it
+    monkeypatch.setattr(Passages, "_make_id_table", None)  # the cache has it
     again = Passages(opened.path)
     assert again.find(wanted) == opened.find(wanted)
 
@@ -385,30 +313,30 @@ def test_the_fingerprint_is_the_contents(tmp_path):
     small, large = b"".join(rows[:100]), b"".join(rows)
     assert fingerprint(small) == fingerprint(small) == fingerprint(gzip.compress(small))
     assert len({fingerprint(b"".join(rows[:n])) for n in (1, 2, 100, 20000, 22000)}) == 5
-    for place in (0, 2000, 3000, len(small) - 2):  # a file up to 1 MiB is read whole
-        assert fingerprint(small[:place] + b"y" + small[place + 1 :]) != fingerprint(small)
-    for place in (0, len(large) - 2):
-        assert fingerprint(large[:place] + b"y" + large[place + 1 :]) != fingerprint(large)
+    # A file up to 1 MiB is read whole.
+    for content, position in ((small, 0), (small, 2000), (small, 3000), (large, len(large) - 2)):
+        changed = content[:position] + b"y" + content[position + 1 :]
+        assert fingerprint(changed) != fingerprint(content)
 
 
 # ----------------------------------------------------------------------------------------------
-# Files that are made once and kept
+# Caches and unpacked files
 
 ROWS = "1\ta\tA\n2\tb\tB\n"
 
 
-def side_files(path: Path) -> list[str]:
+def caches(path: Path) -> list[str]:
     return sorted(file.name for file in path.parent.glob(f".{path.name}*"))
 
 
-def test_the_side_file_is_used(tmp_path, monkeypatch):
+def test_the_cache_is_used(tmp_path, monkeypatch):
     path = write(tmp_path, ROWS)
     path.chmod(0o644)
     first = Passages(path)
     first.find(["1"])
     side = path.with_name(f".{path.name}.offsets")
     assert side.stat().st_mode & 0o777 == 0o644  # for all who may read the source
-    assert side_files(path) == [f".{path.name}.ids", f".{path.name}.offsets"]
+    assert caches(path) == [f".{path.name}.ids", f".{path.name}.offsets"]
     monkeypatch.setattr(module, "_find_passages", None)
     monkeypatch.setattr(Passages, "_make_id_table", None)
     again = Passages(path)
@@ -417,7 +345,7 @@ def test_the_side_file_is_used(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("keeps", ["nothing", "size", "time"])
-def test_the_side_file_is_made_anew_when_the_source_changes(keeps, tmp_path):
+def test_the_cache_is_rebuilt_when_the_source_changes(keeps, tmp_path):
     path = write(tmp_path, ROWS)
     Passages(path).find(["2"])
     before = path.stat()
@@ -460,14 +388,14 @@ def test_a_damaged_cache_is_rebuilt(suffix, tmp_path):
         assert cache.read_bytes() == good, case
 
 
-def test_a_cache_of_another_version_or_file_is_rebuilt(tmp_path, monkeypatch):
+def test_a_cache_of_another_file_or_version_is_rebuilt(tmp_path, monkeypatch):
     path = write(tmp_path, ROWS)
-    wanted = list(Passages(path))
+    assert len(Passages(path)) == 2
     stat = path.stat()
-    other = write(tmp_path, "12\t\tA\n3\tb\tB\n")  # as long, as old, in the same place
+    other = write(tmp_path, "12\t\tA\n3\tb\tB\n")  # of the same name, size and time
     os.utime(other, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
     other.rename(path)
-    assert list(Passages(path)) == [Passage("12", "A", ""), Passage("3", "B", "b")] != wanted
+    assert list(Passages(path)) == [Passage("12", "A", ""), Passage("3", "B", "b")]
     monkeypatch.setattr(files, "_FORMAT", files._FORMAT + 1)
     cache = path.with_name(f".{path.name}.offsets")
     before = cache.read_bytes()
@@ -500,7 +428,7 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fill_up)
     assert len(Passages(path)) == 2
-    assert side_files(path) == []
+    assert caches(path) == []
 
 
 def _open_and_find(path: Path) -> tuple[list[Passage], list[int]]:
@@ -515,7 +443,7 @@ def test_several_processes_at_once(compress, tmp_path):
     with multiprocessing.get_context("fork").Pool(6) as pool:
         results = pool.map(_open_and_find, [path] * 12, chunksize=1)
     assert all(result == (to_passages(read_csv(text)[1:]), [0, 999]) for result in results)
-    assert not [name for name in side_files(path) if name.endswith(".partial")]
+    assert not [name for name in caches(path) if name.endswith(".partial")]
 
 
 def test_a_gzipped_file_is_unpacked_once(tmp_path, monkeypatch, caplog):
@@ -526,10 +454,10 @@ def test_a_gzipped_file_is_unpacked_once(tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         patch.setattr(gzip, "open", None)
         assert list(Passages(path)) == list(opened)
-    n_files = len(side_files(path))
+    n_files = len(caches(path))
     path.write_bytes(gzip.compress((HEADER + ROWS + "3\tc\tC\n4\td\tD\n").encode()))
     assert len(Passages(path)) == 4
-    assert len(side_files(path)) == n_files  # what belonged to the old archive is gone
+    assert len(caches(path)) == n_files  # what belonged to the old archive is gone
 
 
 @pytest.mark.parametrize("damage", [b"", b"1\ta\tA\n", None])
@@ -551,19 +479,7 @@ def test_a_broken_archive(damage, tmp_path):
     path = write(tmp_path, broken)
     with pytest.raises(InputError, match=r"the archive is cut off or damaged \(.*fetch it again"):
         Passages(path)
-    assert side_files(path) == []
-
-
-def test_an_archive_that_cannot_be_unpacked(tmp_path, monkeypatch):
-    path = write(tmp_path, gzip.compress(ROWS.encode()))
-
-    def fill_up(*_) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(gzip.GzipFile, "read", fill_up)
-    with pytest.raises(InputError, match=r"No space left.*run gunzip -k"):
-        Passages(path)
-    assert side_files(path) == []
+    assert caches(path) == []
 
 
 # ----------------------------------------------------------------------------------------------
@@ -575,20 +491,20 @@ BROKEN = {
     "only a header": (HEADER, "no passages"),
     "two columns": (HEADER + "1\ta\tb\n2\tc\n", r"line 3: .* 3 columns, .* the 2 of '2\\tc'; corr"),
     "four columns": ('1\t"a\n"\tb\n\n2\tc\td\te\n', r"line 4: .* 3 columns, .* the 4 of '2\\tc"),
-    "three columns": ("1\ta\n2\tb\tc\n", r"line 2: .* 2 columns, .* the 3 of '2\\tb\\tc'; corr"),
     "four at first": ("1\ta\tb\tc\n", r"line 1: .* 3 columns .* the 4 of '1\\ta\\tb\\tc'; corr"),
     "questions": ("who is 7\t['I']\n", r"line 1: .* 3 columns .* the 2 of .who is 7"),
     "a JSON list": ('[\n{"id": 1, "text": "a"}]', r"line 1: .* the 1 of '\['; .*JSONL"),
     "a NUL byte": ("1\ta\tb\n2\tc\0\td\n", "line 2: a NUL byte, .*not UTF-8 text"),
-    "UTF-16": ((HEADER + "1\ta\tb\n").encode("utf-16"), "line 1: a NUL byte, .*not UTF-8 text"),
     "NUL bytes in JSON": ('{"id": 1, "text": "a"}\n' + "\0" * 99, "line 2: a NUL byte"),
     "cut in a quoted field": (HEADER + '1\ta\tb\n2\t"cut\nhere', "line 3: this row .*cut off"),
     "cut after a pair": ('1\t"a"\t""""b\n2\t"cut""', "line 2: this row has no end.*cut off"),
     "not UTF-8": (b"1\ta\tb\n2\t\"c\n\xe9\"\td\n", "line 3: byte 0xe9 is not UTF-8.*re-encode"),
-    "bad JSON": ('{"id": 1, "text": "a"}\n\n{"id": 2,\n', r"line 3: bad JSON \(.*one object"),
+    "bad JSON": ('{"id": 1, "text": "a"}\n\n{"id": 2,\n', r"line 3: bad JSON \(.*correct it"),
     "no object": ('{"id": 1, "text": "a"}\n[1]', r"line 2: .*an object.*not \[1\]"),
     "no id": ('{"text": "a"}', 'line 1: "id" or "_id" must be .*not None'),
     "an id of another kind": ('{"id": 1.5, "text": "a"}', 'line 1: "id" or "_id" .*not 1.5'),
+    "a surrogate": ('{"id": 1, "text": "\\ud83d"}', r"line 1: '.ud83d' is an unpaired surrogate"),
+    "lists in lists": ('{"id": 1, "text": ' + "[" * 100_000, "line 1: unreadable JSON .max"),
     "a true id": ('{"id": true, "text": "a"}', 'line 1: "id" or "_id" .*not True'),
     "no text": ('{"id": 1, "title": "a"}', 'line 1: no text: "text" or "contents" .*not None'),
     "text of another kind": ('{"id": 1, "text": ["a"]}', r'"text" .*must be text, not \[.a.\]'),
@@ -609,8 +525,6 @@ def test_broken_files_are_named_with_line_and_value(case, tmp_path, window):
 def test_missing_files(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.tsv: cannot be read \(No such file.*check"):
         Passages(tmp_path / "nowhere.tsv")
-    with pytest.raises(InputError, match=r"cannot be read \(Is a directory"):
-        Passages(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -672,21 +586,7 @@ def test_a_collection_that_changes_at_its_first_opening(lines, tmp_path, monkeyp
     monkeypatch.setattr(files.Source, "chunks", shrinking)
     with pytest.raises(InputError, match="changed while it was being read"):
         Passages(path)
-    assert side_files(path) == []
-
-
-def test_an_archive_that_changes(tmp_path, monkeypatch):
-    path = write(tmp_path, gzip.compress(random.Random(0).randbytes(9_000).hex().encode()))
-    read = gzip.GzipFile.read
-
-    def shrinking(self, size: int) -> bytes:
-        cut_off(path)
-        return read(self, size)
-
-    monkeypatch.setattr(gzip.GzipFile, "read", shrinking)
-    with pytest.raises(InputError, match="changed while it was being read"):
-        Passages(path)
-    assert side_files(path) == []
+    assert caches(path) == []
 
 
 def test_a_sparse_collection_is_refused_at_once(tmp_path):

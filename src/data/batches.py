@@ -1,6 +1,7 @@
 """From examples to batches: the reader's texts, datasets, collators, and who reads what when."""
 
 import atexit
+import dataclasses
 import functools
 import hashlib
 import os
@@ -25,14 +26,9 @@ from src.runtime.errors import InputError, end_children
 def reader_texts(example: Example, n_context: int, use_title: bool = True) -> list[str]:
     """The texts that the reader encodes for a question, one a passage (Izacard and Grave, 2020,
     section 3): its first `n_context` passages, or the question alone when it has none."""
-    question = f"question: {example.question}"
-    if use_title:
-        texts = [
-            f"{question} title: {passage.title} context: {passage.text}"
-            for passage in example.passages[:n_context]
-        ]
-    else:
-        texts = [f"{question} context: {passage.text}" for passage in example.passages[:n_context]]
+    question = question_text(example.question)
+    passages = example.passages[:n_context]
+    texts = [f"{question} {passage_text(p.title, p.text, use_title)}" for p in passages]
     return texts or [question]
 
 
@@ -54,25 +50,18 @@ class ReaderItem(NamedTuple):
     target: str | None
 
 
+@dataclasses.dataclass
 class ReaderDataset(Dataset):
-    """Reader texts of the examples of a file, asked for by (epoch, index)."""
+    """Reader texts of the examples of a file, by (epoch, index)."""
 
-    def __init__(
-        self,
-        examples: Examples,
-        n_context: int,
-        use_title: bool = True,
-        with_target: bool = False,
-        seed: int = 0,
-    ):
-        self.examples = examples
-        self.n_context = n_context
-        self.use_title = use_title
-        self.with_target = with_target
-        self.seed = seed
+    examples: Examples
+    n_context: int
+    use_title: bool = True
+    with_target: bool = False
+    seed: int = 0
 
-    def __getitem__(self, place: tuple[int, int]) -> ReaderItem:
-        epoch, index = place
+    def __getitem__(self, key: tuple[int, int]) -> ReaderItem:
+        epoch, index = key
         example = read_example(self.examples, index)
         target = draw_target(example, self.seed, epoch) if self.with_target else None
         return ReaderItem(index, reader_texts(example, self.n_context, self.use_title), target)
@@ -97,6 +86,7 @@ def encode_texts(
     )["input_ids"]
 
 
+@dataclasses.dataclass
 class ReaderCollator:
     """Makes a batch: `input_ids` and `attention_mask` [B, N, L], `labels` [B, T], `index` (list).
 
@@ -105,47 +95,43 @@ class ReaderCollator:
     table of legacy readers counts in. With `answer_maxlength` > 0, T is fixed too.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, text_maxlength: int, answer_maxlength: int = -1
-    ):
-        self.tokenizer = tokenizer
-        self.text_maxlength = text_maxlength
-        self.answer_maxlength = answer_maxlength
+    tokenizer: PreTrainedTokenizerBase
+    text_maxlength: int
+    answer_maxlength: int = -1
 
     def __call__(self, items: list[ReaderItem]) -> dict[str, Any]:
-        ids, mask = self._passages([item.texts for item in items])
-        batch = {"index": [item.index for item in items], "input_ids": ids, "attention_mask": mask}
+        N = max(len(item.texts) for item in items)
+        rows = []
+        # No end-of-sequence token: the released readers never saw one in a passage.
+        for item in items:
+            rows += encode_texts(self.tokenizer, item.texts, self.text_maxlength)
+            rows += [[]] * (N - len(item.texts))
+        ids = _padded(rows, self.text_maxlength, self.tokenizer.pad_token_id)
+        lengths = torch.tensor([len(row) for row in rows])
+        mask = torch.arange(self.text_maxlength) < lengths[:, None]
+        shape = len(items), N, self.text_maxlength
+        batch = {
+            "index": [item.index for item in items],
+            "input_ids": ids.view(shape),
+            "attention_mask": mask.view(shape),
+        }
         if items[0].target is not None:
             batch["labels"] = self._labels([item.target for item in items])
         return batch
 
-    def _passages(self, texts: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
-        # No end-of-sequence token: the released readers never saw one in a passage.
-        flat = encode_texts(
-            self.tokenizer, [text for group in texts for text in group], self.text_maxlength
-        )
-        shape = (len(texts), max(map(len, texts)), self.text_maxlength)
-        ids = torch.full(shape, self.tokenizer.pad_token_id, dtype=torch.long)
-        mask = torch.zeros(shape, dtype=torch.bool)
-        rows = iter(flat)
-        for b, group in enumerate(texts):
-            for n in range(len(group)):
-                tokens = next(rows)
-                ids[b, n, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-                mask[b, n, : len(tokens)] = True
-        return ids, mask
-
     def _labels(self, targets: list[str]) -> torch.Tensor:
         cut = self.answer_maxlength > 0
-        # (no space between a target and its end; Python's idea of one, as transformers 3.0.2's)
+        # Without trailing white space, as in transformers 3.0.2.
         texts = [target.rstrip() for target in targets]
         tokens = encode_texts(self.tokenizer, texts, self.answer_maxlength - 1 if cut else None)
         tokens = [row + [self.tokenizer.eos_token_id] for row in tokens]
         width = self.answer_maxlength if cut else max(map(len, tokens))
-        labels = torch.full((len(tokens), width), -100, dtype=torch.long)
-        for b, row in enumerate(tokens):
-            labels[b, : len(row)] = torch.tensor(row)
-        return labels
+        return _padded(tokens, width, -100)
+
+
+def _padded(rows: list[list[int]], width: int, value: int) -> torch.Tensor:
+    """Rows of numbers as a tensor [len(rows), width], filled up with a value."""
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -164,6 +150,7 @@ def passage_text(title: str, text: str, use_title: bool = True, plain: bool = Fa
     return f"title: {title} context: {text}" if use_title else f"context: {text}"
 
 
+@dataclasses.dataclass
 class TextCollator:
     """Tokenizes texts as BERT reads them: ids and mask [B, L], cut on the right at `max_length`.
 
@@ -172,17 +159,16 @@ class TextCollator:
             otherwise to the longest text of the batch.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, fixed_length: bool):
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.padding = "max_length" if fixed_length else "longest"
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    fixed_length: bool
 
     def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self.tokenizer(
             texts,
             truncation=True,
             max_length=self.max_length,
-            padding=self.padding,
+            padding="max_length" if self.fixed_length else "longest",
             return_tensors="pt",
         )
         return tokens["input_ids"], tokens["attention_mask"].bool()
@@ -202,16 +188,16 @@ def scored_passages(example: Example, n_context: int) -> list[Passage]:
     return [passage for passage in example.passages[:n_context] if passage.score is not None]
 
 
+@dataclasses.dataclass
 class RetrieverDataset(Dataset):
-    """Questions with scored passages of a file, asked for by (epoch, index)."""
+    """Questions with scored passages of a file, by (epoch, index)."""
 
-    def __init__(self, examples: Examples, n_context: int, use_title: bool = True):
-        self.examples = examples
-        self.n_context = n_context
-        self.use_title = use_title
+    examples: Examples
+    n_context: int
+    use_title: bool = True
 
-    def __getitem__(self, place: tuple[int, int]) -> RetrieverItem:
-        _, index = place
+    def __getitem__(self, key: tuple[int, int]) -> RetrieverItem:
+        _, index = key
         example = read_example(self.examples, index)
         passages = scored_passages(example, self.n_context)
         for passage in passages:
@@ -226,6 +212,7 @@ class RetrieverDataset(Dataset):
         )
 
 
+@dataclasses.dataclass
 class RetrieverCollator:
     """Makes a batch: `question_ids` and `question_mask` [B, L]; `passage_ids` and `passage_mask`
     [B, N, L']; `gold_scores`, `present` and `passage_keys` [B, N]; `index` (list).
@@ -234,9 +221,8 @@ class RetrieverCollator:
     keys mean equal passages.
     """
 
-    def __init__(self, questions: TextCollator, passages: TextCollator):
-        self.questions = questions
-        self.passages = passages
+    questions: TextCollator
+    passages: TextCollator
 
     def __call__(self, items: list[RetrieverItem]) -> dict[str, Any]:
         B, N = len(items), max(len(item.passages) for item in items)

@@ -8,6 +8,7 @@ import ast
 import contextlib
 import csv
 import dataclasses
+import json
 import logging
 import math
 import multiprocessing
@@ -39,17 +40,17 @@ class Examples(JsonItems):
     def __init__(self, path: str | Path):
         super().__init__(path)
         start = int(self._spans[0, 0])
-        first = self.source.read(start, start + 1)
-        self._has_rows = Path(self.path).suffix in _ROWS and first not in (b"{", b"[")
+        is_json = self.source.read(start, start + 1) in (b"{", b"[")
+        self._has_rows = Path(self.path).suffix in _ROWS and not is_json
         self.unscored: list[int] = []
 
     def __getitem__(self, index: int) -> dict:
         return _with_our_names(super().__getitem__(index))
 
-    def _parse(self, record: bytes) -> Any:
-        example = _parse_row(record.decode()) if self._has_rows else super()._parse(record)
+    def _parse(self, text: str) -> Any:
+        example = _parse_row(text) if self._has_rows else json.loads(text)
         # How JSON writes surrogates, perhaps unpaired; Python's literals have more ways.
-        if self._has_rows or b"\\ud" in record or b"\\uD" in record:
+        if self._has_rows or "\\ud" in text or "\\uD" in text:
             check_characters(example)
         return example
 
@@ -78,18 +79,14 @@ def _parse_row(line: str) -> dict:
             f"{shorten(line, 60)}; correct it, or give JSON"
         )
     question, answers = fields[0], fields[1].strip()
-    try:
-        # Nothing but strings gets as far as Python's own reader of literals.
-        if not _STRINGS.fullmatch(answers):
-            raise ValueError
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about backslashes that mean nothing
+    with warnings.catch_warnings(), contextlib.suppress(ValueError, SyntaxError):
+        warnings.simplefilter("ignore")  # about backslashes that mean nothing
+        if _STRINGS.fullmatch(answers):  # Python's parser of literals sees nothing but strings
             return {"question": question, "answers": ast.literal_eval(answers)}
-    except (ValueError, SyntaxError):
-        raise BadValue(
-            "the answers of a row must be a list of texts like ['Paris', 'Lyon'], not "
-            f"{shorten(answers, 60)}; correct it, or give JSON"
-        ) from None
+    raise BadValue(
+        "the answers of a row must be a list of texts like ['Paris', 'Lyon'], not "
+        f"{shorten(answers, 60)}; correct it, or give JSON"
+    )
 
 
 def _with_our_names(example: dict) -> dict:
@@ -97,12 +94,8 @@ def _with_our_names(example: dict) -> dict:
     theirs = {"answer": "answers"}
     if "question" not in example and "_id" in example:
         theirs |= {"_id": "id", "text": "question"}
-    if not any(name in example and theirs[name] not in example for name in theirs):
-        return example
-    return {
-        theirs[name] if name in theirs and theirs[name] not in example else name: value
-        for name, value in example.items()
-    }
+    names = {name: ours for name, ours in theirs.items() if ours not in example}
+    return {names.get(name, name): value for name, value in example.items()}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -123,58 +116,66 @@ class Example:
 
 def parse_example(raw: dict, index: int, where: str) -> Example:
     """Check one decoded example. Errors: `InputError` that says `where` and what is wrong."""
-    question = raw.get("question")
-    if not isinstance(question, str) or not question.strip():
-        raise InputError(f'{where}: "question" must be text, not {shorten(question)}')
-    target = raw.get("target")
-    if target is not None and not isinstance(target, str):
-        raise InputError(f'{where}: "target" must be text, not {shorten(target)}')
-    answers = raw.get("answers")
-    answers = [] if answers is None else answers
-    if not isinstance(answers, list):
-        raise InputError(f'{where}: "answers" must be a list of texts, not {shorten(answers)}')
-    for answer in answers:
-        if not isinstance(answer, str):
-            raise InputError(f"{where}: an answer must be text, not {shorten(answer)}")
-    contexts = raw.get("ctxs")
-    contexts = [] if contexts is None else contexts
-    if not isinstance(contexts, list):
-        raise InputError(f'{where}: "ctxs" must be a list of passages, not {shorten(contexts)}')
-    passages = [_parse_passage(context, i, where) for i, context in enumerate(contexts)]
-    # Stable: equal scores keep their order, and passages without a score come last in theirs.
-    passages.sort(key=lambda passage: math.inf if passage.score is None else -passage.score)
-    identity = raw.get("id")
-    return Example(
-        index=index,
-        id=str(index if identity is None else identity),
-        question=question,
-        target=target,
-        answers=answers,
-        passages=passages,
-    )
+    try:
+        question, target = _text(raw.get("question"), '"question"'), raw.get("target")
+        if not question.strip():
+            raise BadValue(f': "question" must be text, not {shorten(question)}')
+        contexts = _list(raw.get("ctxs"), '"ctxs" must be a list of passages')
+        passages = [_parse_passage(context, i) for i, context in enumerate(contexts)]
+        # Stable: equal scores keep their order, and passages without a score come last in theirs.
+        passages.sort(key=lambda passage: math.inf if passage.score is None else -passage.score)
+        answers = _list(raw.get("answers"), '"answers" must be a list of texts')
+        identity = raw.get("id")
+        return Example(
+            index=index,
+            id=str(index if identity is None else identity),
+            question=question,
+            target=None if target is None else _text(target, '"target"'),
+            answers=[_text(answer, "an answer") for answer in answers],
+            passages=passages,
+        )
+    except BadValue as error:
+        raise InputError(f"{where}{error}") from None
 
 
-def _parse_passage(context: Any, position: int, where: str) -> Passage:
-    if not isinstance(context, dict):
-        problem = f"must be an object, not {shorten(context)}"
-        raise InputError(f"{where}, passage {position + 1}: {problem}")
-    text, title = context.get("text"), context.get("title")
-    for name, value in (("text", text), ("title", "" if title is None else title)):
-        if not isinstance(value, str):
-            problem = f'"{name}" must be text, not {shorten(value)}'
-            raise InputError(f"{where}, passage {position + 1}: {problem}")
-    score = context.get("score")
-    if score is not None:
-        try:  # numbers or strings, as the reference's own files have both
-            score = float(score)
-        except (TypeError, ValueError, OverflowError):
-            score = math.nan
-        if not math.isfinite(score):
-            raise InputError(
-                f'{where}, passage {position + 1}: "score" must be a finite number or left out, '
-                f"not {shorten(context['score'])}"
-            )
-    return Passage(str(context.get("id", "")), title or "", text, score, position)
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadValue(f": {name} must be text, not {shorten(value)}")
+    return value
+
+
+def _list(value: Any, problem: str) -> list:
+    if not isinstance(value, list | None):
+        raise BadValue(f": {problem}, not {shorten(value)}")
+    return value or []
+
+
+def _parse_passage(context: Any, position: int) -> Passage:
+    try:
+        if not isinstance(context, dict):
+            raise BadValue(f": must be an object, not {shorten(context)}")
+        title, score = context.get("title"), context.get("score")
+        return Passage(
+            id=str(context.get("id", "")),
+            title="" if title is None else _text(title, '"title"'),
+            text=_text(context.get("text"), '"text"'),
+            score=None if score is None else _parse_score(score),
+            position=position,
+        )
+    except BadValue as error:
+        raise BadValue(f", passage {position + 1}{error}") from None
+
+
+def _parse_score(value: Any) -> float:
+    """A finite number, or a string of one: the reference's own files have both."""
+    try:
+        score = float(value)
+    except (TypeError, ValueError, OverflowError):
+        score = math.nan
+    if not math.isfinite(score):
+        problem = f"must be a finite number or left out, not {shorten(value)}"
+        raise BadValue(f': "score" {problem}')
+    return score
 
 
 def read_example(examples: Examples, index: int) -> Example:
@@ -267,8 +268,8 @@ def _check_all(
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(bar(len(indices), "example", "checking examples"))
         if n_processes < 2:
-            results = (_check_part(part, check) for part in parts)
-        else:  # forked, so that they have the opened file, and nothing is sent but results
+            results = ([index for index in part if not check(index)] for part in parts)
+        else:  # forked: the file is open already, and only results are sent
             context = multiprocessing.get_context("fork")
             pool = ProcessPoolExecutor(n_processes, context, _start_checking, (check,))
             results = stack.enter_context(pool).map(_check_part, parts)
@@ -278,12 +279,11 @@ def _check_all(
     return failed
 
 
-def _check_part(indices: range, check: Callable[[int], bool] | None = None) -> list[int]:
-    return [index for index in indices if not (check or _check)(index)]
+def _check_part(indices: range) -> list[int]:
+    return [index for index in indices if not _check(index)]
 
 
 def _start_checking(check: Callable[[int], bool]) -> None:
-    """In a process of its own."""
     global _check
     _check = check
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

@@ -1,14 +1,12 @@
-"""Files: read by byte positions, and cached next to what they are made from."""
+"""Files that are read by byte positions, and the caches made from them."""
 
 import contextlib
 import csv
 import fcntl
 import glob
 import gzip
-import itertools
 import logging
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
@@ -29,9 +27,9 @@ _CHUNK = 1 << 20  # bytes read at a time: what numpy makes of them stays in the 
 
 
 class Source:
-    """A file opened for reading by byte positions, without mapping it: a mapped file that is cut
-    off while it is being read would end the process by SIGBUS. Deleting or replacing the file does
-    no harm; a change in place is an error at the next read.
+    """A file opened for reading by byte positions. It is not mapped: truncating a mapped file would
+    end its readers by SIGBUS. Deleting or replacing the file does no harm; a change in place is an
+    error at the next read.
 
     Args:
         path: names the file in errors.
@@ -46,23 +44,29 @@ class Source:
         self.size = self.stat.st_size
         if self.size == 0:
             raise InputError(f"{path}: the file is empty; write or copy it again")
+        has_mark = self.read(0, min(3, self.size)) == b"\xef\xbb\xbf"
+        self.start = 3 if has_mark else 0  # after a byte-order mark
 
     def _open(self) -> BinaryIO:
-        try:
+        with self._readable():
             return open(self.plain, "rb", buffering=0)
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise self._unreadable(error) from None
+            problem = f"cannot be read ({error.strerror}); check the path"
+            raise InputError(f"{self.path}: {problem}") from None
 
     def read(self, start: int, end: int) -> bytes:
-        """The bytes from `start` to before `end`, which must lie within the file."""
-        handle, data = self.file.fileno(), b""
-        try:
-            while piece := os.pread(handle, end - start - len(data), start + len(data)):
-                data = data + piece if data else piece  # one call reads at most 2 GiB
-                if len(data) == end - start:
-                    break
-        except OSError as error:
-            raise self._unreadable(error) from None
+        """The bytes from `start` to before `end`, which must be within the file."""
+        handle = self.file.fileno()
+        with self._readable():
+            data = piece = os.pread(handle, end - start, start)
+            while piece and len(data) < end - start:  # one call reads at most 2 GiB
+                piece = os.pread(handle, end - start - len(data), start + len(data))
+                data += piece
         self.check_unchanged()
         return data
 
@@ -72,8 +76,8 @@ class Source:
             raise InputError(f"{self.path} changed while it was being read; run the command again")
 
     def chunks(self, start: int, end: int | None = None) -> Iterator[tuple[int, bytes]]:
-        """The bytes in turn, with their positions. Errors: `InputError` for a NUL byte, which no
-        text holds: the file is binary, UTF-16, or was never written to its end."""
+        """Chunks of bytes with their positions. Errors: `InputError` for a NUL byte, which no text
+        has: the file is binary, UTF-16, or was never fully written."""
         end = self.size if end is None else end
         for position in range(start, end, _CHUNK):
             data = self.read(position, min(position + _CHUNK, end))
@@ -90,7 +94,7 @@ class Source:
         return self.size
 
     def line_starts(self, start: int) -> Iterator[np.ndarray]:
-        """Where each line begins that is not blank, part by part."""
+        """The positions of the lines that are not blank, chunk by chunk."""
         at_start = True
         for position, data in self.chunks(start):
             view = np.frombuffer(data, dtype=np.uint8)
@@ -109,15 +113,12 @@ class Source:
         return not line.strip() and (line_end != b"" or start + len(data) == self.size)
 
     def line_number(self, position: int) -> int:
-        """The number of the line, from 1, that holds a byte position."""
+        """The number, from 1, of the line at a byte position."""
         pieces = range(0, position, _CHUNK)
         return 1 + sum(self.read(p, min(p + _CHUNK, position)).count(b"\n") for p in pieces)
 
     def error(self, position: int, problem: str) -> InputError:
         return InputError(f"{self.path}, line {self.line_number(position)}: {problem}")
-
-    def _unreadable(self, error: OSError) -> InputError:
-        return InputError(f"{self.path}: cannot be read ({error.strerror}); check the path")
 
     # Another process opens the file again; it must be the same one.
     def __getstate__(self) -> dict:
@@ -148,25 +149,14 @@ _FORMAT = 2  # of caches: raise it when their contents change
 def cached_array(
     source: Source, suffix: str, make: Callable[[], Iterator[np.ndarray]]
 ) -> np.ndarray:
-    """The int64 arrays of `make()`, joined and mapped from a cache, which is rebuilt when missing,
-    damaged or stale. The cache is next to the source, or, where that cannot be written, in the
-    user's cache folder, or is this process's own.
+    """The int64 arrays of `make()`, joined; mapped from a cache, which is rebuilt when missing,
+    damaged or stale. The cache is next to the source or, where that cannot be written, in the
+    user's cache folder.
 
     The arrays are followed by the format, the source's size, time and inode, the cache's length,
     and the CRC-32 of everything before: a damaged cache would give other passages.
     """
     stamp = [_FORMAT, *_identity(source.stat)]
-
-    def write(file: BinaryIO) -> np.ndarray:
-        checksum = 0
-        for array in itertools.chain(make(), [stamp]):
-            data = np.asarray(array, dtype=np.int64).tobytes()
-            checksum = zlib.crc32(data, checksum)
-            file.write(data)
-        file.write(np.array([file.tell() // 8 + 2, checksum], dtype=np.int64))
-        file.flush()
-        return np.asarray(np.memmap(file, np.int64, "r"))[:-6]
-
     path = Path(source.plain).absolute()
     name = f".{path.name.lstrip('.')}{suffix}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
@@ -177,22 +167,23 @@ def cached_array(
         with contextlib.suppress(OSError, ValueError):  # missing; not a whole number of integers
             require_regular(target)  # opening a pipe would wait forever
             found = np.asarray(np.memmap(target, np.int64, "r"))
-            if found[-6:-1].tolist() == [*stamp, len(found)] and found[-1] == zlib.crc32(
-                found[:-2]
-            ):
+            is_current = found[-6:-1].tolist() == [*stamp, len(found)]
+            if is_current and found[-1] == zlib.crc32(found[:-2]):
                 return found[:-6]
+    array = np.concatenate([*make(), stamp]).astype(np.int64, copy=False)
     for target in targets:
         with contextlib.suppress(OSError):
             target.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(target, source.stat.st_mode) as file:
-                return write(file)
-    with tempfile.TemporaryFile() as file:
-        return write(file)
+                file.write(array.data)
+                file.write(np.array([len(array) + 2, zlib.crc32(array)], dtype=np.int64).data)
+            break
+    return array[:-4]
 
 
 def unpack(path: str, bar: Bar) -> str:
-    """The path itself, or that of a gzipped file's plain text, which is next to it and made if
-    missing: a position in an archive cannot be read without everything before it."""
+    """The path itself, or that of a gzipped file's plain text, which is unpacked next to it once: a
+    position in an archive cannot be read without everything before it."""
     source = Source(path)
     with source.file as file:
         if file.read(2) != b"\x1f\x8b":

@@ -16,7 +16,7 @@ from typing import BinaryIO, TypeVar
 from src.runtime.errors import InputError, at_end
 
 # Beside an output NAME are `.NAME.lock`, while a command has reserved it, and, while it is written,
-# `.NAME.1234abcd.partial`, which its writer keeps locked: if it can be locked, its writer is dead.
+# `.NAME.1234abcd.partial`, locked by its writer: if it can be locked, its writer is dead.
 
 Value = TypeVar("Value")
 _locks: dict[Path, int] = {}  # this command's lock files and their descriptors
@@ -53,7 +53,7 @@ def claim(target: Path, remedy: str, lock_file: Path | None = None, wait: bool =
         wait: for another command that has reserved it, rather than fail.
     Errors: `InputError` when another command has reserved it, or it cannot be written.
     """
-    file = (lock_file or target.with_name(f".{target.name}.lock")).absolute()
+    file = (lock_file or _lock_file(target)).absolute()
     if file in _locks:
         return
     with writing(target, remedy):
@@ -78,35 +78,36 @@ def claim(target: Path, remedy: str, lock_file: Path | None = None, wait: bool =
 
 
 def claim_output(path: str, option: str = "--output_path", beside: Sequence[str] = ()) -> None:
-    """Reserve a file that an option names: found out at the start, not after hours of work.
+    """Reserve a file that an option names, so that a wrong one is reported at the start.
 
-    Args: beside: what is added to its name for the files written beside it.
+    Args: beside: suffixes of the files that are written next to it.
     Errors: `InputError` when it cannot be written or replaced, or another command writes it.
     """
     target, remedy = Path(path), f"give another {option}"
     with writing(target, remedy):
-        require_regular(target, *(Path(f"{target}{end}") for end in beside))
+        require_regular(target, *(Path(f"{target}{suffix}") for suffix in beside))
     claim(target, remedy)
-    with writing(target, remedy):  # the longest of all names
-        partial, handle = _new_partial(Path(f"{target}{max(beside, key=len, default='')}"))
-        partial.unlink()
-        os.close(handle)
 
 
 def load_or_claim(folder: Path, load: Callable[[], Value | None], remedy: str) -> Value | None:
-    """What `load` returns of a folder that is made once. If it is missing or damaged (`load`
+    """What `load` returns for a folder that is made once. If it is missing or damaged (`load`
     returns None), reserve it, after waiting for a command that may be making it now."""
     remove_leftovers(folder.parent, folder.name)
+    _remove_if_dead(_lock_file(folder))  # claims of it wait, so locking it for a moment is harmless
     if os.path.lexists(folder) and (found := load()) is not None:
         return found
     claim(folder, remedy, wait=True)
     return load() if os.path.lexists(folder) else None
 
 
+def _lock_file(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
+
+
 def release() -> None:
     """Give up all outputs that this command has reserved."""
     for file in _locks:
-        if file.suffix == ".lock":  # removed before it is unlocked, so that nobody gets it
+        if file.suffix == ".lock":  # removed before it is unlocked, so that no one gets it
             file.unlink(missing_ok=True)
     _close_locks()
 
@@ -157,14 +158,18 @@ def _new_partial(target: Path, folder: bool = False) -> tuple[Path, int]:
 def remove_leftovers(folder: Path, name: str) -> None:
     """Remove what killed processes left of files and folders whose names begin with `name`."""
     hidden = f".{glob.escape(name.lstrip('.'))}*."
-    partials = folder.glob(f"{hidden}{'[0-9a-f]' * 8}.partial")
-    for path in (*partials, *folder.glob(f"{hidden.replace('*.', '.')}lock")):
-        with contextlib.suppress(OSError):
-            is_folder = path.is_dir()
-            handle = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if is_folder else os.O_RDWR))
-            if _lock(handle):
-                shutil.rmtree(path) if is_folder else path.unlink()
-            os.close(handle)
+    for path in folder.glob(f"{hidden}{'[0-9a-f]' * 8}.partial"):
+        _remove_if_dead(path)
+
+
+def _remove_if_dead(path: Path) -> None:
+    """Remove a partial or lock file, or partial folder, that no living process has locked."""
+    with contextlib.suppress(OSError):
+        is_folder = path.is_dir()
+        handle = os.open(path, os.O_NOFOLLOW | (os.O_RDONLY if is_folder else os.O_RDWR))
+        if _lock(handle):
+            shutil.rmtree(path) if is_folder else path.unlink()
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -231,7 +236,7 @@ def flush_to_disk(*paths: Path) -> None:
 
 
 def write_whole(
-    path: Path, pieces: Iterable[str], remedy: str = "give another place, or make room"
+    path: Path, pieces: Iterable[str], remedy: str = "give another path, or make room"
 ) -> Path:
     """Write a text file atomically: also when it is the pieces that fail, nothing is left.
 

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from src.data.files import LONGEST_ROW, Source, cached_array, tsv_reader, unpack
-from src.data.json_files import BadValue, check_characters
-from src.runtime.errors import InputError, first_line, shorten
+from src.data.json_files import BadValue, check_characters, decode
+from src.runtime.errors import InputError, shorten
 from src.runtime.terminal import Bar, no_bar
 
 # Names of the columns of a TSV and of the fields of JSONL, as their authors have them.
@@ -60,21 +60,12 @@ class Passages(Sequence[Passage]):
     def __init__(self, path: str | Path, bar: Bar = no_bar):
         self.path, self._bar = str(path), bar
         self._source = Source(self.path, unpack(self.path, bar))
-        found = cached_array(self._source, ".offsets", self._find_passages)
+        found = cached_array(self._source, ".offsets", lambda: _find_passages(self._source, bar))
         self._offsets = found[:-4]  # [n + 1]: where each passage begins, and where the last ends
-        # The columns of id, text and title (-1: none), and how many a row has (0 in JSONL).
+        # The columns of id, text and title (-1: none), and the number of columns (0 in JSONL).
         *self._columns, self._n_columns = found[-4:].tolist()
+        self._parse = self._parse_row if self._n_columns else _parse_json
         self._id_table = cached_array(self._source, ".ids", self._make_id_table)
-
-    def _find_passages(self) -> Iterator[np.ndarray]:
-        """As the function of this name, with a progress bar."""
-        position = 0
-        with self._bar(self._source.size, "B", "finding passages") as bar:
-            for array in _find_passages(self._source):
-                yield array
-                if len(array):
-                    bar.update(int(array[0]) - position)
-                    position = int(array[0])
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -85,20 +76,13 @@ class Passages(Sequence[Passage]):
         return self._decode(self._source.read(start, end), start)
 
     def _decode(self, record: bytes, start: int) -> Passage:
-        try:
-            text = record.decode()
-            return self._parse_row(text) if self._n_columns else _parse_json(text)
-        except UnicodeDecodeError as error:
-            problem = f"byte {record[error.start]:#x} is not UTF-8 text; re-encode the file"
-            raise self._source.error(start + error.start, problem) from None
-        except (ValueError, csv.Error) as error:
-            raise self._source.error(start, str(error)) from None
+        return decode(self._source, start, record, self._parse)
 
     def _parse_row(self, row: str) -> Passage:
         row = row.rstrip("\r\n")
         fields = next(tsv_reader([row])) if '"' in row else row.split("\t")
         if len(fields) != self._n_columns:
-            raise ValueError("not a whole row; remove the caches next to it (.NAME.offsets, .ids)")
+            raise BadValue("not a whole row; remove the caches next to it (.NAME.offsets, .ids)")
         identity, text, title = self._columns
         return Passage(fields[identity], "" if title < 0 else fields[title], fields[text])
 
@@ -110,7 +94,7 @@ class Passages(Sequence[Passage]):
         return itertools.starmap(self._decode_id, self._records(bar))
 
     def _records(self, bar: Bar) -> Iterator[tuple[bytes, int]]:
-        """Each passage's bytes and where they begin, read many at a time."""
+        """Each passage's bytes and their position, read many at a time."""
         with bar(len(self), "passage", "reading ids") as shown:
             for start in range(0, len(self), _PART):
                 offsets = self._offsets[start : start + _PART + 1].tolist()
@@ -120,13 +104,10 @@ class Passages(Sequence[Passage]):
                     yield data[begin - first : end - first], begin
                 shown.update(len(offsets) - 1)
 
-    def _id(self, row: int) -> str:
-        return self[row].id
-
     def _decode_id(self, record: bytes, start: int) -> str:
-        if self._n_columns and self._columns[0] == 0:  # no need to decode the whole passage
-            head, _, _ = record.partition(b"\t")
-            if head.isalnum():  # ASCII, and without a quote mark
+        if self._columns[0] == 0:  # no need to decode the whole passage
+            head, tab, _ = record.partition(b"\t")
+            if tab and head.isalnum():  # ASCII, and without a quote mark
                 return head.decode()
         return self._decode(record, start).id
 
@@ -155,30 +136,29 @@ class Passages(Sequence[Passage]):
         hashes, rows = self._id_table.reshape(2, -1)
         wanted = _hash(identity)
         start, end = np.searchsorted(hashes, wanted), np.searchsorted(hashes, wanted, "right")
-        return next((row for row in rows[start:end].tolist() if self._id(row) == identity), None)
+        return next((row for row in rows[start:end].tolist() if self[row].id == identity), None)
 
     def _make_id_table(self) -> Iterator[np.ndarray]:
         """The first id if the others count up from it, as Wikipedia's do; otherwise the sorted
-        hashes of all ids, then their rows (24 bytes of memory a passage while it is made).
+        hashes of all ids, then their rows.
 
         Errors: `InputError` for two passages with the same id.
         """
-        if _NUMBER.fullmatch(self._id(0)):
-            first = int(self._id(0))
-            counted = map(str, itertools.count(first))
-            if all(map(operator.eq, self.ids(self._bar), counted)):
+        if _NUMBER.fullmatch(self[0].id):
+            first = int(self[0].id)
+            if all(map(operator.eq, self.ids(self._bar), map(str, itertools.count(first)))):
                 yield np.array([first])
                 return
         hashes = np.fromiter(map(_hash, self.ids(self._bar)), np.int64, len(self))
         rows = np.argsort(hashes, kind="stable")
         hashes = hashes[rows]
-        for index in np.flatnonzero(hashes[1:] == hashes[:-1]):
-            other = int(rows[index + 1])
-            for one in rows[np.searchsorted(hashes, hashes[index]) : index + 1].tolist():
-                if self._id(one) == self._id(other):
-                    line = self._source.line_number(int(self._offsets[one]))
-                    problem = f"the id {shorten(self._id(one))} is that of line {line} too"
-                    raise self._source.error(int(self._offsets[other]), f"{problem}; change one")
+        seen: dict[str, int] = {}  # rows whose hash is another's too, by id
+        for row in sorted(rows[np.isin(hashes, hashes[1:][hashes[1:] == hashes[:-1]])].tolist()):
+            first = seen.setdefault(self[row].id, row)
+            if first != row:
+                line = self._source.line_number(int(self._offsets[first]))
+                problem = f"the id {shorten(self[row].id)} is that of line {line} too; change one"
+                raise self._source.error(int(self._offsets[row]), problem)
         yield hashes
         yield rows
 
@@ -210,20 +190,12 @@ _NUMBER = re.compile("0|[1-9][0-9]{0,17}")  # as `str` writes them, within an in
 
 
 def _parse_json(line: str) -> Passage:
-    """A passage from one line of JSONL. Errors: ValueError that says what is wrong."""
-    try:
-        raw = json.loads(line)
-        if "\\ud" in line or "\\uD" in line:  # surrogates, perhaps unpaired
-            check_characters(raw)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"bad JSON ({error.msg}); write one object on each line") from None
-    except BadValue:
-        raise
-    except (ValueError, RecursionError) as error:  # numbers or nesting beyond Python's limits
-        problem = f"JSON that cannot be read ({first_line(error, 80)}); correct it"
-        raise ValueError(problem) from None
+    """A passage from one line of JSONL. Errors: `BadValue`, and those of `json`."""
+    raw = json.loads(line.rstrip())  # so that errors are on this line
+    if "\\ud" in line or "\\uD" in line:  # surrogates, perhaps unpaired
+        check_characters(raw)
     if not isinstance(raw, dict):
-        raise ValueError(f'a passage must be an object like {{"id": ...}}, not {shorten(raw)}')
+        raise BadValue(f'a passage must be an object like {{"id": ...}}, not {shorten(raw)}')
     identity, text, title = (
         next((raw[name] for name in _NAMES[field] if name in raw), None)
         for field in ("id", "text", "title")
@@ -231,11 +203,11 @@ def _parse_json(line: str) -> Passage:
     if "text" not in raw and "contents" in raw and title is None and isinstance(text, str):
         title, text = _split_contents(text)
     if isinstance(identity, bool) or not isinstance(identity, str | int):
-        raise ValueError(f'"id" or "_id" must be text or a whole number, not {shorten(identity)}')
+        raise BadValue(f'"id" or "_id" must be text or a whole number, not {shorten(identity)}')
     if not isinstance(text, str):
-        raise ValueError(f'no text: "text" or "contents" must be text, not {shorten(text)}')
+        raise BadValue(f'no text: "text" or "contents" must be text, not {shorten(text)}')
     if not isinstance(title, str | None):
-        raise ValueError(f'"title" must be text, not {shorten(title)}')
+        raise BadValue(f'"title" must be text, not {shorten(title)}')
     return Passage(str(identity), title or "", text)
 
 
@@ -261,25 +233,27 @@ def _hash(identity: str) -> int:
 # Where the passages begin
 
 
-def _find_passages(source: Source) -> Iterator[np.ndarray]:
+def _find_passages(source: Source, show: Bar) -> Iterator[np.ndarray]:
     """Arrays that make up, joined: where each passage begins; where the last one ends; the columns
-    of id, text and title; how many columns there are. Errors: `InputError` as `Passages` says."""
-    start = 3 if source.read(0, min(3, source.size)) == b"\xef\xbb\xbf" else 0  # byte-order mark
-    first = source.skip_blanks(start)
-    n_passages, columns = 0, [-1, -1, -1, 0]
+    of id, text and title; the number of columns. Errors: `InputError` as `Passages` says."""
+    position, columns, found = 0, [-1, -1, -1, 0], False
+    first = source.skip_blanks(source.start)
     if source.read(first, min(first + 1, source.size)) == b"{":
-        parts = source.line_starts(start)
+        parts = source.line_starts(source.start)
     else:
-        rows = _find_rows(source, start)
+        rows = _find_rows(source)
         parts = iter(())
         for first in itertools.islice(rows, 1):
             columns, is_header = _find_columns(source, *first)
             all_rows = rows if is_header else itertools.chain([first], rows)
             parts = _check_rows(source, all_rows, columns[-1])
-    for starts in parts:
-        n_passages += len(starts)
-        yield starts
-    if n_passages == 0:
+    with show(source.size, "B", "finding passages") as bar:
+        for starts in filter(len, parts):
+            yield starts
+            bar.update(int(starts[-1]) - position)
+            position = int(starts[-1])
+            found = True
+    if not found:
         raise InputError(f"{source.path}: there are no passages in this file; give one with some")
     yield np.array([source.size, *columns])
 
@@ -287,15 +261,15 @@ def _find_passages(source: Source) -> Iterator[np.ndarray]:
 _END = "\0"  # a row behind the last one, unless that is cut off in a quoted field; see `chunks`
 
 
-def _find_rows(source: Source, start: int) -> Iterator[tuple[int, list[str]]]:
+def _find_rows(source: Source) -> Iterator[tuple[int, list[str]]]:
     """The rows as `csv` reads them, each with the position where it begins; as Latin-1, so that a
     character is a byte. Errors: `InputError` for a row without an end."""
-    position = start
+    position = source.start
 
     def lines() -> Iterator[str]:
         nonlocal position
         rest = ""
-        for _, data in source.chunks(start):
+        for _, data in source.chunks(source.start):
             # The last line may go on in the next chunk.
             *whole, rest = io.StringIO(rest + data.decode("latin-1"), newline="")
             for line in whole:
@@ -306,7 +280,7 @@ def _find_rows(source: Source, start: int) -> Iterator[tuple[int, list[str]]]:
         position += len(rest)
         yield from (rest, _END) if rest else (_END,)
 
-    begin = start
+    begin = source.start
     try:
         for row in tsv_reader(lines()):
             if row == [_END]:

@@ -2,14 +2,14 @@
 
     python -m src.tools.preprocess open_domain_data [--only nq]
 
-Reads, in open_domain_data/download: the questions of NQ-open and TriviaQA as their makers publish
-them; `dataindex` (which of them, by row, make up a split); `nq_passages` and `tqa_passages` (the
-ids of each question's passages); and psgs_w100.tsv, the collection, beside that folder. Writes
-NQ/ and TQA/{train,dev,test}.json there; a split that is there already is left alone.
+Reads, in open_domain_data/download: the questions of NQ-open and TriviaQA as published; `dataindex`
+(the rows of them that make up a split); `nq_passages` and `tqa_passages` (the ids of each
+question's passages); and psgs_w100.tsv, the collection, next to that folder. Writes NQ/ and
+TQA/{train,dev,test}.json there; existing splits are left alone.
 
-All is read by byte offsets and written as a stream. In memory are one question with its passages
-and, for each question of a dataset, its name and some numbers. The collection's 13 GB are not, but
-passages are looked up all over it: a disk that is slow at that is slow at this.
+Questions and passages are read by byte offsets and examples written one by one; only the passage
+ids of a split are in memory (0.6 GB for a training split). Passages are looked up all over the
+collection, so a disk with slow random access is slow here.
 """
 
 from src.options import preprocess_parser
@@ -18,185 +18,114 @@ from src.runtime.errors import InputError, reports_input_errors, shorten
 if __name__ == "__main__":
     reports_input_errors(preprocess_parser().parse_args)()  # answers --help at once
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from tqdm import tqdm
-
-from src.data.examples import Examples, read_example
-from src.data.json_files import (
-    BadValue,
-    JsonFile,
-    JsonItems,
-    JsonLists,
-    check_characters,
-    json_list,
-)
-from src.data.outputs import claim, require_regular, write_whole, writing
+from src.data.examples import Examples, parse_example, read_example
+from src.data.json_files import BadValue, JsonItems, check_characters, json_list, read_json
+from src.data.outputs import claim_output, write_whole
 from src.data.passages import Passages
-from src.training.metrics import progress_bar, start_log
+from src.training.metrics import passing_bar, progress_bar, start_log
 
 # Each split, and the part of the published questions that its rows are counted in.
 PUBLISHED = {"train": "train", "dev": "train", "test": "dev"}
 _FETCH = "remove it, and let get-data.sh fetch it again"
 
 
-class Dataset(NamedTuple):
-    """How a dataset is published.
-
-    `open` takes the folder of downloads and the part (train or dev); `read` the questions, a row
-    of them and the position in the split, and gives an example without passages. Its `id` is what
-    the map in `passages_folder` calls the question.
-    """
-
-    name: str
-    passages_folder: str
-    open: Callable[[Path, str], JsonItems]
-    read: Callable[[JsonItems, int, int], dict[str, Any]]
-
-
-def open_nq(downloads: Path, part: str) -> JsonItems:
-    return Examples(downloads / f"NQ-open.{part}.jsonl")
+def open_questions(downloads: Path, dataset: str, part: str) -> JsonItems:
+    """The published questions of a dataset (nq or tqa); part: train or dev."""
+    if dataset == "nq":
+        return Examples(downloads / f"NQ-open.{part}.jsonl")
+    return JsonItems(downloads / "triviaqa-unfiltered" / f"unfiltered-web-{part}.json", key="Data")
 
 
 def read_nq(questions: Examples, row: int, position: int) -> dict[str, Any]:
-    """A question of NQ-open; its map of passages counts the questions of a split."""
+    """A question of NQ-open, whose id is its position in the split."""
     example = read_example(questions, row)
     if not example.answers:
         raise InputError(f'{questions.where(row)}: "answer" is missing; {_FETCH}')
     return {"id": str(position), "question": example.question, "answers": example.answers}
 
 
-def open_tqa(downloads: Path, part: str) -> JsonItems:
-    return JsonItems(downloads / "triviaqa-unfiltered" / f"unfiltered-web-{part}.json", key="Data")
-
-
 def read_tqa(questions: JsonItems, row: int, position: int) -> dict[str, Any]:
-    """A question of TriviaQA; what is all in capitals in its answer is put in title case."""
-    published = questions[row]
+    """A question of TriviaQA; an answer all in capitals is put in title case."""
+    published, where = questions[row], f"{questions.path}, row {row}"
     answer = published.get("Answer")
     answer = answer if isinstance(answer, dict) else {}
-    value, aliases = answer.get("Value"), answer.get("Aliases")
-    texts = {
-        "Question": published.get("Question"),
-        "QuestionId": published.get("QuestionId"),
-        "Value of the Answer": value,
-    }
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            where = questions.where(row)
-            raise InputError(f"{where}: the {name} must be text, not {shorten(text)}; {_FETCH}")
-    if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
-        problem = f"the Aliases of the Answer must be a list of texts, not {shorten(aliases)}"
-        raise InputError(f"{questions.where(row)}: {problem}; {_FETCH}")
     example = {
-        "id": texts["QuestionId"],
-        "question": texts["Question"],
-        "target": value.title() if value.isupper() else value,
-        "answers": aliases,
+        "id": published.get("QuestionId"),
+        "question": published.get("Question"),
+        "target": answer.get("Value"),
+        "answers": answer.get("Aliases"),
     }
+    parse_example(example, row, where)
+    missing = [name for name, value in example.items() if value is None]
+    if missing:
+        raise InputError(f"{where}: no {missing[0]}; {_FETCH}")
     try:
         check_characters(example)
     except BadValue as error:
-        raise InputError(f"{questions.where(row)}: {error}") from None
-    return example
+        raise InputError(f"{where}: {error}") from None
+    target = example["target"]
+    return {**example, "target": target.title() if target.isupper() else target}
 
 
-DATASETS = {
-    "nq": Dataset("NQ", "nq_passages", open_nq, read_nq),
-    "tqa": Dataset("TQA", "tqa_passages", open_tqa, read_tqa),
-}
+READ = {"nq": read_nq, "tqa": read_tqa}
 
 
-class Split(NamedTuple):
-    """What a split is made of: rows of the published questions, and a map from what they are called
-    to the ids of their passages."""
-
-    path: Path
-    rows: list[int]
-    questions: JsonItems
-    passage_ids: JsonLists
-    read: Callable[[JsonItems, int, int], dict[str, Any]]
-
-
-def open_splits(folder: Path, dataset: Dataset) -> list[Split]:
-    """The splits of a dataset that are not in the folder yet.
-
-    Errors: `InputError` for a file that is missing or broken, and for a row that is out of range.
-    """
-    downloads = folder / "download"
-    paths = {split: folder / dataset.name / f"{split}.json" for split in PUBLISHED}
-    missing = [split for split, path in paths.items() if not path.is_file()]
-    parts = {PUBLISHED[split] for split in missing}
-    published = {part: dataset.open(downloads, part) for part in sorted(parts)}
-    splits = []
-    for split in missing:
-        with writing(paths[split], "remove it"):
-            require_regular(paths[split])
-        index = JsonFile(downloads / "dataindex" / f"{dataset.name}.{split}.idx.json")
-        questions = published[PUBLISHED[split]]
-        rows = check_rows(index, questions)
-        passage_ids = JsonLists(downloads / dataset.passages_folder / f"{split}.json")
-        splits.append(Split(paths[split], rows, questions, passage_ids, dataset.read))
-    return splits
-
-
-def check_rows(index: JsonFile, questions: JsonItems) -> list[int]:
-    """The rows in an index file. Errors: `InputError` when one is not that of a question."""
-    rows = index.json()
-    if not isinstance(rows, list) or not rows:
-        raise InputError(f"{index.path}: must hold a list of rows, not {shorten(rows)}; {_FETCH}")
-    for place, row in enumerate(rows):
-        if type(row) is not int or not 0 <= row < len(questions):
-            raise InputError(
-                f"{index.path}: row {shorten(row)}, at place {place}, is not one of the rows 0 to "
-                f"{len(questions) - 1} of {questions.path}; let get-data.sh fetch both again"
-            )
-    return rows
-
-
-def make_examples(split: Split, passages: Passages, bar: tqdm) -> Iterator[dict[str, Any]]:
+def make_examples(folder: Path, dataset: str, split: str) -> Iterator[dict[str, Any]]:
     """The examples of a split, with their passages as `ctxs`, in the order of its index.
 
-    Errors: `InputError` for a question without passages, and for one that the collection lacks.
+    Errors: `InputError` for a file that is missing or broken, a row that is out of range, a
+    question without passages, and a passage that the collection lacks.
     """
-    for position, row in enumerate(split.rows):
-        example = split.read(split.questions, row, position)
-        name = example["id"]
-        where = f"{split.passage_ids.path}, question {shorten(name)}"
-        ids = split.passage_ids.get(name)
-        if not ids:
-            raise InputError(f"{where}: there are no passages for it; {_FETCH}")
-        if not all(isinstance(identity, str) for identity in ids):
-            raise InputError(f"{where}: must have ids of passages, as text, not {shorten(ids)}")
-        try:
-            found = [passages[place] for place in passages.find(ids)]
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
-        contexts = [{"id": p.id, "title": p.title, "text": p.text} for p in found]
-        yield {**example, "ctxs": contexts}
-        bar.update()
+    downloads = folder / "download"
+    questions = open_questions(downloads, dataset, PUBLISHED[split])
+    index = downloads / "dataindex" / f"{dataset.upper()}.{split}.idx.json"
+    rows = read_json(index)
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{index}: must hold a list of rows, not {shorten(rows)}; {_FETCH}")
+    ids_file = downloads / f"{dataset}_passages" / f"{split}.json"
+    ids_of = read_json(ids_file)
+    if not isinstance(ids_of, dict):
+        problem = f"must hold passage ids by question, not {shorten(ids_of)}"
+        raise InputError(f"{ids_file}: {problem}; {_FETCH}")
+    passages = Passages(folder / "psgs_w100.tsv", passing_bar)
+    with progress_bar(len(rows), "question") as bar:
+        for position, row in enumerate(rows):
+            if type(row) is not int or not 0 <= row < len(questions):
+                problem = f"row {shorten(row)} is not one of the {len(questions)} rows"
+                cure = "let get-data.sh fetch both again"
+                raise InputError(f"{index}: {problem} of {questions.path}; {cure}")
+            example = READ[dataset](questions, row, position)
+            where = f"{ids_file}, question {shorten(example['id'])}"
+            ids = ids_of.get(str(example["id"])) or []
+            if not ids or not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
+                problem = f"needs passage ids, as texts, not {shorten(ids)}"
+                raise InputError(f"{where}: {problem}; {_FETCH}")
+            try:
+                found = [passages[i] for i in passages.find(ids)]
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
+            contexts = [{"id": p.id, "title": p.title, "text": p.text} for p in found]
+            yield {**example, "ctxs": contexts}
+            bar.update()
 
 
 @reports_input_errors
 def main(arguments: list[str] | None = None) -> None:
     options = preprocess_parser().parse_args(arguments)
-    folder = Path(options.folder)
-    log = start_log(None)
-    names = [options.only] if options.only else list(DATASETS)
-    splits = [split for name in names for split in open_splits(folder, DATASETS[name])]
-    if not splits:
-        log.info("done already: %s", ", ".join(f"{folder / DATASETS[name].name}" for name in names))
-        return
-    for split in splits:
-        claim(split.path, "give another folder")
-    passages = Passages(folder / "psgs_w100.tsv")
-    log.info("%d passages of %s", len(passages), passages.path)
-    with progress_bar(sum(len(split.rows) for split in splits), unit="question") as bar:
-        for split in splits:
-            write_whole(split.path, json_list(make_examples(split, passages, bar)))
-            log.info("%d questions: %s", len(split.rows), split.path)
+    folder, log = Path(options.folder), start_log(None)
+    for dataset in [options.only] if options.only else list(READ):
+        for split in PUBLISHED:
+            path = folder / dataset.upper() / f"{split}.json"
+            if path.is_file():
+                log.info("done already: %s", path)
+            else:
+                claim_output(str(path), "folder")
+                write_whole(path, json_list(make_examples(folder, dataset, split)))
+                log.info("written: %s", path)
 
 
 if __name__ == "__main__":
