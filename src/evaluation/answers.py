@@ -110,6 +110,16 @@ def find_answers(answers: Sequence[str], texts: Iterable[str]) -> Iterator[bool]
     return (bool(answers) and has_answer(answers, text) for text in texts)
 
 
+Task = tuple[list[str], list[str]]  # answers, and the texts that may contain them
+
+
+def match(task: Task) -> tuple[bool, list[bool]]:
+    """Whether there are answers, and which texts contain one. (For worker processes, which then
+    need not import torch.)"""
+    answers, texts = task
+    return bool(answers), list(find_answers(answers, texts))
+
+
 def answer_spans(answers: Sequence[str], text: str) -> list[tuple[int, int]]:
     """Where `has_answer` finds answers: [start, end) in characters of the text, in order, merged
     where they touch or overlap. Answers without any token are not marked.

@@ -18,7 +18,7 @@ from src.data.examples import Examples, parse_example, read_example
 from src.data.json_files import json_list
 from src.data.outputs import require_regular, write_whole, writing
 from src.data.passages import Passages
-from src.evaluation.answers import ANSWERS, SCORES, find_answers
+from src.evaluation.answers import ANSWERS, SCORES, Task, match
 from src.evaluation.rankings import recall_at_k
 from src.models.reader import Answer
 from src.runtime.errors import InputError, shorten
@@ -196,7 +196,7 @@ def write_retrieved(
     """
     flags = []
 
-    def task(index: int) -> _Task:
+    def task(index: int) -> Task:
         return read_example(data, index).answers, [passages[row].text for row in rows[index]]
 
     def found() -> Iterator[tuple[int, list[bool]]]:
@@ -241,22 +241,14 @@ def _write_beside(path: Path, kind: str, values: dict[str, Any]) -> None:
     write_whole(_beside(path, kind), [json.dumps(values, indent=1) + "\n"])
 
 
-_Task = tuple[list[str], list[str]]  # answers, and the texts that may contain them
-
-
-def _match(task: _Task) -> tuple[bool, list[bool]]:
-    answers, texts = task
-    return bool(answers), list(find_answers(answers, texts))
-
-
 def _find_answers(
-    tasks: Iterator[_Task], n_tasks: int, n_pairs: int, workers: int
+    tasks: Iterator[Task], n_tasks: int, n_pairs: int, workers: int
 ) -> Iterator[tuple[bool, list[bool]]]:
     """Whether there are answers, and which texts contain one, for each task in turn."""
-    # Starting a process takes longer than matching a few passages.
-    workers = min(workers, os.cpu_count() or 1, n_pairs // 50_000)
+    # Starting a process takes as long as matching a million passages.
+    workers = min(workers, os.cpu_count() or 1, n_pairs // 1_000_000)
     if workers <= 1:
-        yield from map(_match, tasks)
+        yield from map(match, tasks)
         return
     # They inherit that SIGINT is blocked: this process answers Ctrl-C.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -265,7 +257,7 @@ def _find_answers(
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     with pool:
-        yield from pool.imap(_match, tasks, chunksize=max(1, min(64, n_tasks // (4 * workers))))
+        yield from pool.imap(match, tasks, chunksize=max(1, min(64, n_tasks // (4 * workers))))
         pool.close()  # leaving the block would send SIGTERM, which the workers may ignore
         pool.join()
 

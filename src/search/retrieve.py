@@ -112,14 +112,14 @@ class EmbeddingSearch:
         shards = open_shards(options.passages_embeddings, options.allow_mismatch)
         if not options.allow_mismatch:
             check_count(shards, passages.path, len(passages))
-        exact = Indexer(shards, options.indexing_batch_size)
+        self._exact = exact = Indexer(shards, options.indexing_batch_size)
         memory = faiss_index.expected_memory(
             len(exact), exact.dimension, options.indexing_batch_size, options.factory
         )
         of = f"{len(exact):,} embeddings of size {exact.dimension} in {count(len(shards), 'shard')}"
         kind = options.factory or "exact"
         say(log, "search", "%s; %s search takes about %s of memory", of, kind, size(memory))
-        self._exact, self._embedder = exact, self._load_retriever(device, log)
+        self._embedder = self._load_retriever(device, log)
         self._index = _open_index(options, exact, device, log)
 
     def _load_retriever(self, device: torch.device, log: logging.Logger) -> TextEmbedder:
