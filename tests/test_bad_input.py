@@ -257,7 +257,7 @@ def make_embeddings(at: Path) -> None:
     (at / "pickles_cut" / "wiki_00").write_bytes(whole[:4000])
     shutil.copytree(shards, at / "indexed")
     (at / "indexed" / "index_Flat").mkdir()
-    (at / "indexed" / "index_Flat" / "index.json").write_text("{")
+    (at / "indexed" / "index_Flat" / "notes.txt").write_text("")
 
 
 def make_downloads(at: Path) -> None:
@@ -785,7 +785,7 @@ RETRIEVE: dict[str, Case] = {
         r"twice\.tsv, line 4: the id '7' is that of line 2 too; change one"),
     "a reader to search with": ("retrieve", "--model_path {t5}", "t5: a t5 model.*; give a BERT"),
     "a model of nan": ("retrieve", "--model_path {retriever_nan} --allow_mismatch",
-        "the questions' embeddings are not finite; use --no_fp16, or mend the model"),
+        "the questions' embeddings are not finite; use --no_fp16, or repair the model"),
     # options
     "two kinds of index": ("retrieve", "--index_factory PQ8 --n-subquantizers 8",
         "--index_factory PQ8 and --n-subquantizers 8: give one; .*PQ8x8"),
@@ -798,7 +798,7 @@ RETRIEVE: dict[str, Case] = {
     "an index that is broken": (
         "retrieve",
         "--index_factory Flat --save_or_load_index --passages_embeddings {indexed}/wiki_*",
-        "index_Flat: not a complete index .*; remove it to build it again",
+        r"index_Flat: not a complete index, and it holds notes\.txt; remove it to build it again",
     ),
     "no results": ("retrieve", "--n-docs 0", "--n-docs.*: 0 must be at least 1" + _HELP),
     "an unknown format": ("retrieve", "--output_format xml",
@@ -823,7 +823,7 @@ RETRIEVE: dict[str, Case] = {
         r"surrogate\.jsonl, line 1: '\\ud83d' is an unpaired surrogate; remove it"),
     "no questions": ("bm25", "--data {no_list.json}", r"no_list\.json: there are no .*; give one"),
     "a BM25 index that is something else": ("bm25", "--passages {indexed.tsv} --save_or_load_index",
-        r"indexed\.tsv\.bm25: not a BM25 index, it holds notes\.txt; remove it"),
+        r"indexed\.tsv\.bm25: not a complete index, and it holds notes\.txt; remove it"),
     # places
     "a folder to write into": ("retrieve", "--output_path {out}/folder",
         r"folder: cannot be written \(folder is a folder, not a .*\); give another --output_path"),

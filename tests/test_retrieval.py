@@ -4,13 +4,10 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pytest
-import torch
 
 import generate_passage_embeddings
 import passage_retrieval
@@ -20,7 +17,7 @@ from src.runtime.errors import InputError
 from src.search import retrieve as retrieve_module
 from src.search.bm25 import BM25
 from src.search.embeddings import open_shards
-from tests.conftest import REFERENCE, run_well
+from tests.conftest import REFERENCE, ROOT, run_well
 
 N_DOCS = 10
 LOG = logging.getLogger("tests")
@@ -36,30 +33,20 @@ def model(name: str = "mask_mean") -> list:
     ]
 
 
-def call(script, command: list, processes: int = 1) -> None:
-    """Run a script in this process, or with torchrun in several."""
-    if processes == 1:
-        script.main(list(map(str, command)))
-    else:
-        run_well(f"{script.__name__}.py", *command, processes=processes)
-
-
-def embed(passages, output, shards=1, name="mask_mean", processes=1) -> None:
+def embed(passages, output, shards=1, name="mask_mean") -> None:
     for shard in range(shards):
         command = ["--passages", passages, "--output_path", output, "--num_shards", shards]
         command = [*model(name), *command, "--shard_id", shard]
-        call(generate_passage_embeddings, command, processes)
+        generate_passage_embeddings.main(list(map(str, command)))
 
 
-def search(passages, output, *more, processes=1) -> None:
+def search(passages, output, *more) -> None:
     command = ["--passages", passages, "--output_path", output, "--data", QUESTIONS]
-    command = [*command, "--n-docs", N_DOCS, *more]
-    call(passage_retrieval, command, processes)
+    passage_retrieval.main(list(map(str, [*command, "--n-docs", N_DOCS, *more])))
 
 
-def retrieve(passages, embeddings, output, *more, processes=1) -> list[dict]:
-    more = [*model(), "--passages_embeddings", embeddings, *more]
-    search(passages, output, *more, processes=processes)
+def retrieve(passages, embeddings, output, *more) -> list[dict]:
+    search(passages, output, *model(), "--passages_embeddings", embeddings, *more)
     return json.loads(output.read_text())
 
 
@@ -120,42 +107,42 @@ def test_shards_together_hold_every_passage_once(name, passages, tmp_path, monke
         assert results[0] == results[1]
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As in the processes that `run_well` starts."""
-    before = torch.get_num_threads(), faiss.omp_get_max_threads()
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
-    yield
-    torch.set_num_threads(before[0])
-    faiss.omp_set_num_threads(before[1])
+def embed_and_search(passages: Path, folder: Path) -> None:
+    """Embedding, exact search, FAISS with and without a saved index, BM25."""
+    embed(passages, folder / "x")
+    dense = [*model(), "--passages_embeddings", folder / "x_*", "--indexing_batch_size", 50]
+    search(passages, folder / "exact", *dense)
+    search(passages, folder / "saved", *dense, "--index_factory", "HNSW8", "--save_or_load_index")
+    search(passages, folder / "built", *dense, "--index_factory", "SQ8")
+    search(passages, folder / "bm25", "--bm25")
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_two_processes_find_what_one_does(passages, tmp_path):
-    """Embedding, exact search, FAISS with and without a saved index, BM25: the same bytes."""
+    """The same bytes. (All commands run in one launch, in one process group: each takes seconds to
+    start.)"""
     header, *rows = passages.read_text().splitlines()
     n_copies = 2 * generate_passage_embeddings.BLOCK_ROWS // len(rows) + 1  # three blocks
     copies = [f"{number}-{row}" for number in range(n_copies) for row in rows]
     passages.write_text("\n".join([header, *copies]) + "\n")
-    found = []
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path\n"
+        "from src.runtime import distributed\n"
+        "from tests.test_retrieval import embed_and_search\n"
+        "start, stop, distributed.stop = distributed.start, distributed.stop, lambda: None\n"
+        "begin = lambda *a: None if distributed.dist.is_initialized() else start(*a)\n"
+        "distributed.start = begin\n"
+        "embed_and_search(*map(Path, sys.argv[1:]))\n"
+        "stop()\n"
+    )
     for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        embed(passages, folder / "x", processes=processes)
-        dense = [*model(), "--passages_embeddings", folder / "x_*", "--indexing_batch_size", 50]
-        for name, more in {
-            "exact": dense,
-            "saved": [*dense, "--index_factory", "HNSW8", "--save_or_load_index"],
-            "built": [*dense, "--index_factory", "SQ8"],
-            "bm25": ["--bm25"],
-        }.items():
-            search(passages, folder / name, *more, processes=processes)
-        assert (folder / "index_HNSW8").exists()
-        assert not (folder / "index_SQ8").exists()
-        names = ["x_00", "exact", "saved", "built", "bm25"]
-        found.append({name: (folder / name).read_bytes() for name in names})
-    for name, content in found[0].items():
-        assert content == found[1][name], name
+        run_well(script, passages, tmp_path / str(processes), processes=processes)
+        assert (tmp_path / str(processes) / "index_HNSW8").exists()
+        assert not (tmp_path / str(processes) / "index_SQ8").exists()
+    for name in ("x_00", "exact", "saved", "built", "bm25"):
+        found = [(tmp_path / processes / name).read_bytes() for processes in ("1", "2")]
+        assert found[0] == found[1], name
 
 
 def test_a_folder_as_output_path(passages, tmp_path, monkeypatch, capsys):
