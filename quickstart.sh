@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole circle on a small corpus of invented text, from nothing, without a download:
+# Runs the full loop on a small corpus of invented text, without downloading anything:
 # BM25 -> train the reader -> score passages -> train the retriever -> embed -> retrieve -> read again.
 #
-#     bash quickstart.sh                   a second run goes on from what is there
+#     bash quickstart.sh                   resumes if it was stopped
 #     bash quickstart.sh --fresh           starts again
 #     bash quickstart.sh --seed 1 -o DIR   another corpus and other random numbers; another folder
 set -euo pipefail
@@ -26,15 +26,19 @@ if ! [[ "$seed" =~ ^[0-9]{1,18}$ ]]; then
 fi
 cd "$fid_root"
 out=${out:-quickstart/seed-$seed}
+if [ "${out#-}" != "$out" ]; then out=./$out; fi  # or it would be taken for an option
 if [ -e "$out" ] && [ ! -d "$out" ]; then
-    echo "error: -o $out: a file is in this place; name a folder" >&2; exit 2
+    echo "error: -o $out: this is a file; name a folder" >&2; exit 2
 fi
 source ./environment.sh
 if [ "$fresh" = yes ]; then rm -rf "$out"; fi
 mkdir -p "$out"
 
-# step TITLE RESULT COMMAND...: say what comes, and run it unless its result is there.
-# (Results are complete or absent, and trainings go on from their checkpoints.)
+# quoted COMMAND...: print a command so that it can be pasted into a shell.
+quoted() { printf '%q ' "$@"; echo; }
+
+# step TITLE RESULT COMMAND...: run a command unless its result exists.
+# (Results are written atomically, and training resumes from its checkpoints.)
 number=0
 step() {
     local title=$1 result=$2
@@ -43,14 +47,15 @@ step() {
     echo
     echo "== $number. $title"
     if [ -e "$result" ]; then echo "   done: $result"; return; fi
-    echo "   $*"
+    quoted "$@"
     "$@"
 }
 
 data=$out/data
 passages=$data/passages.tsv
 runs=$out/runs
-# Texts of this corpus are short, and its answers are a word or two.
+embeddings=${out//\[/[[]}/embeddings/wiki_*  # a glob: a bracket in the folder's name stands for itself
+# The texts of this corpus are short, and its answers have a word or two.
 reading=(--text_maxlength 40 --generation_max_length 8 --checkpoint_dir "$runs")
 training=(--seed "$seed" --scheduler linear --optim adamw --weight_decay 0 --dropout 0)
 finding=(python passage_retrieval.py --passages "$passages")
@@ -64,11 +69,11 @@ for part in train dev test; do
         --output_path "$out/bm25_$part.jsonl"
 done
 
-# read_more NAME PASSAGES BATCH UPDATES LR WARMUP END MODEL TRAIN_DATA: train on from a model, with
-# more passages of each question. The learning rate falls towards 0 at update END.
-# (The papers train with growing numbers of passages too: fewer are cheaper, and easier to begin with.)
+# read_more NAME PASSAGES BATCH UPDATES LR WARMUP END MODEL TRAIN_DATA: continue training a model with
+# more passages per question. The learning rate falls towards 0 at update END.
+# (The papers, too, train with growing numbers of passages: few are cheaper, and easier to start with.)
 read_more() {
-    step "Train the reader: $2 passages of each question" "$runs/$1/checkpoint/step-$4" \
+    step "Train the reader: $2 passages per question" "$runs/$1/checkpoint/step-$4" \
         python train_reader.py --train_data "$9" --eval_data none --model_path "$8" --n_context "$2" \
         --per_gpu_batch_size "$3" --total_steps "$4" --lr "$5" --warmup_steps "$6" \
         --scheduler_steps "$7" --name "$1" "${reading[@]}" "${training[@]}"
@@ -87,8 +92,8 @@ answer() {
         python test_reader.py --model_path "$reader" --eval_data "$questions" \
         --n_context "$passages_read" --per_gpu_batch_size 32 --name "$name" "${reading[@]}" "$@"
 }
-# answer_test HOW: the test questions with the passages found by HOW, one of them read and eight.
-# (The scores of the eight are for the report.)
+# answer_test HOW: answer the test questions from one and from eight passages found by HOW.
+# (The report shows the scores of the eight.)
 answer_test() {
     answer "test_$1_1" "$out/$1_test.jsonl" 1 final_output.txt --write_results
     answer "test_$1_8" "$out/$1_test.jsonl" 8 dataset_wscores.json --write_results \
@@ -96,15 +101,15 @@ answer_test() {
 }
 answer_test bm25
 
-# A fifth of the train questions is enough to distil from. (Each subject has four questions, in the
-# same order: every fifth one takes them all in turn.)
-awk 'NR % 5 == 1' "$out/bm25_train.jsonl" > "$out/to_score_train.jsonl"
+# A fifth of the training questions is enough for distillation. (Each subject has four questions in
+# the same order, so every fifth question covers all four kinds.)
+awk 'NR % 5 == 1' < "$out/bm25_train.jsonl" > "$out/to_score_train.jsonl"
 for part in to_score_train bm25_dev; do
     answer "scores_$part" "$out/$part.jsonl" 8 dataset_wscores.json --write_crossattention_scores
 done
 
-# The 4 passages of each question that the reader likes best: the right one and near misses. What
-# is far off is taught by the passages of the batch's other questions (--in_batch_negatives).
+# The reader's 4 highest-scoring passages per question: the right one and near misses. Passages of
+# the batch's other questions (--in_batch_negatives) teach what is far off.
 step "Train the retriever on the reader's scores" "$runs/retriever/checkpoint/step-600" \
     python train_retriever.py --train_data "$runs/scores_to_score_train/dataset_wscores.json" \
     --eval_data "$runs/scores_bm25_dev/dataset_wscores.json" --n_context 4 \
@@ -119,18 +124,18 @@ step "Embed the passages" "$out/embeddings/wiki_00" \
     --output_path "$out/embeddings/wiki" --per_gpu_batch_size 128
 
 step "Find passages for the test questions by the retriever" "$out/distilled_test.jsonl" \
-    "${finding[@]}" --model_path "$retriever" --passages_embeddings "$out/embeddings/wiki_*" \
+    "${finding[@]}" --model_path "$retriever" --passages_embeddings "$embeddings" \
     --data "$data/test.json" --n-docs 20 --output_path "$out/distilled_test.jsonl"
 answer_test distilled
 
 echo
 python -m examples.quickstart_table "$out"
 echo
-echo "To look into it in a browser: passages as the reader saw them, and what went wrong:"
+echo "The last run as a page for a browser, with its passages and mistakes:"
 python -m src.tools.report "$runs/test_distilled_8" --retrieved "$out/bm25_test.jsonl" "$out/distilled_test.jsonl"
 echo
-echo "Everything is in $out; the README says what each step does on your own data. To ask it yourself"
-echo "(in the words of $data/test.json):"
-echo "python test_reader.py --interactive --model_path $reader --n_context 8" \
-    "--text_maxlength 40 --generation_max_length 8 --retriever_path $retriever" \
-    "--passages $passages --passages_embeddings \"$out/embeddings/wiki_*\""
+echo "Everything is in $out; the README explains each step on your own data. To ask the models"
+echo "questions (such as those in $data/test.json):"
+quoted python test_reader.py --interactive --model_path "$reader" --n_context 8 \
+    --text_maxlength 40 --generation_max_length 8 --retriever_path "$retriever" \
+    --passages "$passages" --passages_embeddings "$embeddings"

@@ -12,42 +12,23 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-Add = Callable[..., None]  # see `_group`
+Add = Callable[..., None]
 Check = Callable[["_Parser", argparse.Namespace], None] | None
 Values = TypeVar("Values")
 
-_NEW = (
-    'Options marked "new" are not in the original code; the others have its names and, except for '
-    "paths, its defaults."
-)
+_NEW = """Options marked "new" are not in the original code; the others have its names and,
+except for paths, its defaults."""
 _CONVERSATION = "search in a conversation"  # a group of test_reader.py
 _HIDDEN = argparse.SUPPRESS
 
 
-class _Formatter(argparse.HelpFormatter):
-    """Shows every default and, in 80 columns, short names for values."""
-
-    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return "N"
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        if not action.option_strings or action.dest == "help":
-            return action.help
-        default = "off" if action.default is False else action.default
-        default = f"{default:g}" if isinstance(default, float) else default
-        default = "none" if default in (None, "", []) else default
-        default = "needed" if action.required else f"default: {default}"
-        new = "new, " if action.is_new else ""
-        return f"{action.help} ({new}{default})".replace("%", "%%")
-
-
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong option in one line, like all bad input.
+    """Options in titled groups; a wrong one is reported in one line, like all bad input.
 
     Args:
+        check: called with the parsed options, for rules about several of them.
         needs: the required arguments, for the first line of the help.
         program: what follows `python`, for tools; they have no counterpart in the original code.
-        check: called with the parsed options, for rules about several of them.
     """
 
     def __init__(self, description: str, check: Check, needs: str = "", program: str | None = None):
@@ -56,10 +37,47 @@ class _Parser(argparse.ArgumentParser):
             usage=f"python %(prog)s {needs}[options]",
             description=description,
             epilog=None if program else _NEW,
-            formatter_class=_Formatter,
             allow_abbrev=False,  # an abbreviation would change its meaning with a new option
         )
-        self._check = check
+        self._check, self.names = check, {}  # of the options, by group
+
+    def group(self, title: str) -> tuple[Add, Add]:
+        """Start a group. Options declared from now on, by `add` and `new`, belong to it."""
+        self._group, self.names[title] = self.add_argument_group(title), []
+        return self.add, self.new
+
+    def add(
+        self, names: str, kind: Any, default: Any, help: str, is_new: bool = False, **more
+    ) -> None:
+        """Declare an option of the original code.
+
+        Args:
+            names: followed by the value's name in the help, unless that is N.
+            kind: `bool` (a switch), a parser, a list of choices, or (for a text) its name.
+            more: for argparse; or `also`, older spellings, which the help leaves out.
+        """
+        also = more.pop("also", [])
+        if kind is bool:
+            more["action"] = "store_true"
+        elif isinstance(kind, list | str):
+            more["choices" if isinstance(kind, list) else "metavar"] = kind
+        else:
+            names, _, value = names.partition(" ")
+            more |= {"metavar": value or "N", "type": kind}
+        if names.startswith("-") and help != _HIDDEN:
+            shown = "off" if default is False else "none" if default in (None, "", []) else default
+            shown = f"default: {shown:g}" if isinstance(shown, float) else f"default: {shown}"
+            shown = "needed" if more.get("required") else shown
+            help = f"{help} ({'new, ' if is_new else ''}{shown})".replace("%", "%%")
+        action = self._group.add_argument(*names.split(), default=default, help=help, **more)
+        self.names[self._group.title].append(action.dest)
+        if also:
+            more |= {"dest": action.dest, "default": _HIDDEN, "help": _HIDDEN}
+            self._group.add_argument(*also, **more)
+
+    def new(self, *arguments, **more) -> None:
+        """Declare an option of ours."""
+        self.add(*arguments, **more, is_new=True)
 
     def parse_args(self, *arguments: Any) -> argparse.Namespace:
         options = super().parse_args(*arguments)
@@ -77,9 +95,7 @@ def number(
 ) -> Callable[[str], float]:
     """A parser of finite numbers in a range."""
     named = {"at least": at_least, "more than": above, "at most": at_most}
-    bounds = " and ".join(
-        f"{name} {bound}" for name, bound in named.items() if abs(bound) < math.inf
-    )
+    bounds = " and ".join(f"{name} {end}" for name, end in named.items() if abs(end) < math.inf)
 
     def parse(text: str) -> float:
         try:
@@ -89,7 +105,7 @@ def number(
             raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number") from None
         if not abs(value) < math.inf:
             raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-        if value < at_least or value <= above or value > at_most:
+        if not at_least <= value <= at_most or value <= above:
             raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
         return value
 
@@ -111,49 +127,14 @@ def _factory(text: str) -> str:
 
 
 COUNT, COUNT_OR_ZERO = number(int, at_least=1), number(int, at_least=0)
-
-
-def _group(parser: argparse.ArgumentParser, title: str) -> tuple[Add, Add]:
-    """A titled group of options: `add` and `new`, which put an option into it.
-
-    Both take the name (or names), the kind, the default and the help. The kind is `bool` (a switch,
-    off by default), a `number`, a list of choices, or the placeholder of a text in the help. `also`
-    holds older spellings, which the help leaves out.
-    """
-    group = parser.add_argument_group(title)
-
-    def add(
-        names: str, kind: Any, default: Any, help: str, also: Sequence[str] = (), **more
-    ) -> argparse.Action:
-        if kind is bool:
-            more["action"] = "store_true"
-        elif isinstance(kind, list):
-            more["choices"] = kind
-        elif isinstance(kind, str):
-            more["metavar"] = kind
-        else:
-            more["type"] = kind
-        action = group.add_argument(*names.split(), default=default, help=help, **more)
-        action.is_new = False
-        if also:
-            more |= {"dest": action.dest, "default": _HIDDEN, "help": _HIDDEN}
-            group.add_argument(*also, **more)
-        return action
-
-    def new(*arguments, **more) -> None:
-        add(*arguments, **more).is_new = True
-
-    return add, new
+SECONDS = number(float, above=0, at_most=1e9)
 
 
 def changed(
     parser: argparse.ArgumentParser, values: Mapping[str, Any], names: Sequence[str] = ()
 ) -> list[str]:
-    """The options whose values are not the defaults, as they are written in a command.
-
-    Args:
-        names: only these; all, if empty.
-    """
+    """The options (only those in `names`, if given) that differ from their defaults, as written in
+    a command."""
     arguments = []
     for action in parser._actions:
         is_wanted = action.help != _HIDDEN and (action.dest in names or not names)
@@ -165,7 +146,7 @@ def changed(
 
 
 # ----------------------------------------------------------------------------------------------
-# Groups of values: what functions take instead of many parameters. Fields are named like options.
+# Groups of values, which functions take instead of many parameters. Fields are named like options.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,21 +231,21 @@ def select(kind: type[Values], options: argparse.Namespace) -> Values:
 
 def conversation_search(options: argparse.Namespace) -> SearchOptions:
     """How a conversation finds passages, where --model_path is the reader."""
-    return dataclasses.replace(
-        select(SearchOptions, options),
-        model_path=options.retriever_path,
-        tokenizer=options.retriever_tokenizer,
-        per_gpu_batch_size=1,
-        tokenizer_option="--retriever_tokenizer",
-    )
+    search = select(SearchOptions, options)
+    values = {"model_path": options.retriever_path, "tokenizer": options.retriever_tokenizer}
+    values |= {"per_gpu_batch_size": 1, "tokenizer_option": "--retriever_tokenizer"}
+    return dataclasses.replace(search, **values)
 
 
 # ----------------------------------------------------------------------------------------------
 # Options that several scripts share
 
 # fmt: off
+_DATA = ".json or .jsonl file"
 _COLLECTION = "the collection: .tsv (id, text, title) or .jsonl"
 _TOKENIZER = "folder or hub name of the tokenizer for a model without one; none: "
+_BERT = f"{_TOKENIZER}bert-base-uncased"
+_INDEXED = "the retriever that made the embeddings"
 _COMPILE = "compile the layers with PyTorch: takes a minute or so, then runs faster"
 _PLAIN = "embed without the words question:, title: and context:, as DPR and Contriever do"
 _FRESH = "config file (JSON): start from fresh weights of this shape, with --tokenizer"
@@ -272,18 +253,16 @@ _RESUMES = " (A stopped run resumes from its own checkpoint instead.)"
 
 
 def _processes(parser: _Parser, batch_size: int) -> None:
-    add, new = _group(parser, "processes")
+    add, new = parser.group("processes")
     add("--per_gpu_batch_size", COUNT, batch_size, "batch size of each process")
-    new("--dist_timeout", number(float, above=0, at_most=1e9), 600.0,
-        "seconds after which a process stops waiting for another")
+    new("--dist_timeout", SECONDS, 600.0, "seconds until a process stops waiting for another")
     # Launchers before torchrun passed it; torchrun sets an environment variable.
     add("--local_rank", number(int), None, _HIDDEN, also=["--local-rank"])
 
 
 def _run(parser: _Parser) -> None:
-    add, new = _group(parser, "run")
-    add("--name", _folder_name, "experiment_name", "the run's name: a folder in --checkpoint_dir",
-        metavar="NAME")
+    add, new = parser.group("run")
+    add("--name NAME", _folder_name, "experiment_name", "the run's folder in --checkpoint_dir")
     add("--checkpoint_dir", "FOLDER", "./checkpoint/", "folder of all runs")
     new("--precision", ["auto", "fp32", "bf16", "fp16"], "auto",
         "number format of matrix products; auto: bf16 where the GPU supports it, else fp32")
@@ -296,16 +275,14 @@ def _search(add: Add, new: Add) -> None:
     new("--bm25", bool, False, "search with BM25; needs no model")
     add("--passages_embeddings", "GLOB", "none", 'the embeddings, such as "folder/wiki_*"')
     new("--allow_mismatch", bool, False, "accept embeddings of another model, collection or run")
-    add("--save_or_load_index", bool, False,
-        "save a compressed or BM25 index next to its source, and load it the next time")
+    add("--save_or_load_index", bool, False, "keep a compressed or BM25 index next to its source")
     add("--indexing_batch_size", COUNT, 50000, "embeddings in memory at a time")
-    new("--index_factory", _factory, "", "FAISS factory string of a compressed index; none: exact",
-        metavar="TEXT")
+    new("--index_factory TEXT", _factory, "", "FAISS factory string of a compressed index")
     add("--no_fp16", bool, False, "embed questions in fp32 on a GPU too")
 
 
 def _reader(parser: _Parser, model_help: str) -> None:
-    add, new = _group(parser, "reader")
+    add, new = parser.group("reader")
     add("--model_path", "MODEL", "none", model_help)
     add("--model_size", ["small", "base", "large", "3b", "11b"], "base",
         "the T5 to start from, t5-SIZE, and the tokenizer of a model that has none")
@@ -314,34 +291,31 @@ def _reader(parser: _Parser, model_help: str) -> None:
     add("--text_maxlength", COUNT, 200, "maximum tokens of a question with a passage")
     add("--no_title", bool, False, "read passages without their titles")
     new("--num_beams", COUNT, 1, "beams in generation (1: greedy)")
-    new("--decoder", ["fast", "transformers"], "fast",
-        "fast: our own, which leaves a decoder changed in code to Transformers")
+    new("--decoder", ["fast", "transformers"], "fast", "fast falls back for changed decoders")
     new("--generation_max_length", number(int, at_least=2), 50,
         "maximum tokens of a generated answer, including the start token")
     new("--no_clean_up", bool, False, 'keep spaces before punctuation in answers ("Bob \'s")')
 
 
-def _training(parser: _Parser) -> Add:
-    """Returns what adds an option of ours to the optimisation group."""
-    add, new_here = _group(parser, "optimisation")
+def _training(parser: _Parser) -> None:
+    add, new = parser.group("optimisation")
     add("--seed", number(int, at_least=0, at_most=2**62), 0, "random seed")
     add("--total_steps", COUNT, 1000, "optimizer updates", also=["--total_step"])
     add("--accumulation_steps", COUNT, 1, "batches averaged into one update")
     add("--lr", number(float, above=0), 1e-4, "learning rate")
     add("--optim", ["adam", "adamw"], "adam", "optimizer")
     add("--weight_decay", number(float, at_least=0), 0.1, "weight decay (adamw only)")
-    add("--scheduler", ["fixed", "linear"], "fixed",
-        "fixed: always --lr; linear: up over --warmup_steps, then down to 0")
+    add("--scheduler", ["fixed", "linear"], "fixed", "linear: up over --warmup_steps, down to 0")
     add("--warmup_steps", COUNT_OR_ZERO, 1000, "warm-up updates (linear)", also=["--warmup_step"])
     add("--scheduler_steps", COUNT, None, "update at which linear reaches 0; none: --total_steps")
     add("--fixed_lr", bool, False, "with the linear schedule, stay at --lr after the warm-up")
     add("--clip", number(float, at_least=0), 1.0, "maximum gradient norm (0: no clipping)")
     add("--dropout", number(float, at_least=0, at_most=0.99), 0.1, "dropout rate")
-    add, new = _group(parser, "evaluation and checkpoints")
+    parser.group("evaluation and checkpoints")
     add("--eval_freq", COUNT, 500, "updates between evaluations")
     add("--save_freq", COUNT, 5000, "updates between checkpoints")
     new("--keep_checkpoints", COUNT_OR_ZERO, 0, "step-N checkpoints kept besides best_dev (0: all)")
-    return new_here
+    _run(parser)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -349,44 +323,39 @@ def _training(parser: _Parser) -> Add:
 
 
 def train_reader_parser() -> _Parser:
-    """Options of train_reader.py."""
     description = "Train a Fusion-in-Decoder reader on questions with passages and answers."
     parser = _Parser(description, _check_fresh_weights)
-    add, _ = _group(parser, "data")
-    add("--train_data", "FILE", "train_data.json", ".json or .jsonl file to train on")
-    add("--eval_data", "FILE", "eval_data.json", ".json or .jsonl file to evaluate on, or none")
+    add, new = parser.group("data")
+    add("--train_data", "FILE", "train_data.json", f"{_DATA} to train on")
+    add("--eval_data", "FILE", "eval_data.json", f"{_DATA} to evaluate on, or none")
     _reader(parser, f"T5 or reader to start from, a folder or hub name; none: t5-SIZE.{_RESUMES}")
-    add, new = _group(parser, "reader training")
+    parser.group("reader training")
     new("--model_config", "FILE", "none", f"T5 {_FRESH}")
-    add("--answer_maxlength", number(int, at_least=-1), -1,
-        "cut or pad targets to this many tokens; -1: leave them as they are")
+    add("--answer_maxlength", number(int, at_least=-1), -1, "tokens to cut or pad to (-1: no)")
     add("--use_checkpoint", bool, False, "save memory: compute the encoder's activations twice")
     new("--legacy_position_table", bool, False,
         "use the cross-attention position table in T5's weights, as the original code did")
     _training(parser)
-    _run(parser)
     return parser
 
 
 def test_reader_parser() -> _Parser:
-    """Options of test_reader.py."""
     description = "Answer questions with a reader, judge the answers, score the passages."
     parser = _Parser(description, _check_test_reader)
-    add, _ = _group(parser, "data")
-    add("--eval_data", "FILE", "eval_data.json", ".json or .jsonl file with the questions")
+    add, new = parser.group("data")
+    add("--eval_data", "FILE", "eval_data.json", f"{_DATA} with the questions")
     add("--write_results", bool, False, "write the answers to final_output.txt (id, tab, answer)")
     add("--write_crossattention_scores", bool, False,
         "write the data with passage scores to dataset_wscores.json")
     add("--eval_print_freq", COUNT, 1000, "batches between intermediate results")
     _reader(parser, "the reader: a checkpoint folder or hub name; none: t5-SIZE")
-    _, new = _group(parser, "conversation")
-    new("--interactive", bool, False,
-        "answer questions typed at a prompt or piped in, from passages retrieved for each")
+    parser.group("conversation")
+    new("--interactive", bool, False, "answer questions typed at a prompt or piped in")
     new("--question", "TEXT", None, "answer this one question in the same way")
-    _, new = _group(parser, _CONVERSATION)
+    parser.group(_CONVERSATION)
     new("--passages", "FILE", "none", _COLLECTION)
-    new("--retriever_path", "MODEL", "none", "the retriever that made the embeddings")
-    new("--retriever_tokenizer", "NAME", "none", f"{_TOKENIZER}bert-base-uncased")
+    new("--retriever_path", "MODEL", "none", _INDEXED)
+    new("--retriever_tokenizer", "NAME", "none", _BERT)
     new("--plain_text", bool, False, _PLAIN)
     _search(new, new)
     _run(parser)
@@ -394,20 +363,18 @@ def test_reader_parser() -> _Parser:
 
 
 def train_retriever_parser() -> _Parser:
-    """Options of train_retriever.py."""
-    description = "Train a retriever on the passage scores of a reader."
-    parser = _Parser(description, _check_fresh_weights)
-    add, _ = _group(parser, "data")
-    add("--train_data", "FILE", "train_data.json",
-        ".json or .jsonl file with scored passages (dataset_wscores.json of test_reader.py)")
+    parser = _Parser("Train a retriever on the passage scores of a reader.", _check_fresh_weights)
+    add, new = parser.group("data")
+    add("--train_data", "FILE", "train_data.json", "scored passages, such as dataset_wscores.json")
     add("--eval_data", "FILE", "eval_data.json", "file of the same kind to evaluate on, or none")
     add("--n_context", COUNT, 1, "passages of each question, by score")
-    add, new = _group(parser, "retriever")
+    parser.group("retriever")
     add("--model_path", "MODEL", "none",
         f"retriever to start from, a folder or hub name; none: --retriever_model.{_RESUMES}")
-    new("--tokenizer", "NAME", "none", f"{_TOKENIZER}bert-base-uncased")
+    new("--tokenizer", "NAME", "none", _BERT)
     add("--no_title", bool, False, "embed passages without their titles")
-    add, new = _group(parser, "a new retriever (an existing one keeps its own settings)")
+    new("--in_batch_negatives", bool, False, "use other questions' passages as negatives")
+    parser.group("a new retriever (an existing one keeps its own settings)")
     new("--retriever_model", "MODEL", "bert-base-uncased", "the BERT to start from")
     new("--model_config", "FILE", "none", f"BERT {_FRESH}")
     add("--indexing_dimension", COUNT, None,
@@ -418,29 +385,25 @@ def train_retriever_parser() -> _Parser:
     add("--no_question_mask", bool, False, "do not mask padding in questions")
     add("--no_passage_mask", bool, False, "do not mask padding in passages")
     add("--extract_cls", bool, False, "embed by the first token instead of the mean")
-    new = _training(parser)
-    new("--in_batch_negatives", bool, False,
-        "use other questions' passages as negatives (not in the paper)")
-    _run(parser)
+    _training(parser)
     return parser
 
 
 def passage_embeddings_parser() -> _Parser:
-    """Options of generate_passage_embeddings.py."""
     description = "Embed a passage collection with a retriever, shard by shard."
     parser = _Parser(description, _check_passage_embeddings, "--passages FILE ")
-    add, _ = _group(parser, "data")
+    add, new = parser.group("data")
     add("--passages", "FILE", None, _COLLECTION, required=True)
     add("--output_path", "PATH", "wikipedia_embeddings",
         "folder: shards FOLDER/wiki_00, ...; with a slash a prefix: DIR/x gives DIR/x_00, ...")
     add("--shard_id", COUNT_OR_ZERO, 0, "index of the shard, from 0")
     add("--num_shards", COUNT, 1, "number of shards")
-    add, new = _group(parser, "retriever")
+    parser.group("retriever")
     add("--model_path", "MODEL", "none", "the retriever, or a BERT to use as it is")
-    new("--tokenizer", "NAME", "none", f"{_TOKENIZER}bert-base-uncased")
+    new("--tokenizer", "NAME", "none", _BERT)
     add("--no_title", bool, False, "embed passages without their titles")
     new("--plain_text", bool, False, _PLAIN)
-    add, new = _group(parser, "embedding")
+    parser.group("embedding")
     add("--passage_maxlength", COUNT, None, "maximum tokens of a passage; none: the model's")
     add("--no_fp16", bool, False, "compute and store fp32 on a GPU too")
     new("--compile", bool, False, _COMPILE)
@@ -449,23 +412,21 @@ def passage_embeddings_parser() -> _Parser:
 
 
 def passage_retrieval_parser() -> _Parser:
-    """Options of passage_retrieval.py."""
-    needs = "--passages FILE --output_path PATH "
     description = "Find passages for questions, with a retriever or with BM25."
+    needs = "--passages FILE --output_path PATH "
     parser = _Parser(description, _check_passage_retrieval, needs)
-    add, new = _group(parser, "data")
+    add, new = parser.group("data")
     add("--data", "FILE", "data.json", "questions: .json, .jsonl, DPR's .csv", also=["--data_path"])
     add("--passages", "FILE", None, _COLLECTION, required=True)
-    add("--output_path", "PATH", None, ".json or .jsonl file for the results", required=True)
-    new("--output_format", ["json", "trec"], "json",
-        "json: the reader's input format; trec: a run for trec_eval, without the passages' texts")
+    add("--output_path", "PATH", None, f"{_DATA} for the results", required=True)
+    new("--output_format", ["json", "trec"], "json", "trec: a run for trec_eval, without the texts")
     add("--n-docs", COUNT, 100, "passages for each question", also=["--n_docs"])
     add("--validation_workers", COUNT, 32, "maximum number of processes that look for answers")
-    add, new = _group(parser, "retriever")
-    add("--model_path", "MODEL", "none", "the retriever that made the embeddings")
-    new("--tokenizer", "NAME", "none", f"{_TOKENIZER}bert-base-uncased")
+    parser.group("retriever")
+    add("--model_path", "MODEL", "none", _INDEXED)
+    new("--tokenizer", "NAME", "none", _BERT)
     new("--plain_text", bool, False, _PLAIN)
-    add, new = _group(parser, "search")
+    parser.group("search")
     _search(add, new)
     add("--question_maxlength", COUNT, None, "maximum tokens of a question; none: the model's")
     add("--n-subquantizers", COUNT_OR_ZERO, 0, "codes per embedding (0: exact search)",
@@ -480,36 +441,32 @@ def passage_retrieval_parser() -> _Parser:
 
 
 def evaluation_parser() -> _Parser:
-    """Options of `python -m src.tools.evaluate`."""
     description = "Recall@k of data files with passages; exact match of files with answers."
     parser = _Parser(description, None, "FILE ... ", "-m src.tools.evaluate")
-    add, _ = _group(parser, "data")
+    add, _ = parser.group("data")
     add("files", "FILE", None, "data files with ctxs, or final_output.txt (with --data)", nargs="+")
     add("--data", "FILE", None, "the questions that were answered, with their gold answers")
     return parser
 
 
 def report_parser() -> _Parser:
-    """Options of `python -m src.tools.report`."""
     description = "Show a run as a page for a browser: curves, recall, questions and passages."
     parser = _Parser(description, None, "FOLDER ", "-m src.tools.report")
-    add, _ = _group(parser, "data")
+    add, _ = parser.group("data")
     add("run", "FOLDER", None, "folder of a training or test run, or of both")
-    add("--data", "FILE", None,
-        "the questions; none: the run's dataset_wscores.json, or else its --eval_data")
+    add("--data", "FILE", None, "the questions; none: dataset_wscores.json, or else --eval_data")
     add("--retrieved", "FILE", [], "files with retrieved passages to compare", nargs="+")
-    add, _ = _group(parser, "page")
+    parser.group("page")
     add("-o --output", "FILE", None, "the page to write; none: report.html in the run's folder")
     add("--max_questions", COUNT, 500, "most questions on the page; figures cover all questions")
-    add("--passages_shown", COUNT, 10, "passages of a question on the page, besides its first hit")
+    add("--passages_shown", COUNT, 10, "passages shown per question, besides its first hit")
     return parser
 
 
 def preprocess_parser() -> _Parser:
-    """Options of `python -m src.tools.preprocess`."""
     description = "Make data files from what get-data.sh has downloaded."
     parser = _Parser(description, None, "FOLDER ", "-m src.tools.preprocess")
-    add, _ = _group(parser, "data")
+    add, _ = parser.group("data")
     add("folder", "FOLDER", None, "get-data.sh's folder with download/ and psgs_w100.tsv")
     add("--only", ["nq", "tqa"], None, "one dataset; none: both")
     return parser
@@ -520,19 +477,22 @@ def preprocess_parser() -> _Parser:
 # Rules about several options
 
 
+def _error_if_given(parser: _Parser, options: argparse.Namespace, names: str, message: str) -> None:
+    given = [word for word in changed(parser, vars(options), names.split()) if word[:2] == "--"]
+    if given:
+        parser.error(message.format(" and ".join(given)))
+
+
 def _check_fresh_weights(parser: _Parser, options: argparse.Namespace) -> None:
-    names = ["model_path", "legacy_position_table"]
-    given = [word for word in changed(parser, vars(options), names) if word.startswith("--")]
-    if options.model_config != "none" and given:
-        start = f"--model_config {options.model_config} starts from fresh weights"
-        parser.error(f"{start}: leave out {' and '.join(given)}")
+    if options.model_config != "none":
+        start = f"--model_config {options.model_config} starts from fresh weights: leave out {{}}"
+        _error_if_given(parser, options, "model_path legacy_position_table", start)
 
 
 def _check_passage_embeddings(parser: _Parser, options: argparse.Namespace) -> None:
-    if options.shard_id >= options.num_shards:
-        n = options.num_shards
-        which = f"--shard_id {options.shard_id} of --num_shards {n}"
-        parser.error(f"{which}: shards count from 0 to {n - 1}")
+    shard, n = options.shard_id, options.num_shards
+    if shard >= n:
+        parser.error(f"--shard_id {shard} of --num_shards {n}: shards count from 0 to {n - 1}")
     if options.model_path == "none":
         parser.error("--model_path is missing: give the folder of a retriever")
 
@@ -547,35 +507,29 @@ def _check_passage_retrieval(parser: _Parser, options: argparse.Namespace) -> No
 
 def _check_search(parser: _Parser, options: argparse.Namespace, model: str) -> None:
     """Refuse options that do not name exactly one way to search, and all it needs."""
-    values, search = vars(options), select(SearchOptions, options)
-    if search.bm25 == (values[model.removeprefix("--")] != "none"):
+    if options.bm25 == (getattr(options, model.removeprefix("--")) != "none"):
         parser.error(f"give either {model} and --passages_embeddings, or --bm25")
-    if not search.bm25 and search.passages_embeddings == "none":
+    if not options.bm25 and options.passages_embeddings == "none":
         parser.error('--passages_embeddings is missing, for example "wikipedia_embeddings/*"')
-    if search.bm25 and (search.passages_embeddings != "none" or search.factory):
-        parser.error(
-            "--bm25 uses neither embeddings nor an index of them: leave out "
-            "--passages_embeddings, --index_factory and --n-subquantizers"
-        )
+    if options.bm25:
+        names = "passages_embeddings index_factory n_subquantizers"
+        unused = "--bm25 uses neither embeddings nor an index of them: leave out {}"
+        _error_if_given(parser, options, names, unused)
 
 
 def _check_test_reader(parser: _Parser, options: argparse.Namespace) -> None:
     """Refuse options of a conversation in a test, and the other way round."""
-    is_conversation = options.interactive or options.question is not None
+    if not options.interactive and options.question is None:
+        needed = "{}: for a conversation; add --interactive, or --question TEXT"
+        _error_if_given(parser, options, " ".join(parser.names[_CONVERSATION]), needed)
+        return
     if options.interactive and options.question is not None:
         parser.error("--interactive and --question: give one of them")
     if options.question is not None and not options.question.strip():
         parser.error("--question is empty: give its text")
-    if is_conversation and options.passages == "none":
+    if options.passages == "none":
         parser.error("--passages is missing: the collection to find passages in")
-    (group,) = (group for group in parser._action_groups if group.title == _CONVERSATION)
-    of_search = [action.dest for action in group._group_actions]
-    of_test = ["eval_data", "write_results", "write_crossattention_scores"]
-    given = changed(parser, vars(options), of_test if is_conversation else of_search)
-    names = ", ".join(word for word in given if word.startswith("--"))
-    if names and is_conversation:
-        parser.error(f"{names}: for a file of questions; leave this out of a conversation")
-    if names:
-        parser.error(f"{names}: for a conversation; add --interactive, or --question TEXT")
-    if is_conversation:
-        _check_search(parser, options, "--retriever_path")
+    unused = "{}: for a file of questions; leave this out of a conversation"
+    names = "eval_data write_results write_crossattention_scores"
+    _error_if_given(parser, options, names, unused)
+    _check_search(parser, options, "--retriever_path")

@@ -1,21 +1,77 @@
-"""What the tests share: the reference's numbers, real text when it is at hand, running a script."""
+"""Shared by the tests: reference numbers, real text where available, running scripts, `--fast`."""
 
+import inspect
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import CodeType
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the network; a wrong name fails at once
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: one thread per test process
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "tests" / "reference"
 XQUAD = ROOT.parent / "shared" / "data" / "xquad"
 
+
+# --- the fast set
+
+# A function that uses one of these names starts processes.
+_STARTERS = {"subprocess", "multiprocessing", "Popen", "fork", "spawn"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="one trustworthy test of each kind")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        kept = fast_set(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
+def fast_set(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """The tests that `--fast` runs: those that start no process, which takes seconds, and are not
+    marked `slow`; those marked `fast`; and the first of a file that has none of either."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    return [item for tests in files.values() for item in [*filter(_is_fast, tests)] or tests[:1]]
+
+
+def _is_fast(item: pytest.Item) -> bool:
+    if item.get_closest_marker("fast") or item.get_closest_marker("slow"):
+        return item.get_closest_marker("fast") is not None
+    fixtures = [used[-1].func for used in item._fixtureinfo.name2fixturedefs.values()]
+    return not any(starts_processes(function, set()) for function in [item.function, *fixtures])
+
+
+def starts_processes(function: object, seen: set[object]) -> bool:
+    """Whether a function of the tests does so itself or in another that it calls."""
+    function = inspect.unwrap(function)
+    if function in seen or not getattr(function, "__module__", "").startswith("tests."):
+        return False
+    seen.add(function)
+    if inspect.isclass(function):
+        methods = vars(function).values()
+        return any(starts_processes(m, seen) for m in methods if inspect.isfunction(m))
+    names, codes = set(), [function.__code__]
+    for code in codes:
+        names.update(code.co_names)
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    called = [function.__globals__[name] for name in names if name in function.__globals__]
+    called = [value for value in called if inspect.isfunction(value) or inspect.isclass(value)]
+    return bool(names & _STARTERS) or any(starts_processes(other, seen) for other in called)
+
+
+# --- fixtures and helpers
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _HANDLERS = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -23,8 +79,8 @@ _HANDLERS = {number: signal.getsignal(number) for number in _SIGNALS}
 
 @pytest.fixture(autouse=True)
 def signals_as_they_were() -> Iterator[None]:
-    """A script that runs in this process leaves signals ignored, as it should at its end; what is
-    started after it would inherit that. (The script can have been run by a module's fixture.)"""
+    """A script run in this process leaves signals ignored when it ends, and later processes would
+    inherit that. (A module's fixture may have run the script.)"""
     yield
     for number, handler in _HANDLERS.items():
         signal.signal(number, handler)
@@ -32,15 +88,15 @@ def signals_as_they_were() -> Iterator[None]:
 
 @pytest.fixture
 def reference() -> Path:
-    """The folder of numbers that the reference produced (see its README.md)."""
+    """The folder with the reference's numbers (see its README.md)."""
     return REFERENCE
 
 
 @pytest.fixture
 def xquad() -> Path:
-    """XQuAD's English part, which lies beside the project where it is developed, not for users."""
+    """XQuAD's English part, which is not part of the project."""
     if not XQUAD.exists():
-        pytest.skip(f"needs real text in {XQUAD}, which is not part of the project")
+        pytest.skip(f"needs XQuAD in {XQUAD}")
     return XQUAD
 
 

@@ -876,7 +876,7 @@ REPORT: dict[str, Case] = {
     "words for numbers": ("report", "{misworded}",
         r"metrics\.jsonl, line 1: must be a step with its numbers.*; remove the line"),
     "numbers in Latin-1": ("report", "{latin_metrics}",
-        r"metrics\.jsonl: not UTF-8 text; remove the lines that are not"),
+        r"metrics\.jsonl, line 1: must be a step with its numbers.*; remove the line"),
     "options that no run wrote": ("report", "{without_options}",
         r"options\.json: not the options that a run writes; remove the file"),
     "a report of answers alone": ("report", "{answered}",
@@ -991,7 +991,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(places, tmp_path):
         (f"--seed {'9' * 20}", "--seed '9+': must be .* of 18 digits at most"),
         ("--fresh --seed", "an option's value is missing .*--help"),
         ("-o", "an option's value is missing .*--help"),
-        ("-o {data.json}", r"-o .*data\.json: a file is in this place; name a folder"),
+        ("-o {data.json}", r"-o .*data\.json: this is a file; name a folder"),
     ],
 )
 def test_the_quickstarts_options(options, message, places):

@@ -1,6 +1,7 @@
-"""The scripts of examples/ that a researcher edits, run whole on small files and tiny models; and
-what quickstart.sh is about to run, since it takes minutes itself."""
+"""The scripts of examples/ on small files and tiny models; the commands of quickstart.sh, which
+takes minutes itself."""
 
+import glob
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from tests.conftest import REFERENCE, ROOT
 from tests.test_seed import LARGE_READER
 from tests.warm_python import warm_python
 
-# Stands in for srun: no cluster, one task.
+# Instead of srun: no cluster, one task.
 SRUN = """#!/usr/bin/env bash
 while [[ "$1" == --* ]]; do shift; done
 exec "$@"
@@ -50,15 +51,11 @@ def environment(tmp_path_factory) -> Iterator[dict[str, str]]:
         yield {**warm, **variables, "ACCUMULATE": "1"}
 
 
-def run_script(script: str, *arguments: str, **environment: str) -> str:
+def run_script(script: str, *arguments: str | Path, **environment: str) -> str:
     done = subprocess.run(
-        ["bash", ROOT / "examples" / script, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd="/",  # paths are relative to the repository, wherever one stands
-    )
+        ["bash", ROOT / script, *arguments], env=environment, capture_output=True, text=True,
+        check=False, cwd="/",  # paths are relative to the repository, wherever it is started from
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -73,45 +70,36 @@ def weights(checkpoint: Path) -> bytes:
 
 def test_few_passages_then_many(environment, tmp_path):
     small = {"OUT": str(tmp_path), "FEW": "2", "MANY": "5", "FEW_STEPS": "3", "MANY_STEPS": "2"}
-    printed = run_script("read_25_then_100.sh", **environment, **small)
+    run_script("examples/read_25_then_100.sh", **environment, **small)
     few, many = options_of(tmp_path / "read_2"), options_of(tmp_path / "read_5")
     assert (few["n_context"], few["total_steps"]) == (2, 3)
     assert (many["n_context"], many["total_steps"]) == (5, 2)
     assert many["model_path"] == str(tmp_path / "read_2" / "checkpoint" / "best_dev")
-    # what the paper trains with
-    assert (few["lr"], few["optim"], few["scheduler"], few["dropout"]) == (
-        1e-4,
-        "adam",
-        "fixed",
-        0.1,
-    )
-    assert weights(tmp_path / "read_5" / "checkpoint" / "best_dev") != weights(
-        tmp_path / "read_2" / "checkpoint" / "best_dev"
-    )
-    assert "resuming" not in printed
+    paper = {"lr": 1e-4, "optim": "adam", "scheduler": "fixed", "dropout": 0.1}
+    assert few.items() >= paper.items()
     before = weights(tmp_path / "read_5" / "checkpoint" / "latest")
-    again = run_script("read_25_then_100.sh", **environment, **small)
+    assert before != weights(tmp_path / "read_2" / "checkpoint" / "latest")
+    again = run_script("examples/read_25_then_100.sh", **environment, **small)
     assert again.count("updates are done") == 2
     assert weights(tmp_path / "read_5" / "checkpoint" / "latest") == before
 
 
-def test_the_papers_batch_of_64(tmp_path):
+@pytest.mark.parametrize(("gpus", "accumulation"), [("1", "64"), ("8", "8")])
+def test_the_papers_batch_of_64(gpus, accumulation, tmp_path):
     """By default, GPUS times ACCUMULATE is 64 questions an update."""
-    log = tmp_path / "commands"
-    environment = commands_only(tmp_path, log)
-    for gpus, accumulation in (("1", "64"), ("8", "8")):
-        run_script("read_25_then_100.sh", **environment, GPUS=gpus)
-        for line in log.read_text().splitlines():
-            assert f"--accumulation_steps {accumulation} " in line
-            assert ("--nproc_per_node=8" in line) == (gpus == "8")
-        log.unlink()
+    run_script("examples/read_25_then_100.sh", **commands_only(tmp_path), GPUS=gpus)
+    for line in (tmp_path / "commands").read_text().splitlines():
+        assert f"--accumulation_steps {accumulation} " in line
+        assert ("--nproc_per_node=8" in line) == (gpus == "8")
 
 
-def commands_only(folder: Path, log: Path) -> dict[str, str]:
-    """An environment in which `python` and `torchrun` write down what they are to run."""
+def commands_only(folder: Path) -> dict[str, str]:
+    """An environment in which `python` and `torchrun` only append their arguments, quoted, to the
+    file `commands` in a folder."""
     (folder / "bin").mkdir()
     for name in ("python", "torchrun"):
-        (folder / "bin" / name).write_text(f'#!/usr/bin/env bash\necho "$@" >> {log}\n')
+        stub = f"""#!/usr/bin/env bash\n{{ printf '%q ' "$@"; echo; }} >> '{folder}/commands'\n"""
+        (folder / "bin" / name).write_text(stub)
         (folder / "bin" / name).chmod(0o755)
     return {**os.environ, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
 
@@ -119,14 +107,14 @@ def commands_only(folder: Path, log: Path) -> dict[str, str]:
 def test_rounds_of_distillation(environment, tmp_path):
     out = tmp_path / "rounds"
     small = {"OUT": str(out), "N": "3", "READER_STEPS": "2", "RETRIEVER_STEPS": "2", "ROUNDS": "1"}
-    printed = run_script("iterate_distillation.sh", **environment, **small)
+    printed = run_script("examples/iterate_distillation.sh", **environment, **small)
     for number in (0, 1):
         found = out / f"round-{number}"
         for part, count in (("train", 6), ("dev", 3), ("test", 3)):
             rows = map(json.loads, (found / f"{part}.jsonl").read_text().splitlines())
             assert [len(row["ctxs"]) for row in rows] == [3] * count
         assert len((found / "runs/test/final_output.txt").read_text().splitlines()) == 3
-    # Each step has read what the one before it has made.
+    # Each step read the output of the one before it.
     zero, one = out / "round-0", out / "round-1"
     best = "checkpoint/best_dev"
     scores = options_of(one / "runs/scores_train")
@@ -141,20 +129,17 @@ def test_rounds_of_distillation(environment, tmp_path):
     made_by = [json.loads((at / "test.jsonl.made_by.json").read_text()) for at in (zero, one)]
     assert made_by[0]["model"] == "bm25"
     assert made_by[1]["model"] == made_by[1]["embeddings"]["model"]
-    # The tables at the end are of both rounds.
+    # The tables at the end show both rounds.
     assert re.search(r"round-0\S*test\.jsonl", printed)
     assert re.search(r"round-1\S*final_output\.txt", printed)
 
-    # A second start finds all of it done; one more round begins where this one ended.
+    # Started again, it has nothing to do; another round starts where this one ended.
+    recorded = {**environment, "PATH": commands_only(tmp_path)["PATH"]}
     log = tmp_path / "commands"
-    recorded = commands_only(tmp_path, log)
-    variables = {name: value for name, value in environment.items() if name != "PATH"}
-    run_script("iterate_distillation.sh", **{**recorded, **variables, **small})
-    assert [line.split()[:2] for line in log.read_text().splitlines()] == [
-        ["-m", "src.tools.evaluate"]
-    ] * 2
+    run_script("examples/iterate_distillation.sh", **recorded, **small)
+    assert {line.split()[1] for line in log.read_text().splitlines()} == {"src.tools.evaluate"}
     log.unlink()
-    run_script("iterate_distillation.sh", **{**recorded, **variables, **small, "ROUNDS": "2"})
+    run_script("examples/iterate_distillation.sh", **recorded, **small | {"ROUNDS": "2"})
     lines = log.read_text().splitlines()
     assert [line.split()[0] for line in lines] == [
         "test_reader.py", "test_reader.py", "train_retriever.py", "generate_passage_embeddings.py",
@@ -166,7 +151,7 @@ def test_rounds_of_distillation(environment, tmp_path):
 
 
 def test_the_large_reader(environment, tmp_path):
-    """It has the original's hyperparameters, and a job's own options win over the file's."""
+    """It has the original's hyperparameters, and a job's own options override the file's."""
     (tmp_path / "srun").write_text(SRUN)
     (tmp_path / "srun").chmod(0o755)
     variables = {**environment, "PATH": f"{tmp_path}{os.pathsep}{environment['PATH']}"}
@@ -179,22 +164,14 @@ def test_the_large_reader(environment, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "large/checkpoint/best_dev/model.safetensors").exists()
-    original = vars(
-        options.train_reader_parser().parse_args(
-            LARGE_READER.split("train_reader.py")[1].replace("\\", "").split()
-        )
-    )
+    given = LARGE_READER.split("train_reader.py")[1].replace("\\", "").split()
+    original = vars(options.train_reader_parser().parse_args(given))
+    own = {"train_data", "eval_data", "name", "checkpoint_dir", "model_path", "total_steps"}
+    own |= {"model_size", "save_freq", "keep_checkpoints"}
     ours = options_of(tmp_path / "large")
-    changed = {"train_data", "eval_data", "name", "checkpoint_dir", "model_path", "total_steps"}
-    changed |= {"model_size", "save_freq", "keep_checkpoints"}
-    for name, value in original.items():
-        if name not in changed:
-            assert ours[name] == value, name
-    text = (ROOT / "examples/slurm/large_readers.sbatch").read_text()
-    assert "--total_steps 15000" in text
-    assert "--model_size large" in text
-    nodes, tasks = re.search(r"--nodes=(\d+) .*--ntasks-per-node=(\d+)", text).groups()
-    assert int(nodes) * int(tasks) == 64
+    assert {n: ours[n] for n in original if n not in own} == {
+        n: value for n, value in original.items() if n not in own
+    }
 
 
 PARSERS = {
@@ -207,27 +184,27 @@ PARSERS = {
 }
 
 
-def test_the_quickstarts_commands(tmp_path):
-    """All of them have options that exist, the one that it prints for the user included."""
-    out, log = tmp_path / "out", tmp_path / "commands"
+@pytest.mark.parametrize("name", ["out", 'it\'s [1]="$(exit 3)" *'])
+def test_the_quickstarts_commands(name, tmp_path):
+    """Their options exist, also those of the command printed at the end; folders have any name."""
+    out = tmp_path / name
     out.mkdir()
-    (out / "bm25_train.jsonl").write_text("{}\n")  # what awk takes a part of
-    done = subprocess.run(
-        ["bash", ROOT / "quickstart.sh", "-o", out],
-        env={**commands_only(tmp_path, log), "VIRTUAL_ENV": "active"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    talk = done.stdout.splitlines()[-1]
+    (out / "bm25_train.jsonl").write_text("{}\n" * 6)  # awk takes a fifth of it
+    environment = {**commands_only(tmp_path), "VIRTUAL_ENV": "active"}
+    printed = run_script("quickstart.sh", "-o", out, **environment)
+    assert (out / "to_score_train.jsonl").read_text() == "{}\n" * 2
+    talk = printed.splitlines()[-1]
     assert talk.startswith("python test_reader.py --interactive ")
-    commands = [line.removeprefix("-m ").split() for line in log.read_text().splitlines()]
-    commands.append(shlex.split(talk)[1:])
+    subprocess.run(["bash", "-c", talk], env=environment, check=True)
+    commands = map(shlex.split, (tmp_path / "commands").read_text().splitlines())
+    commands = [command[1:] if command[0] == "-m" else command for command in commands]
     parsed = [
         (command[0], vars(PARSERS[command[0]]().parse_args(command[1:])))
         for command in commands
         if command[0] in PARSERS
     ]
-    assert len(parsed) == len(commands) - 3  # besides: pip, the corpus, the table
+    # besides: Python's version, pip, the corpus, the table
+    assert len(parsed) == len(commands) - 4
     # The report is of a run that has answers and scores, beside both ways to find passages.
     script, report = parsed[-2]
     assert script == "src.tools.report"
@@ -236,3 +213,7 @@ def test_the_quickstarts_commands(tmp_path):
     assert tested["write_crossattention_scores"]
     assert report["retrieved"] == [f"{out}/bm25_test.jsonl", f"{out}/distilled_test.jsonl"]
     assert tested["eval_data"] == report["retrieved"][1]
+    # The embeddings are found there.
+    (out / "embeddings").mkdir()
+    (out / "embeddings" / "wiki_00").touch()
+    assert glob.glob(parsed[-1][1]["passages_embeddings"]) == [f"{out}/embeddings/wiki_00"]

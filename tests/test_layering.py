@@ -1,28 +1,23 @@
-"""The structure: layers of src import only their own layer or lower ones."""
+"""The structure: layers, sizes, no work at import, and a fast set with a test of every file."""
 
 import ast
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, fast_set, starts_processes
 
-LAYERS = [
-    {"options", "runtime"},
-    {"data", "models", "training"},
-    {"search", "evaluation"},
-    {"tools"},
-]
-LAYER = {folder: number for number, layer in enumerate(LAYERS) for folder in layer}
-SCRIPTS = {
-    "train_reader",
-    "test_reader",
-    "train_retriever",
-    "generate_passage_embeddings",
+LAYERS = ["options runtime", "data models training", "search evaluation", "tools"]
+LAYER = {folder: n for n, folders in enumerate(LAYERS) for folder in folders.split()}
+SCRIPTS = [ROOT / f"{name}.py" for name in (
+    "train_reader", "test_reader", "train_retriever", "generate_passage_embeddings",
     "passage_retrieval",
-}
-FILES = sorted(path for path in (ROOT / "src").rglob("*.py") if path.parent != ROOT / "src")
-FILES.append(ROOT / "src" / "options.py")
+)]  # fmt: skip
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+TREES = {file: ast.parse(file.read_text()) for file in SOURCES + SCRIPTS}
 
 
 def name_of(file: Path) -> str:
@@ -33,98 +28,87 @@ def folder_of(file: Path) -> str:
     return file.relative_to(ROOT / "src").parts[0].removesuffix(".py")
 
 
-def imported(file: Path) -> set[str]:
-    """All modules that a file imports, at its top or inside a function."""
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+def imported(file: Path) -> Iterator[str]:
+    """All modules that a file imports, at its top or in a function."""
+    for node in ast.walk(TREES[file]):
         if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-            names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return names
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def imported_folders(file: Path) -> set[str]:
     return {name.split(".")[1] for name in imported(file) if name.startswith("src.")}
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_imports_go_down_or_sideways(file: Path):
-    assert {LAYER[folder] for folder in imported_folders(file)} <= set(
-        range(LAYER[folder_of(file)] + 1)
-    )
-    assert not imported(file) & SCRIPTS
-    if folder_of(file) != "tools":
-        assert "tools" not in imported_folders(file)
+@pytest.mark.parametrize("file", SOURCES + SCRIPTS, ids=name_of)
+def test_imports_go_down_or_sideways(file):
+    assert not {name.split(".")[0] for name in imported(file)} & {s.stem for s in SCRIPTS}
+    if file in SOURCES and folder_of(file) != "__init__":
+        layer = LAYER[folder_of(file)]  # every folder has one
+        assert all(LAYER[folder] <= layer for folder in imported_folders(file))
 
 
-def test_folders_do_not_import_each_other():
+def test_folders_form_no_cycle():
     below: dict[str, set[str]] = {folder: set() for folder in LAYER}
-    for file in FILES:
-        below[folder_of(file)] |= imported_folders(file) - {folder_of(file)}
-    done: set[str] = set()
-    while len(done) < len(below):
-        ready = {folder for folder in below if below[folder] <= done} - done
-        assert ready, f"a cycle among {set(below) - done}"
-        done |= ready
+    for file in SOURCES:
+        if folder_of(file) in below:
+            below[folder_of(file)] |= imported_folders(file) - {folder_of(file)}
+    while below:
+        lowest = [folder for folder in below if not below[folder] & below.keys()]
+        assert lowest, f"a cycle among {sorted(below)}"
+        for folder in lowest:
+            del below[folder]
 
 
-def test_every_folder_has_a_layer():
-    assert {folder_of(file) for file in FILES} == set(LAYER)
-    assert {path.name for path in (ROOT / "src").glob("*.py")} == {"__init__.py", "options.py"}
+def test_the_root_holds_the_scripts():
+    assert sorted(ROOT.glob("*.py")) == sorted(SCRIPTS)
 
 
-def test_scripts_do_not_import_one_another():
-    assert {path.stem for path in ROOT.glob("*.py")} == SCRIPTS
-    for script in SCRIPTS:
-        assert not imported(ROOT / f"{script}.py") & SCRIPTS
+@pytest.mark.parametrize("file", SOURCES + SCRIPTS, ids=name_of)
+def test_sizes(file):
+    limit = 120 if file in SCRIPTS else 400
+    if file.name != "options.py":
+        assert len(file.read_text().splitlines()) <= limit
+    for node in ast.walk(TREES[file]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            is_method = bool(arguments) and arguments[0].arg in ("self", "cls")
+            assert len(arguments) - is_method <= 10, node.name
+            assert file in SCRIPTS or node.end_lineno - node.lineno + 1 <= 80, node.name
 
 
-def module_file(name: str) -> Path | None:
-    path = ROOT.joinpath(*name.split("."))
-    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.exists()), None)
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "src.options",
-        "src.data.examples",
-        "src.data.passages",
-        "src.evaluation.answers",
-        "src.evaluation.rankings",
-        "src.search.exact",
-        "src.tools.evaluate",
-        "src.tools.report.page",
-    ],
-)
-def test_what_needs_no_torch_imports_none(module: str):
-    seen: set[Path] = set()
-    waiting = {module_file(module)}
-    while waiting:
-        seen |= waiting
-        names = {name for file in waiting for name in imported(file)}
-        assert not {name.split(".")[0] for name in names} & {"torch", "transformers"}, waiting
-        waiting = {module_file(name) for name in names if name.startswith("src.")} - seen - {None}
-
-
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_nothing_happens_at_import(file: Path):
-    """A module's top level holds definitions and constants, no statements that act."""
-    for node in ast.parse(file.read_text()).body:
+@pytest.mark.parametrize("file", SOURCES + SCRIPTS, ids=name_of)
+def test_nothing_happens_at_import(file):
+    """The top level of a module holds definitions, constants and loops that fill tables."""
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
+    allowed += (ast.AnnAssign, ast.AugAssign, ast.For)
+    for node in TREES[file].body:
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        allowed = (
-            ast.Import,
-            ast.ImportFrom,
-            ast.FunctionDef,
-            ast.ClassDef,
-            ast.Assign,
-            ast.AnnAssign,
-            ast.AugAssign,
-            ast.For,  # over a few names, to fill a table
-            ast.If,
-        )
-        assert is_docstring or isinstance(node, allowed), ast.unparse(node)
-        if isinstance(node, ast.If):
-            assert ast.unparse(node.test) == "__name__ == '__main__'"
+        is_main = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+        assert is_docstring or is_main or isinstance(node, allowed), ast.unparse(node)
+
+
+def test_modules_without_models_load_no_torch():
+    modules = "src.data.passages src.evaluation.rankings src.search.exact src.tools.report.page"
+    code = f"import sys, {modules.replace(' ', ', ')}; print({{'torch'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+    assert (done.stdout, done.stderr) == (b"set()\n", b"")
+
+
+# ----------------------------------------------------------------------------------------------
+# The fast set (tests/conftest.py)
+
+
+def test_the_fast_set_has_a_test_of_every_file(request):
+    files = {item.path for item in request.session.items}
+    assert {item.path for item in fast_set(request.session.items)} == files
+
+
+def test_functions_that_start_processes_are_found():
+    def calls() -> None:
+        [test_modules_without_models_load_no_torch() for _ in "ab"]
+
+    assert starts_processes(test_modules_without_models_load_no_torch, set())
+    assert starts_processes(calls, set())
+    assert not starts_processes(test_sizes, set())

@@ -31,7 +31,7 @@ def last_lines(tmp_path) -> list[str]:
     """What quickstart.sh prints when all is there; `python` is not run again."""
     done = subprocess.run(
         ["bash", ROOT / "quickstart.sh", "-o", OUT.relative_to(ROOT)],
-        env={**commands_only(tmp_path, tmp_path / "commands"), "VIRTUAL_ENV": "active"},
+        env={**commands_only(tmp_path), "VIRTUAL_ENV": "active"},
         capture_output=True,
         text=True,
         check=True,

@@ -1,5 +1,5 @@
-"""Line and bar charts as inline SVG. Classes `s0` to `s3` are the page's colours of the series; a
-`<title>`, which a browser shows on hovering, tells each point's and bar's value."""
+"""Line and bar charts as inline SVG. The classes `s0` to `s3` are the page's colours; a `<title>`,
+which a browser shows on hovering, holds the value of a point or bar."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,16 +12,15 @@ N_COLOURS = 4  # of the page; a fifth series has the first one's, dashed
 
 
 class Line(NamedTuple):
-    """A curve: (x, y) by x, and optionally the lowest and highest y around each point."""
+    """A curve: (x, y) by x."""
 
     name: str
     points: Sequence[tuple[float, float]]
-    band: Sequence[tuple[float, float]] = ()
 
 
 class Group(NamedTuple):
-    """Bars side by side: their label, how many questions they count, a value (in percent) for each
-    series, and the link that a click follows."""
+    """Bars side by side: a label, a number of questions, a value (in percent) for each series, and
+    the link that a click follows."""
 
     label: str
     count: int
@@ -31,19 +30,13 @@ class Group(NamedTuple):
 
 def number(value: float) -> str:
     """A number for people: thousands with a comma, at most four significant digits."""
-    if value == int(value) or abs(value) >= 1000:
-        text = f"{value:,.0f}"
-    elif abs(value) < 0.001:
-        digits, _, exponent = f"{value:.3e}".partition("e")
-        text = f"{float(digits):g}e{int(exponent)}"
-    else:
-        text = f"{value:.4g}"
-    return text.replace("-", "\N{MINUS SIGN}")
+    is_whole = value == int(value) or abs(value) >= 1000
+    return f"{value:,.0f}" if is_whole else f"{value:.4g}"
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers with even steps (1, 2 or 5 times a power of ten): the first at or below `low`,
-    the last at or above `high`, in at most `most` steps."""
+    """Round numbers (1, 2 or 5 times a power of ten apart) in at most `most` steps: the first at or
+    below `low`, the last at or above `high`."""
     if high <= low:
         low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (0.0, 1.0)
     exponent = math.floor(math.log10((high - low) / most))
@@ -51,22 +44,16 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
         if last - first <= most:
             break
-    # Rounded, as 3 * 0.1 is not 0.3.
-    return [round(n * step, 12 - exponent) for n in range(first, last + 1)]
+    return [round(n * step, 12 - exponent) for n in range(first, last + 1)]  # 3 * 0.1 is not 0.3
 
 
 def line_chart(
     lines: Sequence[Line], x_name: str, y_name: str, log_x: bool = False, percent: bool = False
 ) -> str:
-    """Curves over a common x.
-
-    Args:
-        log_x: the x axis is logarithmic (and x at least 1); otherwise it begins at 0.
-        percent: y is in percent: its axis ends at 100 at most.
-    """
+    """Curves over a common x, which starts at 0, or (`log_x`) is logarithmic and at least 1. With
+    `percent`, the y axis ends at 100 at most."""
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
-    ys += [y for line in lines for pair in line.band for y in pair]
     y_ticks = ticks(min(ys), max(ys))
     if percent:
         y_ticks = [tick for tick in y_ticks if 0 <= tick <= 100]
@@ -82,17 +69,15 @@ def line_chart(
     parts = _axes(y_ticks, y_at, x_name, y_name)
     parts += [_text(x_scale(on_axis(x)), HEIGHT - _BOTTOM + 16, number(x)) for x in x_ticks]
     circles = ""
-    for index, (name, points, band) in enumerate(lines):
+    for index, (name, points) in enumerate(lines):
         style, radius = _style(index), 3 if len(points) <= 20 else 1.5
         at = [(x_scale(on_axis(x)), y_at(y)) for x, y in points]
-        if band:
-            low, high = ([(x, y_at(pair[n])) for (x, _), pair in zip(at, band)] for n in (0, 1))  # noqa: B905
-            parts.append(f'<path class="band {style}" d="{_path(low + high[::-1])}Z"/>')
-        parts.append(f'<path class="line {style}" d="{_path(at)}"/>')
+        path = "L".join(f"{left:.1f} {top:.1f}" for left, top in at)
+        parts.append(f'<path class="line {style}" d="M{path}"/>')
         for (x, y), (left, top) in zip(points, at, strict=True):
             title = escape(f"{name}: {number(y)}{' %' if percent else ''} at {number(x)}")
-            place = f'cx="{left:.1f}" cy="{top:.1f}" r="{radius}"'
-            circles += f'<circle class="point {style}" {place}><title>{title}</title></circle>'
+            centre = f'cx="{left:.1f}" cy="{top:.1f}" r="{radius}"'
+            circles += f'<circle class="point {style}" {centre}><title>{title}</title></circle>'
     names = ", ".join(line.name for line in lines)
     return _svg([*parts, circles], f"{y_name} over {x_name}: {names}")
 
@@ -121,7 +106,7 @@ def bar_chart(groups: Sequence[Group], names: Sequence[str], x_name: str, y_name
 
 
 def legend(names: Sequence[str]) -> str:
-    """What the colours of a chart mean, as HTML that wraps."""
+    """The colours of a chart, as HTML that wraps."""
     items = [
         f'<li><svg class="key" viewBox="0 0 22 10" aria-hidden="true">'
         f'<path class="line {_style(index)}" d="M1 5H21"/></svg>{escape(name)}</li>'
@@ -137,10 +122,6 @@ def _style(index: int) -> str:
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     """Maps [low, high] to [start, end]."""
     return lambda value: start + (value - low) / (high - low) * (end - start)
-
-
-def _path(points: Sequence[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle", kind: str = "tick") -> str:

@@ -1,4 +1,4 @@
-"""A run as one page for a browser, without a network: curves, recall, answers and their passages.
+"""A run as one offline page for a browser: curves, recall, answers and their passages.
 
     python -m src.tools.report checkpoint/my_test --retrieved retrieved_round1.json
 
@@ -44,7 +44,7 @@ def training_section(folder: Path) -> tuple[str, list[Tile]]:
     path = folder / METRICS
     if not path.exists():
         return _missing(f"There is no {METRICS} in this folder: training writes it."), []
-    values, left_out = survey.read_metrics(path)
+    values = survey.read_metrics(path)
     if not values:
         return _missing(f"{METRICS} contains no numbers yet."), []
     charts: dict[str, list[str]] = {}  # train/loss and dev/loss share one; avg_top1 and avg_top2
@@ -53,16 +53,11 @@ def training_section(folder: Path) -> tuple[str, list[Tile]]:
     drawn = ""
     for key in sorted(charts, key=lambda key: [*_TITLES, key].index(key)):
         title, unit = _TITLES.get(key, (key, key))
-        lines, note = [], ""
-        for name in charts[key]:
-            line, size = survey.thin(name, values[name])
-            lines.append(line)
-            if size > 1:
-                note = f"Points of {name} are means of {size} updates; the band is their range."
+        thinned = [survey.thin(name, values[name]) for name in charts[key]]
+        lines = [line for line, _ in thinned]
+        notes = [f"Points of {c.name} are means of {n} updates." for c, n in thinned if n > 1]
         chart = line_chart(lines, "updates", unit, percent=unit.endswith("(%)"))
-        drawn += _figure(title, legend(charts[key]) + chart, note)
-    if left_out:
-        drawn += _missing(f"{left_out:,} values that are not finite are left out.")
+        drawn += _figure(title, legend(charts[key]) + chart, " ".join(notes))
     tiles = [("updates", f"{max(step for v in values.values() for step, _ in v):,}", "")]
     for name, best in ("best dev exact match", max), ("lowest dev loss", min):
         if points := values.get("dev/" + "_".join(name.split()[2:])):
@@ -116,24 +111,19 @@ def headline(found: Survey) -> list[Tile]:
 
 
 def outcome_table(found: Survey) -> str:
-    """How often there was an answer to find, and what came of it; counts link to the questions."""
-    rows = [
-        ("in a passage read", "passages=with"),
-        ("in none of the passages read", "passages=without"),
-    ]
+    """Answers judged by where the passages contain one; counts link to the questions."""
+    verdicts = found.verdicts
+    with_answer = [v for v in verdicts if v["holding"]]
+    rows = [("in a passage read", "passages=with", with_answer)]
     if found.scored:
-        rows[0] = ("in the passage attended to most", "attention=top")
-        rows.insert(1, ("overlooked: only in other passages", "attention=overlooked"))
-    belongs = {
-        "passages=with": lambda verdict: verdict["holding"],
-        "passages=without": lambda verdict: not verdict["holding"],
-        "attention=top": lambda verdict: verdict["top"],
-        "attention=overlooked": lambda verdict: verdict["holding"] and not verdict["top"],
-    }
+        top, others = ([v for v in with_answer if v["top"] is is_top] for is_top in (True, False))
+        rows = [("in the passage attended to most", "attention=top", top)]
+        rows.append(("overlooked: only in other passages", "attention=overlooked", others))
+    without = [v for v in verdicts if not v["holding"]]
+    rows.append(("in none of the passages read", "passages=without", without))
     lines = []
-    for name, link in rows:
-        group = list(filter(belongs[link], found.verdicts))
-        share = 100 * len(group) / len(found.verdicts)
+    for name, link, group in rows:
+        share = 100 * len(group) / len(verdicts)
         cells = [_link(link, f"{len(group):,}") + f'<br><span class="quiet">{share:.1f} %</span>']
         if found.answered:
             right = sum(verdict["match"] for verdict in group)
@@ -148,7 +138,7 @@ def outcome_table(found: Survey) -> str:
 def verdict_chart(
     title: str, x_name: str, key: str, starts: Sequence[int], verdicts: Sequence[dict]
 ) -> str:
-    """Exact match and F1 by a number of each verdict, in bins that begin at `starts`."""
+    """Exact match and F1 by a number in the verdicts, in bins that begin at `starts`."""
     groups = []
     for low, end in zip(starts, [*starts[1:], None], strict=True):
         high = "" if end is None else end - 1
@@ -170,19 +160,16 @@ def answers_section(found: Survey | None) -> str:
         )
     if not found.verdicts:
         return _missing("No question has gold answers: there is nothing to judge.")
-    has_passages, drawn, note = found.by_score.depth > 0, "", ""
-    if has_passages:
-        drawn += outcome_table(found)
-    if found.answered and has_passages:
+    drawn = outcome_table(found) if found.by_score.depth else ""
+    if not found.answered:
+        note = f"There is no {ANSWERS} in this folder: test_reader.py --write_results writes it."
+        return f'<div class="charts">{drawn}</div>{_missing(note)}'
+    if found.by_score.depth:
         title, name = "By passages with an answer", "passages read that contain an answer"
         drawn += verdict_chart(title, name, "holding", [0, 1, 2, 3, 5, 10, 20, 50], found.verdicts)
-    if found.answered:
-        title, name = "By answer length", "words in the shortest gold answer"
-        drawn += verdict_chart(title, name, "length", [0, 1, 2, 3, 4, 5, 6, 10], found.verdicts)
-    else:
-        note = _missing(f"There is no {ANSWERS} in this folder, so no answer can be judged: "
-                        "test_reader.py --write_results writes it.")  # fmt: skip
-    return f'<div class="charts">{drawn}</div>{note}'
+    title, name = "By answer length", "words in the shortest gold answer"
+    drawn += verdict_chart(title, name, "length", [0, 1, 2, 3, 4, 5, 6, 10], found.verdicts)
+    return f'<div class="charts">{drawn}</div>'
 
 
 def _missing(text: str) -> str:
@@ -199,7 +186,7 @@ def _figure(title: str, drawn: str, note: str = "") -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of cells that are HTML; the first column names the rows."""
+    """A table; cells are HTML, those of the first column headers."""
     lines = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     for name, *cells in rows:
         row = "".join(f"<td>{cell}</td>" for cell in cells)
@@ -217,7 +204,7 @@ def _tiles(tiles: Sequence[Tile]) -> str:
 
 
 def page(parts: dict[str, str], about: dict[str, Any]) -> str:
-    """The page's HTML. `parts` are HTML; `about` is for the script, which shows it as text."""
+    """The page's HTML. `parts` are HTML; `about` is data for the script, which shows it as text."""
     frame = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", frame, re.DOTALL)[1]
     # The browser runs the frame's own script and nothing else, and loads nothing.
@@ -228,78 +215,66 @@ def page(parts: dict[str, str], about: dict[str, Any]) -> str:
 
 
 def read_run_options(folder: Path) -> dict[str, Any]:
-    """What a run was started with; {} if it wrote no options."""
+    """The options of a run; {} if it wrote none."""
     path = folder / OPTIONS
     if not path.exists():
         return {}
     try:
-        options = json.loads(path.read_text(encoding="utf-8"))["options"]
+        return dict(json.loads(path.read_bytes())["options"])
     except (OSError, ValueError, KeyError, TypeError):
-        options = None
-    if not isinstance(options, dict):
-        raise InputError(f"{path}: not the options that a run writes; remove the file")
-    return options
+        problem = "not the options that a run writes; remove the file"
+        raise InputError(f"{path}: {problem}") from None
 
 
-def find_data(folder: Path, given: str | None, run_options: dict[str, Any]) -> tuple[str, str]:
-    """The questions' file and how it was found; two empty strings when nothing was answered."""
-    if given:
-        return given, "--data"
-    if (folder / SCORES).exists():
-        return str(folder / SCORES), "in the run's folder"
+def find_data(folder: Path, given: str | None, run_options: dict[str, Any]) -> str:
+    """The questions' file; empty when nothing was answered."""
+    if given or (folder / SCORES).exists():
+        return given or str(folder / SCORES)
     if not (folder / ANSWERS).exists():
-        return "", ""
+        return ""
     named = run_options.get("eval_data")
     if isinstance(named, str) and Path(named).is_file():
-        return named, f"named by {OPTIONS}"
+        return named
     where = f"the file of its questions, {shorten(named)}, is not here" if named else ""
     raise InputError(
         f"{folder / ANSWERS}: {where or 'nothing says which questions it answers'}; give --data"
     )
 
 
-def _sources(folder: Path, found: Survey | None, how: str, retrieved: Sequence[str]) -> str:
-    rows = []
-    what = ["training curves", "answers given", "the reader's passage scores"]
-    for name, path in zip(what, (folder / f for f in (METRICS, ANSWERS, SCORES)), strict=True):
-        rows.append([name, escape(str(path)) if path.exists() else "not in the run's folder"])
-    if found:
-        rows.append(["questions, gold answers, passages", f"{escape(found.data.path)} ({how})"])
-    rows += [["passages to compare", escape(path)] for path in retrieved]
-    return _table(["what", "from"], rows)
-
-
 @reports_input_errors
 def main(arguments: list[str] | None = None) -> None:
     options = report_parser().parse_args(arguments)
     folder = Path(options.run)
+    remedy = "give a run's (--checkpoint_dir/--name)"
     if not folder.is_dir():
-        raise InputError(f"{options.run}: no such folder; give a run's (--checkpoint_dir/--name)")
-    if not any((folder / name).exists() for name in (METRICS, ANSWERS, SCORES)):
-        raise InputError(
-            f"{options.run}: neither {METRICS} nor {ANSWERS} nor {SCORES} is in this folder; give "
-            "a run's (--checkpoint_dir/--name)"
-        )
+        raise InputError(f"{options.run}: no such folder; {remedy}")
+    files = [folder / name for name in (METRICS, ANSWERS, SCORES) if (folder / name).exists()]
+    if not files:
+        wanted = f"neither {METRICS} nor {ANSWERS} nor {SCORES} is in this folder"
+        raise InputError(f"{options.run}: {wanted}; {remedy}")
     output = Path(options.output or folder / "report.html")
     claim_output(str(output), "--output")
 
     run_options = read_run_options(folder)
-    path, how = find_data(folder, options.data, run_options)
+    path = find_data(folder, options.data, run_options)
     curves, tiles = training_section(folder)
     names = survey.short_names(options.retrieved)
     rankings = [rank_answers(*pair) for pair in zip(options.retrieved, names, strict=True)]
     compared, found = list(rankings), None
+    about = {"total": 0, "answered": False, "scored": False, "rankings": [], "questions": []}
     if path:
         data, answers = load_data(path), folder / ANSWERS
         given = read_answers(str(answers), data) if answers.exists() else None
-        n_context = run_options.get("n_context")
-        n_context = n_context if given is not None and isinstance(n_context, int) else None
+        n_context = run_options.get("n_context") if given is not None else None
+        n_context = n_context if isinstance(n_context, int) else None
         limits = options.max_questions, options.passages_shown
         found = survey.survey(data, given, n_context, rankings, *limits)
         tiles = headline(found) + tiles
         if found.by_score.depth and (found.scored or not rankings):
             compared += [found.as_found] if found.scored and not rankings else []
             compared.append(found.by_score)
+        about = {"total": len(data), "answered": found.answered, "scored": found.scored}
+        about |= {"rankings": found.compared, "questions": found.records}
 
     sections = [("Answers", answers_section(found)), ("Recall", recall_section(compared))]
     sections.insert(len(sections) if found else 0, ("Training", curves))
@@ -307,18 +282,15 @@ def main(arguments: list[str] | None = None) -> None:
     summary = " \N{MIDDLE DOT} ".join(f"{name} {run_options[name]}" for name in named)
     settings = [[escape(key), escape(str(value))] for key, value in run_options.items()]
     no_options = _missing(f"There is no {OPTIONS} in this folder.")
+    sources = dict.fromkeys([*map(str, files), *[path] * bool(path), *options.retrieved])
     parts = {
         "title": escape(folder.resolve().name),
         "tiles": _tiles(tiles),
         "summary": escape(summary),
         "sections": "".join(f"<h2>{name}</h2>{content}" for name, content in sections),
-        "sources": _sources(folder, found, how, options.retrieved),
+        "sources": _table(["files shown"], [[escape(source)] for source in sources]),
         "settings": _table(["option", "value"], settings) if settings else no_options,
     }
-    about = {"total": 0, "answered": False, "scored": False, "rankings": [], "questions": []}
-    if found:
-        about |= {"total": len(found.data), "answered": found.answered, "scored": found.scored}
-        about |= {"rankings": found.compared, "questions": found.records}
     write_whole(output, [page(parts, about)])
     held = f"; it holds {len(about['questions']):,} of {about['total']:,} questions"
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB{held if found else ''}")

@@ -1,7 +1,7 @@
-"""A run in numbers: its curves, where passages contain answers, its answers judged.
+"""A run in numbers, for `page.py`: curves, passages with answers, answers judged.
 
-`page.py` makes a page of them. Data files are read one question at a time; only a few numbers are
-kept of each, and a full record of the questions that the page shows.
+Data files are read one question at a time; only a few numbers are kept of each, and a full record
+of the questions on the page.
 """
 
 import itertools
@@ -18,30 +18,24 @@ from src.evaluation.rankings import Ranking, first_hit
 from src.runtime.errors import InputError, shorten
 from src.tools.report.charts import Line
 
-MOST_POINTS = 200  # of a curve; more updates than that are averaged in groups
-LONGEST_PIECE = 2000  # characters shown of a passage's text before, between and after answers
+MOST_POINTS = 200  # of a curve; more are averaged in groups
+LONGEST_PIECE = 2000  # characters of a passage shown before, between and after answers
 MOST_MARKS = 20  # answers marked in a passage
-MOST_ANSWERS = 10  # gold answers of a question that are shown
+MOST_ANSWERS = 10  # gold answers shown of a question
 
 
 # ----------------------------------------------------------------------------------------------
 # Curves
 
 
-def read_metrics(path: Path) -> tuple[dict[str, list[tuple[int, float]]], int]:
-    """The values of a `metrics.jsonl` by name, as (step, value) in the file's order, and how many
-    were left out because they are not finite. An incomplete last line is ignored.
-
-    Errors: `InputError` when any other line is not a step with numbers.
-    """
+def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """The finite values of a `metrics.jsonl` by name, as (step, value). An incomplete last line is
+    ignored. Errors: `InputError` when another is not a step with numbers."""
     values: dict[str, list[tuple[int, float]]] = {}
-    left_out = 0
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; remove the lines that are not") from None
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -49,28 +43,24 @@ def read_metrics(path: Path) -> tuple[dict[str, list[tuple[int, float]]], int]:
             for name, value in row.items():
                 if math.isfinite(value):
                     values.setdefault(name, []).append((step, float(value)))
-                else:
-                    left_out += 1
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-            if not line.endswith("\n"):
-                break  # the run was killed while it wrote, or is writing now
+            if not line.endswith(b"\n"):
+                break  # the run was killed while writing it, or is writing it now
+            shown = shorten(line.decode(errors="replace").strip(), 40)
             raise InputError(
                 f'{path}, line {number}: must be a step with its numbers, such as {{"step": 1, '
-                f'"train/loss": 2.5}}, not {shorten(line.strip(), 40)}; remove the line'
+                f'"train/loss": 2.5}}, not {shown}; remove the line'
             ) from None
-    return values, left_out
+    return values
 
 
 def thin(name: str, points: Sequence[tuple[int, float]]) -> tuple[Line, int]:
-    """A curve of at most `MOST_POINTS` points, and how many values each of them is the mean of. A
-    point is at the step of the last of its values; the band runs from their lowest to highest."""
+    """A curve of at most `MOST_POINTS` points, and the number of values that each is the mean of. A
+    point is at the step of its last value."""
     size = math.ceil(len(points) / MOST_POINTS)
-    if size == 1:
-        return Line(name, points), 1
     parts = [points[start : start + size] for start in range(0, len(points), size)]
-    values = [[value for _, value in part] for part in parts]
-    means = [(part[-1][0], sum(v) / len(v)) for part, v in zip(parts, values, strict=True)]
-    return Line(name, means, [(min(v), max(v)) for v in values]), size
+    means = [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
+    return Line(name, means), size
 
 
 # ----------------------------------------------------------------------------------------------
@@ -79,7 +69,7 @@ def thin(name: str, points: Sequence[tuple[int, float]]) -> tuple[Line, int]:
 
 @dataclass
 class Survey:
-    """All questions judged, and records of those that the page shows.
+    """All questions judged, and records of those on the page.
 
     A verdict is a question's `match`, `f1` (both None if not answered), `length` (words of the
     shortest gold answer), `holding` (passages read that contain an answer) and `top` (whether the
@@ -97,8 +87,7 @@ class Survey:
     compared: list[str] = field(default_factory=list)
 
     def mean(self, name: str) -> float:
-        """The share, in percent, of questions for which this part of the verdict is true, or its
-        mean."""
+        """The mean of this part of the verdict, in percent."""
         return percent([verdict[name] for verdict in self.verdicts])
 
 
@@ -110,12 +99,11 @@ def survey(
     max_questions: int,
     passages_shown: int,
 ) -> Survey:
-    """Judge every question of a data file, one after the other.
+    """Judge every question of a data file.
 
     Args:
-        answers: those given, in the data's order.
-        n_context: how many passages were read, if known; the reader's own scores
-            (dataset_wscores.json) override it.
+        answers: the reader's, in the data's order.
+        n_context: number of passages read, if known and the data has no scores of the reader.
         rankings: other files; records compare with those of the same questions.
     """
     scored = Path(data.path).name == SCORES
@@ -138,8 +126,8 @@ def survey(
             verdict = {"match": match, "f1": f1, "length": length, "holding": sum(flags[:n_read])}
             found.verdicts.append(verdict | {"top": any(flags[: min(n_read, 1)])})
         found.by_score.add(example, flags)
-        by_place = sorted(zip((p.position for p in passages), flags, strict=True))
-        found.as_found.add(example, (flag for _, flag in by_place))
+        by_position = sorted(zip((p.position for p in passages), flags, strict=True))
+        found.as_found.add(example, (flag for _, flag in by_position))
         if index == shown[len(found.records) % n_shown]:
             record = {"id": example.id, "question": example.question, "given": given, **verdict}
             found.records.append(record | _evidence(example, flags, n_read, passages_shown))
@@ -153,7 +141,7 @@ def survey(
 def _evidence(
     example: Example, flags: list[bool], n_read: int, passages_shown: int
 ) -> dict[str, Any]:
-    """The rest of a question's record, as the page's script reads it (see `page.html`)."""
+    """The rest of a question's record, for the script in `page.html`."""
     ranks = list(range(min(passages_shown, len(flags))))
     if (first := first_hit(flags)) > passages_shown:
         ranks.append(first - 1)
@@ -162,8 +150,8 @@ def _evidence(
         passage = example.passages[rank]
         spans = answer_spans(example.answers, passage.text) if flags[rank] else []
         parts, hidden = excerpt(passage.text, spans)
-        row = {"k": rank, "found": passage.position + 1, "title": passage.title, "parts": parts}
-        shown.append({**row, "hidden": hidden})
+        row = {"k": rank, "found": passage.position + 1, "title": passage.title}
+        shown.append(row | {"parts": parts, "hidden": hidden})
     return {
         "right": example.answers[:MOST_ANSWERS],
         "more": max(0, len(example.answers) - MOST_ANSWERS),
@@ -175,8 +163,8 @@ def _evidence(
 
 
 def excerpt(text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[str], int]:
-    """A passage for the page: pieces of its text, every second one a marked answer, and how many
-    characters are left out from the middle of long pieces."""
+    """Pieces of a text, every second one a marked answer, and the number of characters left out of
+    the middle of long pieces."""
     ends = [0, *(end for span in spans[:MOST_MARKS] for end in span), len(text)]
     parts = [text[start:end] for start, end in itertools.pairwise(ends)]
     hidden = 0
@@ -191,7 +179,7 @@ def excerpt(text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[str], int
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """File names without folder and ending where these are unique, else the paths."""
+    """File names without folder and ending if these are unique, else the paths."""
     names = [Path(path).stem for path in paths]
     return names if len(set(names)) == len(names) else list(paths)
 
