@@ -685,7 +685,7 @@ EMBED: dict[str, Case] = {
     "embeddings of nan": (
         "embed",
         "--model_path {retriever_nan}",
-        "out/x_00: the embedding of passage '1000' is not finite .*; embed with --no_fp16, or mend",
+        "out/x_00: the embedding of passage '1000' is not finite .*; embed with --no_fp16, or repair",
     ),
     # options and places
     "a shard too many": ("embed", "--shard_id 3 --num_shards 3",
@@ -718,11 +718,11 @@ RETRIEVE: dict[str, Case] = {
     "a folder as embeddings": ("retrieve", "--passages_embeddings {shards}",
         'shards: a folder; name its shards, like ".*shards/wiki_'),
     "a shard that is cut off": ("retrieve", "--passages_embeddings {shards_cut}/wiki_*",
-        rf"wiki_01: not a complete shard .*its size.*{_AGAIN}"),
+        rf"wiki_01: not a complete shard .*incomplete.*{_AGAIN}"),
     "a shard that is text": ("retrieve", "--passages_embeddings {shards_text}/wiki_*",
         rf"wiki_01: not a complete shard .*{_AGAIN}"),
     "an empty shard": ("retrieve", "--passages_embeddings {empty}",
-        rf"empty: not a complete shard .*{_AGAIN}"),
+        "empty: the file is empty; write or copy it again"),
     "a model as embeddings": ("retrieve", "--passages_embeddings {safe}/model.safetensors",
         rf"model\.safetensors: not a complete shard .*{_AGAIN}"),
     "a shard that is missing": ("retrieve", "--passages_embeddings {shards_one}/wiki_*",
