@@ -685,7 +685,7 @@ EMBED: dict[str, Case] = {
     "embeddings of nan": (
         "embed",
         "--model_path {retriever_nan}",
-        "out/x_00: the embedding of passage '1000' is not finite .*; embed with --no_fp16, or repair",
+        "out/x_00: the embedding of passage '1000' is not finite .*; embed with --no_fp16",
     ),
     # options and places
     "a shard too many": ("embed", "--shard_id 3 --num_shards 3",
