@@ -7,8 +7,8 @@
     python passage_retrieval.py --bm25 --passages psgs_w100.tsv --data data.json \\
         --output_path retrieved_data.json --n-docs 100
 
-Writes the questions with their passages as `ctxs`, which the reader reads, or a TREC run; prints,
-and keeps beside them, how many questions have an answer in their first 1, 5, 20 and 100 passages.
+Writes the questions with their passages as `ctxs`, the reader's input, or a TREC run; prints and
+writes recall: how many questions have an answer in their first 1, 5, 20 and 100 passages.
 """
 
 from src.options import SearchOptions, passage_retrieval_parser, select
@@ -45,8 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     beside = (MADE_BY, RECALL)
     distributed.run_on_main(lambda: claim_output(options.output_path, beside=beside))
     log = start_log(None)
-    way = "with BM25" if options.bm25 else "with a retriever"
-    say(log, "retrieve", "passages for questions, %s", way)
+    method = "BM25" if options.bm25 else "a retriever"
+    say(log, "retrieve", "passages for questions, with %s", method)
     say(log, "device", "%s; %s", describe(device), count(part[1], "process", "processes"))
     say(log, "results", "%s", options.output_path)
 
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     found_each = f"{count(options.n_docs, 'passage')} for each"
     say(log, "data", "%s of %s, %s", of, options.data, found_each)
     if distributed.is_main():
-        Passages(options.passages, passing_bar)  # the one pass over a new collection is made once
+        Passages(options.passages, passing_bar)  # one process indexes a new collection
     distributed.barrier()
     passages = Passages(options.passages, passing_bar)
     say(log, "passages", "%s of %s", count(len(passages), "passage"), options.passages)
@@ -77,17 +77,10 @@ def main(arguments: list[str] | None = None) -> None:
         path, as_trec = Path(options.output_path), options.output_format == "trec"
         rows = found.rows()
         with passing_bar(len(data), "question", "looking for answers") as bar:
-            flags = write_retrieved(
-                path,
-                data,
-                passages,
-                rows,
-                found.scores,
-                options.validation_workers,
-                {**search.made_by, "options": vars(options)},
-                as_trec,
-                bar.update,
-            )
+            made_by = {**search.made_by, "options": vars(options)}
+            results = path, data, passages, rows, found.scores
+            workers = options.validation_workers
+            flags = write_retrieved(*results, workers, made_by, as_trec, bar.update)
         recalls = write_recall(path, flags, options.n_docs)
         shown = ", ".join(f"{name} {100 * value:.2f} %" for name, value in recalls.items())
         say(log, "answers", "%s", shown or "the data has none to look for")

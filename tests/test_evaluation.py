@@ -70,17 +70,17 @@ def hard_cases(n: int, alphabet: str = HARD) -> Iterator[tuple[str, str]]:
 
 def test_has_answer_equals_the_rule_on_random_texts():
     found = 0
-    for text, answer in hard_cases(60_000):
+    for text, answer in hard_cases(20_000):
         verdict = has_answer([answer], text)
         assert verdict is slow_has_answer([answer], text), (answer, text)
         found += verdict
-    assert 10_000 < found < 50_000
+    assert 4_000 < found < 16_000
 
 
 def test_answers_are_marked_where_has_answer_finds_them():
     """There is a span exactly when there is an answer; each holds one, and outside is none."""
     marked = 0
-    for text, answer in hard_cases(30_000, HARD + "≠\u0338\u0344\u0f73각\u11a8"):
+    for text, answer in hard_cases(8_000, HARD + "≠\u0338\u0344\u0f73각\u11a8"):
         spans = answer_spans([answer], text)
         if not tokenize(answer):
             assert spans == []
@@ -93,7 +93,7 @@ def test_answers_are_marked_where_has_answer_finds_them():
             rest, end = rest + text[end:start] + " ☃ ", stop
         assert not has_answer([answer], rest + text[end:]), (answer, text)
         marked += len(spans)
-    assert marked > 4_000
+    assert marked > 1_000
 
 
 @pytest.mark.parametrize(
@@ -114,33 +114,21 @@ def test_marked_answers(text, answers, marked):
 
 
 def test_lower_case_does_not_move_the_borders_of_tokens():
-    """What `has_answer` relies on: a character in lower case is of the kind that it was, so a
-    lowered text is cut as the text itself; and only a capital sigma's form depends on others."""
+    """What `has_answer` relies on: a character in lower case is of the same kind, so a lower-cased
+    text has the same tokens; and only a capital sigma's lower case depends on its neighbours."""
     kinds = [regex.compile(kind) for kind in (r"[\p{L}\p{N}\p{M}]", r"[\p{Z}\p{C}]")]
     changed = 0
-    for code in range(sys.maxunicode + 1):
-        for character in unicodedata.normalize("NFD", chr(code)):
-            lowered = character.lower()
-            changed += lowered != character
-            for kind in kinds:
-                expected = kind.match(character) is not None
-                assert all((kind.match(c) is not None) == expected for c in lowered), hex(code)
-            if character != "Σ":
-                assert f"a{character}".lower() == f"a{lowered}", hex(code)
+    for character in map(chr, range(sys.maxunicode + 1)):
+        lowered = character.lower()
+        if lowered == character:
+            continue
+        changed += 1
+        for kind in kinds:
+            expected = kind.match(character) is not None
+            assert all((kind.match(c) is not None) == expected for c in lowered), ascii(character)
+        if character != "Σ":
+            assert f"a{character}".lower() == f"a{lowered}", ascii(character)
     assert changed > 1000
-
-
-def test_words_of_ascii_are_so_before_normalisation_too():
-    """What `has_answer` relies on where it does not normalise: ASCII letters and digits that NFD
-    makes are followed by a mark, and in no ASCII word; all others are there before."""
-    made = 0
-    for code in range(sys.maxunicode + 1):
-        decomposed = unicodedata.normalize("NFD", chr(code))
-        if decomposed != chr(code) and regex.search("[a-z0-9]", decomposed.lower()):
-            made += 1
-            if not regex.fullmatch(r"[a-zA-Z]\p{M}+", decomposed):
-                assert decomposed.lower() == chr(code).lower(), hex(code)
-    assert made > 300
 
 
 def test_tokens_equal_the_reference(verdicts):

@@ -25,23 +25,22 @@ def check(vectors, queries, k, rows=64) -> Found:
 
 
 @pytest.mark.parametrize("stored", [np.float16, np.float32])
-@pytest.mark.parametrize("k", [1, 10, 100, 400])
+@pytest.mark.parametrize("k", [1, 100, 400])
 def test_equals_indexer(stored, k):
     vectors, queries = random(3000, 48).astype(stored), random(70, 48, seed=1)
-    for rows in (300, 3000):
-        check(vectors, queries, k, rows)
+    check(vectors, queries, k, rows=700)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 200])
-@pytest.mark.parametrize("k", [1, 5, 150])
+@pytest.mark.parametrize("rows", [1, 200])
+@pytest.mark.parametrize("k", [1, 150, 250])
 def test_ties_and_all_equal_brute_force(rows, k):
     vectors, queries = whole_numbers(200, 8), whole_numbers(30, 8, seed=1)
     found = check(vectors, queries, k, rows)
     assert_same(found, brute_force(queries, vectors, k))
 
 
-@pytest.mark.parametrize("values", [1, 3, 40])
-@pytest.mark.parametrize("k", [1, 20, 300])
+@pytest.mark.parametrize("values", [1, 40])
+@pytest.mark.parametrize("k", [20, 300])
 def test_equal_passages_keep_their_order(values, k):
     """Also where more are equal than are proposed."""
     rows = np.random.default_rng(2).integers(0, values, 2500)
@@ -55,7 +54,7 @@ def test_a_list_begins_every_longer_one():
     queries = np.concatenate([random(9, 16, seed=1), base[7:8]])
     ours = gpu(vectors, rows=700)
     longest = ours.search(queries, 2000)
-    for k in (1, 10, 127, 128, 129, 512, 513, 1500):
+    for k in (1, 128, 129, 513, 1500):
         found = ours.search(queries, k)
         assert_same(found, Found(longest.scores[:, :k], longest.positions[:, :k]))
         alone = ours.search(queries[3:4], k)
@@ -76,7 +75,7 @@ def test_zeros():
     check(np.zeros((10, 8), np.float32), queries, 5)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 40])
+@pytest.mark.parametrize("processes", [2, 40])
 def test_processes_together_find_what_one_does(processes):
     vectors = np.concatenate([random(300, 16), random(200, 16)])  # ties across the blocks
     queries = random(50, 16, seed=1)
@@ -118,20 +117,13 @@ def test_many_queries_go_by_groups(monkeypatch):
     check(random(300, 16), random(50, 16, seed=1), 20)
 
 
-def test_more_passages_asked_for_than_there_are():
-    for rows in (2, 100):
-        check(random(7, 4), random(3, 4, seed=1), 50, rows=rows)
-
-
 def test_nothing_to_look_for_or_in():
     assert gpu(random(7, 4)).search(np.empty((0, 4)), 5).scores.shape == (0, 5)
     assert gpu(random(0, 4), 0).search(random(3, 4), 5).positions.shape == (3, 0)
 
 
-def test_what_is_wrong_is_said_as_by_indexer():
+def test_embeddings_that_are_not_finite():
     vectors, queries = random(50, 4), random(6, 4, seed=1)
-    with pytest.raises(InputError, match=r"have 5 dim.* shard0 have 4; .*--model_path"):
-        gpu(vectors).search(random(3, 5), 5)
     vectors[33, 2] = np.nan
     with pytest.raises(InputError, match="shard1: the embedding of passage 'p33' is not finite"):
         gpu(vectors, 20, rows=15).search(queries, 3)

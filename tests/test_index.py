@@ -60,11 +60,11 @@ def whole_numbers(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(-2, 3, shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("block_rows", [1, 7, 64, 199, 200, 1000])
-@pytest.mark.parametrize("borders", [(), (100,), (1, 1, 64, 65, 199)])
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-@pytest.mark.parametrize("k", [1, 5, 150])
+@pytest.mark.parametrize("block_rows", [1, 64, 199, 1000])
+@pytest.mark.parametrize("borders", [(), (1, 1, 64, 65, 199)])
+@pytest.mark.parametrize(("k", "dtype"), [(1, np.float16), (5, np.float32), (250, np.float16)])
 def test_ties_and_all_equal_brute_force(block_rows, borders, dtype, k):
+    """Also for more passages than there are."""
     vectors, queries = whole_numbers(200, 8).astype(dtype), whole_numbers(30, 8, seed=1)
     found = Indexer(shards_of(vectors, *borders), block_rows).search(queries, k)
     assert_same(found, brute_force(queries, vectors, k))
@@ -72,8 +72,8 @@ def test_ties_and_all_equal_brute_force(block_rows, borders, dtype, k):
 
 @pytest.mark.parametrize("spare_rows", [0, 1, 32])
 @pytest.mark.parametrize("values", [1, 3, 40])
-def test_equal_passages_stand_in_their_order(values, spare_rows, monkeypatch):
-    """Copies of few vectors have equal scores wherever they stand, though not whole ones."""
+def test_equal_passages_keep_their_order(values, spare_rows, monkeypatch):
+    """Copies of few vectors have equal scores at any position, though not whole ones."""
     monkeypatch.setattr(module, "_SPARE_ROWS", spare_rows)
     rows = np.random.default_rng(2).integers(0, values, 500)
     vectors, queries = random(values, 33)[rows], random(40, 33, seed=1)
@@ -95,26 +95,14 @@ def test_scores_that_differ_by_rounding_alone(spare_rows, monkeypatch):
         assert_same(Indexer(shards_of(vectors), block_rows).search(queries, 20), expected)
 
 
-@pytest.mark.parametrize("n_queries", [1, 19, 20, 200])
-@pytest.mark.parametrize("k", [1, 10, 99, 100, 101])
+@pytest.mark.parametrize("n_queries", [1, 20, 200])
+@pytest.mark.parametrize("k", [1, 100])
 def test_equals_the_flat_index(n_queries, k):
     vectors, queries = random(3000, 48), random(n_queries, 48, seed=1)
     flat = faiss.IndexFlatIP(48)
     flat.add(vectors)
-    scores, positions = flat.search(queries, k)
     found = Indexer(shards_of(vectors, 1234), 700).search(queries, k)
-    assert_same(found, Found(scores, positions))
-
-
-def test_equals_the_flat_index_but_for_rounding():
-    """With so many queries that FAISS uses a matrix product by itself."""
-    vectors, queries = random(800, 48), random(2700, 48, seed=1)
-    flat = faiss.IndexFlatIP(48)
-    flat.add(vectors)
-    scores, _ = flat.search(queries, 10)
-    found = Indexer(shards_of(vectors), 700).search(queries, 10)
-    assert np.abs(found.scores - scores).max() < 1e-4
-    assert_same(found, plain_search(queries, vectors, 10))
+    assert_same(found, Found(*flat.search(queries, k)))
 
 
 def test_more_queries_than_are_taken_at_once(monkeypatch):
@@ -124,7 +112,7 @@ def test_more_queries_than_are_taken_at_once(monkeypatch):
     assert_same(Indexer(shards_of(vectors), 100).search(queries, 20), expected)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 40])
+@pytest.mark.parametrize("processes", [2, 40])
 def test_processes_together_find_what_one_does(processes):
     vectors = np.concatenate([random(300, 16), random(200, 16)])  # ties across the blocks
     queries = random(50, 16, seed=1)
@@ -164,13 +152,6 @@ def test_numbers_of_the_reference(reference):
 # Edges
 
 
-def test_more_passages_asked_for_than_there_are():
-    vectors, queries = random(7, 4), random(3, 4, seed=1)
-    for block_rows in (2, 100):
-        found = Indexer(shards_of(vectors, 3), block_rows).search(queries, 50)
-        assert_same(found, plain_search(queries, vectors, 7))
-
-
 def test_nothing_to_look_for_or_in():
     indexer = Indexer(shards_of(random(7, 4)))
     assert indexer.search(np.empty((0, 4)), 5).scores.shape == (0, 5)
@@ -180,37 +161,29 @@ def test_nothing_to_look_for_or_in():
     assert empty.search(random(3, 4), 5).positions.shape == (3, 0)
 
 
-def test_queries_of_other_kinds_are_taken_as_float32():
-    indexer = Indexer(shards_of(random(50, 4)))
-    queries = random(6, 4, seed=1).astype(np.float16)
-    expected = indexer.search(queries.astype(np.float32), 5)
-    for same in (queries, queries.astype(np.float64), np.asfortranarray(queries)):
-        assert_same(indexer.search(same, 5), expected)
-
-
-def test_vectors_in_column_order_or_between_words_of_memory():
+def test_vectors_in_any_layout():
     vectors, queries = random(50, 4), random(6, 4, seed=1)
     expected = Indexer(shards_of(vectors)).search(queries, 5)
+    for same in (queries.astype(np.float64), np.asfortranarray(queries)):
+        assert_same(Indexer(shards_of(vectors)).search(same, 5), expected)
     crooked = np.frombuffer(b"x" + vectors.tobytes(), np.float32, offset=1).reshape(50, 4)
     assert not crooked.flags.aligned
     for same in (np.asfortranarray(vectors), crooked):
         assert_same(Indexer(shards_of(same)).search(queries, 5), expected)
 
 
-def test_another_dimension_is_an_error():
-    with pytest.raises(InputError, match=r"have 5 dim.* shard0 have 4; .*--model_path"):
-        Indexer(shards_of(random(7, 4))).search(random(3, 5), 5)
+def test_impossible_requests():
+    for queries, k, rows, problem in (
+        (random(3, 5), 5, 9, r"have 5 dim.* shard0 have 4; .*--model_path"),
+        (random(3, 4), 0, 9, "--n-docs must be at least 1, not 0"),
+        (random(3, 4), 5, 0, "--indexing_batch_size must be at least 1, not 0"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            Indexer(shards_of(random(7, 4)), rows).search(queries, k)
 
 
-def test_impossible_numbers():
-    with pytest.raises(InputError, match="--n-docs must be at least 1, not 0"):
-        Indexer(shards_of(random(7, 4))).search(random(3, 4), 0)
-    with pytest.raises(InputError, match="--indexing_batch_size must be at least 1, not 0"):
-        Indexer(shards_of(random(7, 4)), 0)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_named(value):
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_embeddings_that_are_not_finite(value):
     vectors, queries = random(50, 4), random(6, 4, seed=1)
     vectors[33, 2] = value
     with pytest.raises(InputError, match="shard1: the embedding of passage 'p33' is not finite"):
@@ -220,15 +193,10 @@ def test_what_is_not_finite_is_named(value):
         Indexer(shards_of(vectors), 15).search(queries, 3)
 
 
-def test_a_setting_of_faiss_is_as_it_was():
+def test_faiss_settings_are_restored():
     before = faiss.cvar.distance_compute_blas_threshold
     Indexer(shards_of(random(7, 4))).search(random(3, 4), 5)
     assert faiss.cvar.distance_compute_blas_threshold == before
-
-
-def test_ids_of_positions():
-    indexer = Indexer(shards_of(random(10, 4), 4, 4))
-    assert indexer.ids(np.array([[0, 3, 4], [9, -1, -1]])) == [["p0", "p3", "p4"], ["p9"]]
 
 
 def test_taking_rows_out():
@@ -275,7 +243,7 @@ def test_a_file_that_changes_while_it_is_searched(dtype, tmp_path, monkeypatch):
     for change, reason in (
         (cut, "changed while"), (overwrite, "changed while"), (path.unlink, "No such file"),
     ):  # fmt: skip
-        for use in ("search", "ids", "take"):
+        for use in ("search", "ids", "take") if change is cut else ("search",):
             with ShardWriter(path, len(vectors), 64, dtype, {}) as writer:
                 writer.append([str(row) for row in range(len(vectors))], vectors)
                 writer.finish()
@@ -303,3 +271,4 @@ def test_shards_on_disk(tmp_path, monkeypatch):
     found = indexer.search(queries, 12)
     assert_same(found, plain_search(queries, vectors, 12))
     assert indexer.ids(found.positions) == [[f"p{p}" for p in row] for row in found.positions]
+    assert indexer.ids(np.array([[0, 39, 40], [99, -1, -1]])) == [["p0", "p39", "p40"], ["p99"]]

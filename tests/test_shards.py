@@ -1,4 +1,4 @@
-"""Shards: a killed writer goes on to the same bytes; what is broken or does not fit is named."""
+"""Shards: a killed writer resumes to the same bytes; broken and mismatched shards are named."""
 
 import errno
 import itertools
@@ -11,12 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors
 from safetensors.numpy import load_file
 
 from src.runtime.errors import InputError
-from src.search import shards as module
-from src.search.embeddings import open_shard, open_shards
+from src.search.embeddings import open_shards
 from src.search.shards import ShardWriter, is_finished, read_shard, shard_path
 
 IDS = ["1", "wiki:2", "", "日本", "x" * 300, "a b\tc", "\ud800", "7", "8", "9", "10"]
@@ -36,11 +34,11 @@ def writer_of(path: Path, dtype: type = np.float16, **changed: str) -> ShardWrit
 
 def write(path: Path, block: int = 4, dtype: type = np.float16, **changed: str) -> Path:
     with writer_of(path, dtype, **changed) as writer:
-        go_on(writer, block)
+        write_rest(writer, block)
     return path
 
 
-def go_on(writer: ShardWriter, block: int) -> None:
+def write_rest(writer: ShardWriter, block: int) -> None:
     while writer.position < ROWS:
         rows = slice(writer.position, writer.position + block)
         writer.append(IDS[rows], VECTORS[rows])
@@ -55,16 +53,13 @@ def files(folder: Path) -> list[str]:
     ("output", "expected"),
     [
         ("wikipedia_embeddings", "wikipedia_embeddings/wiki_07"),
-        ("wikipedia_embeddings/", "wikipedia_embeddings/wiki_07"),
         ("a/b/", "a/b/wiki_07"),
         ("dir/passages", "dir/passages_07"),
-        ("./passages", "passages_07"),
-        ("/tmp/passages", "/tmp/passages_07"),
         ("/passages", "/passages_07"),
         (".", "wiki_07"),
     ],
 )
-def test_where_a_shard_belongs(output, expected):
+def test_shard_path(output, expected):
     assert shard_path(output, 7) == Path(expected)
     assert shard_path(output, 123).name == Path(expected).name.replace("07", "123")
 
@@ -85,19 +80,17 @@ def test_a_shard_is_what_was_written(dtype, tmp_path):
     assert files(tmp_path / "folder") == ["wiki_00"]
     with pytest.raises(IndexError):
         shard.ids[ROWS]
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_the_safetensors_library_opens_a_shard(dtype, tmp_path):
-    path = write(tmp_path / "wiki_00", dtype=dtype, shard_id="0")
-    tensors = load_file(path)
-    assert np.array_equal(tensors["embeddings"], VECTORS.astype(dtype))
-    text = tensors["id_bytes"].tobytes()
-    offsets = tensors["id_offsets"].tolist()
-    pieces = [text[a:b] for a, b in itertools.pairwise(offsets)]
+    tensors = load_file(shard.path)
+    assert np.array_equal(tensors["embeddings"], shard.embeddings)
+    text, offsets = tensors["id_bytes"].tobytes(), tensors["id_offsets"].tolist()
+    pieces = [text[start:end] for start, end in itertools.pairwise(offsets)]
     assert [piece.decode("utf-8", "surrogatepass") for piece in pieces] == IDS
-    with safetensors.safe_open(path, "numpy") as file:
-        assert file.metadata() == {**METADATA, "shard_id": "0", "format_version": "1"}
+
+
+def test_nothing_stays_open(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    assert len(read_shard(write(tmp_path / "wiki_00"))) == ROWS
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_shard_without_rows_or_without_columns(tmp_path):
@@ -138,8 +131,8 @@ def test_embeddings_that_are_not_finite_are_not_written(value, tmp_path):
 # Killed writers
 
 
-@pytest.mark.parametrize("block", [1, 3, 4, ROWS])
-def test_a_writer_killed_between_blocks_goes_on(block, tmp_path):
+@pytest.mark.parametrize("block", [1, 4])
+def test_a_writer_killed_between_blocks_resumes(block, tmp_path):
     whole = write(tmp_path / "whole").read_bytes()
     path = tmp_path / "wiki_00"
     for kill_after in range(0, ROWS + 1, block):
@@ -150,7 +143,7 @@ def test_a_writer_killed_between_blocks_goes_on(block, tmp_path):
         assert not path.exists()
         with writer_of(path) as writer:
             assert (writer.position, writer.discarded) == (killed.position, None)
-            go_on(writer, 2)
+            write_rest(writer, 2)
         assert path.read_bytes() == whole
         path.unlink()
         assert files(tmp_path) == ["whole"]
@@ -160,7 +153,7 @@ class Killed(Exception):
     """In place of a signal."""
 
 
-def test_a_writer_killed_at_any_step_goes_on(tmp_path, monkeypatch):
+def test_a_writer_killed_at_any_step_resumes(tmp_path, monkeypatch):
     """Steps: each write, each flush to disk, each renaming. Nothing that follows one happens."""
     whole = write(tmp_path / "whole").read_bytes()
     path = tmp_path / "wiki_00"
@@ -221,7 +214,7 @@ def test_a_partial_file_that_was_cut_off_is_not_trusted(tmp_path):
         with writer_of(path) as writer:
             assert writer.position == 0
             assert "shorter" in writer.discarded
-            go_on(writer, 5)
+            write_rest(writer, 5)
         assert path.read_bytes() == whole
         path.unlink()
 
@@ -237,7 +230,7 @@ def test_a_broken_progress_file_is_not_trusted(progress, tmp_path):
         assert "cannot be read" in writer.discarded
 
 
-def test_another_runs_partial_file_is_not_gone_on_from(tmp_path):
+def test_another_runs_partial_file_is_not_continued(tmp_path):
     path = tmp_path / "wiki_00"
     for dtype, changed in ((np.float16, {"model": "m2"}), (np.float32, {})):
         writer_of(path, dtype, **changed).append(IDS[:4], VECTORS[:4])
@@ -252,7 +245,7 @@ def test_whether_a_shard_is_finished(tmp_path):
     with writer_of(path) as writer:
         writer.append(IDS[:4], VECTORS[:4])
         assert not is_finished(path, METADATA)
-        go_on(writer, 4)
+        write_rest(writer, 4)
     assert is_finished(path, METADATA)
     assert not is_finished(path, {**METADATA, "model": "m2"})
     os.truncate(path, path.stat().st_size - 1)
@@ -275,18 +268,14 @@ def test_a_full_disk(tmp_path, monkeypatch):
     assert path.read_bytes() == before
     with writer_of(path, model="m2") as writer:
         assert writer.position == 4
-        go_on(writer, 4)
+        write_rest(writer, 4)
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match="disk has"):
         writer_of(tmp_path / "wiki_01")
     assert files(tmp_path) == ["wiki_00"]
-
-
-def test_a_place_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        writer_of(tmp_path / "file" / "wiki_00")
+        writer_of(path / "wiki_00")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -296,7 +285,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 def test_a_shard_cut_off_anywhere(tmp_path):
     path = write(tmp_path / "whole")
     cut = tmp_path / "cut"
-    for end in range(0, path.stat().st_size, 3):
+    for end in range(0, path.stat().st_size, 17):
         cut.write_bytes(path.read_bytes()[:end])
         with pytest.raises(InputError, match=f"^{cut}: not a complete shard"):
             read_shard(cut)
@@ -327,18 +316,15 @@ def setting(tensor: str, key: str, value: object):
         lambda header: header.update(__metadata__=3),
         lambda header: header.update(embeddings=[]),
         setting("__metadata__", "format_version", "2"),
-        setting("embeddings", "dtype", "I64"),
+        setting("embeddings", "dtype", "BF16"),
         setting("embeddings", "dtype", ["F16"]),
         setting("embeddings", "shape", [ROWS, DIMENSION + 1]),
         setting("embeddings", "shape", [-ROWS, -DIMENSION]),
         setting("embeddings", "shape", [ROWS * DIMENSION]),
         setting("embeddings", "shape", [DIMENSION, ROWS]),
-        setting("embeddings", "shape", [ROWS, float(DIMENSION)]),
         setting("embeddings", "shape", [1 << 40, 1 << 40]),
-        setting("embeddings", "shape", None),
         setting("embeddings", "data_offsets", [0, 1 << 40]),
         setting("embeddings", "data_offsets", [-110, 0]),
-        setting("embeddings", "data_offsets", "ab"),
         setting("id_bytes", "data_offsets", []),
     ],
 )
@@ -352,9 +338,7 @@ def test_a_header_that_is_not_true(change, tmp_path):
     "content",
     [
         b"",
-        b"{",
         b"id\ttext\ttitle\n",
-        b"\x00" * 100,
         b"\xff" * 100,
         (7).to_bytes(8, "little") + b'{"a":1}',
         (100_005).to_bytes(8, "little") + b'{"a":' + b"[" * 100_000,
@@ -374,16 +358,8 @@ def test_ids_that_are_broken(tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] = 0xFF
     path.write_bytes(content)
-    with pytest.raises(InputError, match="id of row 10 is no text"):
+    with pytest.raises(InputError, match="id of row 10 is not text"):
         read_shard(path).ids[-1]
-
-
-def test_a_pickle_opens_as_a_shard(reference):
-    path = reference / "legacy_embeddings" / "wiki_00"
-    ids, vectors = pickle.loads(path.read_bytes())
-    shard = open_shard(path)
-    assert (shard.path, list(shard.ids), shard.metadata) == (str(path), ids, {})
-    assert np.array_equal(shard.embeddings, vectors)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -434,10 +410,6 @@ def test_no_such_shards(tmp_path):
         open_shards(tmp_path)
 
 
-def named(*paths: Path) -> str:
-    return ".*".join(path.name for path in paths)
-
-
 def mismatch(folder: Path) -> str:
     """The error, which `allow_mismatch` makes go away."""
     with pytest.raises(InputError) as caught:
@@ -447,22 +419,17 @@ def mismatch(folder: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["model", "passages", "options"])
+@pytest.mark.parametrize("key", ["model", "passages", "options", "num_shards"])
 def test_shards_of_two_runs(key, tmp_path):
     write_all(tmp_path)
-    write(tmp_path / "wiki_02", shard_id="2", num_shards="3", first="22", **{key: "another"})
+    changed = {"shard_id": "2", "num_shards": "3", "first": "22", key: "4"}
+    write(tmp_path / "wiki_02", **changed)
     error = mismatch(tmp_path)
-    for word in ("wiki_00", "wiki_02", key, METADATA[key], "another"):
+    for word in ("wiki_00", "wiki_02", key, {**METADATA, "num_shards": "3"}[key], "4"):
         assert word in error
 
 
-def test_shards_of_another_number(tmp_path):
-    write_all(tmp_path)
-    write(tmp_path / "wiki_02", shard_id="2", num_shards="4", first="22")
-    assert "num_shards" in mismatch(tmp_path)
-
-
-@pytest.mark.parametrize("shard", [0, 1, 2])
+@pytest.mark.parametrize("shard", [0, 2])
 def test_a_shard_is_missing(shard, tmp_path):
     write_all(tmp_path)[shard].unlink()
     assert f"shard {shard} of 3 is missing" in mismatch(tmp_path)
@@ -500,7 +467,7 @@ def test_shards_of_two_dimensions_never_mix(tmp_path):
             open_shards(tmp_path / "wiki_*", allow)
 
 
-@pytest.mark.parametrize("value", ["x", "-1", "", "1e3", "9" * 30])
+@pytest.mark.parametrize("value", ["-1", "", "9" * 30])
 def test_numbers_that_are_none(value, tmp_path):
     write(tmp_path / "wiki_00", shard_id=value)
     with pytest.raises(InputError, match=r"wiki_00: its shard_id is .*, not a number"):
@@ -510,12 +477,3 @@ def test_numbers_that_are_none(value, tmp_path):
 def test_absurd_numbers_of_shards_end_early(tmp_path):
     write(tmp_path / "wiki_00", shard_id="0", num_shards="9" * 18)
     assert "shard 1 of 999999999999999999 is missing" in mismatch(tmp_path)
-
-
-def test_the_module_leaves_nothing_open(tmp_path):
-    before = len(os.listdir("/proc/self/fd"))
-    write(tmp_path / "wiki_00")
-    shard = module.read_shard(tmp_path / "wiki_00")
-    assert shard.embeddings.shape == (ROWS, DIMENSION)
-    del shard
-    assert len(os.listdir("/proc/self/fd")) == before

@@ -1,6 +1,7 @@
-"""How rankings are judged: recall, and agreement with the reader's own order."""
+"""How rankings are judged: recall, and agreement with the reader's order."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 
@@ -10,25 +11,23 @@ from src.runtime.errors import InputError
 
 
 def count_inversions(gold_ranks: Sequence[int]) -> int:
-    """Pairs of passages that the retriever orders otherwise than the reader.
+    """Pairs of passages that retriever and reader order differently.
 
     Args:
         gold_ranks: the reader's rank (0: highest score) of each passage, in the retriever's order.
     """
-    return sum(
-        earlier > later for place, later in enumerate(gold_ranks) for earlier in gold_ranks[:place]
-    )
+    return sum(earlier > later for earlier, later in itertools.combinations(gold_ranks, 2))
 
 
 def top_k_overlap(gold_ranks: Sequence[int], k: int) -> float:
-    """Which share of the retriever's first k passages is among the reader's first k."""
+    """The share of the retriever's first k passages that are among the reader's first k."""
     top = gold_ranks[:k]
     return sum(rank < k for rank in top) / len(top)
 
 
 def last_gold_index(gold_ranks: Sequence[int], k: int) -> int:
-    """How many of the retriever's passages hold all of the reader's first k."""
-    return max(place for place, rank in enumerate(gold_ranks, start=1) if rank < k)
+    """How many of the retriever's passages it takes to include all of the reader's first k."""
+    return max(number for number, rank in enumerate(gold_ranks, start=1) if rank < k)
 
 
 def recall_at_k(has_answers: Sequence[Sequence[bool]], k: int) -> float:
@@ -42,7 +41,7 @@ def first_hit(has_answers: Iterable[bool]) -> int:
 
 
 class Ranking:
-    """How far down questions have a passage with an answer.
+    """The rank of each question's first passage with an answer.
 
     `firsts` holds each question's `first_hit`, None without gold answers; `depth` is the largest
     number of passages. Rankings of the same questions have equal `questions`.
@@ -73,7 +72,7 @@ class Ranking:
 
 def rank_answers(path: str, name: str = "") -> Ranking:
     """Read a file of questions with passages. Errors: `InputError` when it has no passages, or no
-    answers to look for."""
+    gold answers."""
     data, ranking = load_data(path), Ranking(name)
     for index in range(len(data)):
         example = read_example(data, index)
@@ -87,8 +86,8 @@ def rank_answers(path: str, name: str = "") -> Ranking:
 
 
 def measure_retrieval(path: str) -> dict[str, float]:
-    """Recall at 1, 5, 20 and 100, in percent, over the questions with answers of a data file, as
-    far as it has passages. Errors: those of `rank_answers`."""
+    """Recall at 1, 5, 20 and 100 (up to its number of passages), in percent, over the questions of
+    a data file that have answers. Errors: those of `rank_answers`."""
     ranking = rank_answers(path)
     recalls = {f"recall@{k}": ranking.recall(k) for k in (1, 5, 20, 100) if k <= ranking.depth}
     return {"questions": ranking.n_judged, **recalls}

@@ -1,7 +1,7 @@
 """The files that testing and retrieval write.
 
-In testing, each process appends the answers of its batches to a part of its own; batches were dealt
-out in turn, so reading the parts in turn gives the input's order with nothing held in memory.
+In testing, each process appends the answers of its batches to its own part. Batches are assigned to
+processes in turn, so reading the parts in turn gives the input's order, with nothing in memory.
 """
 
 import json
@@ -18,22 +18,18 @@ from src.data.examples import Examples, parse_example, read_example
 from src.data.json_files import json_list
 from src.data.outputs import require_regular, write_whole, writing
 from src.data.passages import Passages
-from src.evaluation.answers import ANSWERS, SCORES, find_answers, judge
+from src.evaluation.answers import ANSWERS, SCORES, Task, judge, match
 from src.evaluation.rankings import recall_at_k
 from src.models.reader import Answer
 from src.runtime.errors import InputError, shorten
 from src.training.metrics import Average
 
-OnExamples = Callable[[int], object]
-MADE_BY, RECALL = ".made_by.json", ".recall.json"  # behind the name of the file that they are about
-
-
-def _silently(n_more: int) -> None:
-    pass
+OnExamples = Callable[[int], object]  # called with the number of examples just written
+MADE_BY, RECALL = ".made_by.json", ".recall.json"  # appended to the name of the file they describe
 
 
 def check_results(folder: Path) -> None:
-    """Errors: `InputError`, before hours of work, where a result would replace no regular file."""
+    """Errors: `InputError`, before hours of work, if a result would replace anything but a file."""
     for path in (folder / ANSWERS, folder / SCORES, _beside(folder / SCORES, MADE_BY)):
         with writing(path, "remove it, or use another --name"):
             require_regular(path)
@@ -44,14 +40,13 @@ def _part(folder: Path, rank: int) -> Path:
 
 
 class AnswerFile:
-    """One process's part: a line that says what made it, then a line a batch, each a list of
+    """One process's part: a line with what made it, then a line for each batch, a list of
     [index, answer, scores].
 
-    A part that the same command left unfinished is continued; `finished` holds its answers, batch
-    by batch. Any other is replaced.
+    A part that the same command left unfinished is continued, any other is replaced. `finished`
+    holds its answers, batch by batch.
 
-    Args:
-        made_by: all that the answers depend on, as JSON values.
+    Args: made_by: everything the answers depend on, as JSON values.
     """
 
     def __init__(self, folder: Path, rank: int, made_by: dict[str, Any]):
@@ -61,7 +56,7 @@ class AnswerFile:
         self.finished: list[list[Answer]] = []
         header = json.dumps({"made_by": made_by}) + "\n"
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("\n")]  # the last may have been cut off
+        kept = [line for line in lines if line.endswith("\n")]  # the last may be incomplete
         if kept and kept[0] == header:
             self.finished = [_read_batch(line) for line in kept[1:]]
         else:
@@ -112,7 +107,7 @@ class Tally:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what the processes, of this run or of one with more of them, kept of their answers."""
+    """Remove the parts of this run's processes, and of an earlier run with more of them."""
     for path in folder.glob(_part(folder, 0).name.replace("0", "*")):
         path.unlink()
 
@@ -137,8 +132,8 @@ def read_parts(folder: Path, world_size: int) -> Iterator[Answer]:
 
 
 def write_answers(folder: Path, data: Examples, world_size: int) -> Path:
-    """Write `final_output.txt`: a line `id<TAB>answer` an example, with single spaces for any other
-    white space in either. Returns its path."""
+    """Write `final_output.txt`: a line `id<TAB>answer` for each example, any whitespace in either
+    replaced by single spaces. Returns its path."""
 
     def lines() -> Iterator[str]:
         for answer in read_parts(folder, world_size):
@@ -155,29 +150,27 @@ def write_scores(
     world_size: int,
     n_context: int,
     made_by: dict[str, Any],
-    on_examples: OnExamples = _silently,
+    on_examples: OnExamples = lambda n: None,
 ) -> Path:
-    """Write `dataset_wscores.json`: the data with the reader's score on each passage it read; and
-    beside it what made it.
+    """Write `dataset_wscores.json`, the data with the reader's score of each passage it read, and
+    beside it what made it. Returns the file's path.
 
-    The passages stand in reading order; those beyond `n_context` follow without a score, because
-    the score that they came with is of another kind. Returns the file's path.
-
-    Args: on_examples: is told how many more are written.
+    Passages are in reading order; those beyond `n_context` follow without a score, because the
+    score that they came with is of another kind.
     """
 
     def examples() -> Iterator[dict[str, Any]]:
         for answer in read_parts(folder, world_size):
-            yield scored_example(data[answer.index], answer, n_context)
+            yield _scored_example(data[answer.index], answer, n_context)
             on_examples(1)
 
     _beside(folder / SCORES, MADE_BY).unlink(missing_ok=True)
     path = write_whole(folder / SCORES, json_list(examples()))
-    write_made_by(path, made_by)
+    _write_beside(path, MADE_BY, made_by)
     return path
 
 
-def scored_example(raw: dict[str, Any], answer: Answer, n_context: int) -> dict[str, Any]:
+def _scored_example(raw: dict[str, Any], answer: Answer, n_context: int) -> dict[str, Any]:
     """The example with its passages in reading order and the answer's scores on the first ones."""
     passages = parse_example(raw, answer.index, "").passages
     contexts = []
@@ -192,84 +185,81 @@ def scored_example(raw: dict[str, Any], answer: Answer, n_context: int) -> dict[
 
 def check_trec_ids(data: Examples, passages: Passages) -> None:
     """Errors: `InputError`, before hours of work, for ids that a TREC run cannot hold: its columns
-    are told apart by white space, and its questions by their ids."""
-    cure = "change it, or say --output_format json"
+    are separated by whitespace, and its questions distinguished by their ids."""
+    remedy = "change it, or say --output_format json"
     seen = set()
     for index in range(len(data)):
         identity = read_example(data, index).id
         if len(identity.split()) != 1 or identity in seen:
             problem = "is another's too" if identity in seen else "is empty or has white space"
-            raise InputError(f"{data.where(index)}: its id {shorten(identity)} {problem}; {cure}")
+            where = f"{data.where(index)}: its id {shorten(identity)}"
+            raise InputError(f"{where} {problem}; {remedy}")
         seen.add(identity)
     for identity in passages.ids():
         if len(identity.split()) != 1:
             problem = f"the id {shorten(identity)} is empty or has white space"
-            raise InputError(f"{passages.path}: {problem}; {cure}")
+            raise InputError(f"{passages.path}: {problem}; {remedy}")
 
 
 def write_retrieved(
     path: Path,
     data: Examples,
     passages: Passages,
-    places: list[list[int]],
+    rows: list[list[int]],
     scores: np.ndarray,
     workers: int,
     made_by: dict[str, Any],
     as_trec: bool = False,
-    on_examples: OnExamples = _silently,
+    on_examples: OnExamples = lambda n: None,
 ) -> list[list[bool]]:
-    """Write questions with the passages found for them, in the reader's input format or as a TREC
-    run, and beside them, in `.made_by.json`, what made them.
+    """Write questions with the passages found for them, and beside them what made them.
 
     Args:
-        path: `.jsonl` gives a line an example, any other name a JSON list.
-        places, scores: of each question's passages in the collection, best first.
-        workers: how many processes may look for the answers.
-        made_by: what made them, as JSON values; `model` is the last column of a TREC run.
-        as_trec: write a TREC run.
-        on_examples: is told how many more are written.
+        path: the data in the reader's format; `.jsonl` gives a line for each example, any other
+            name a JSON list.
+        rows, scores: of each question's passages in the collection, best first.
+        workers: maximum number of processes that look for answers.
+        made_by: as JSON values; `model` is the last column of a TREC run.
+        as_trec: write a TREC run instead.
 
-    Returns: for each question with answers, whether each of its passages holds one.
+    Returns: for each question with gold answers, whether each of its passages contains one.
     """
     flags = []
-    as_lines = path.suffix == ".jsonl"
 
-    def task(index: int) -> tuple[list[str], list[str]]:
-        answers = read_example(data, index).answers
-        return answers, [passages[place].text for place in places[index]]
+    def task(index: int) -> Task:
+        return read_example(data, index).answers, [passages[row].text for row in rows[index]]
 
-    def pieces() -> Iterator[str]:
-        opening = "" if as_lines else "[\n"
-        found = _find_answers(map(task, range(len(data))), len(data), scores.size, workers)
-        for index, (has_answers, holds) in enumerate(found):
-            on_examples(1)
+    def found() -> Iterator[tuple[int, list[bool]]]:
+        hits = _find_answers(map(task, range(len(data))), len(data), scores.size, workers)
+        for index, (has_answers, contained) in enumerate(hits):
             if has_answers:
-                flags.append(holds)
-            if as_trec:
-                yield from trec_lines(index)
-                continue
+                flags.append(contained)
+            yield index, contained if has_answers else []
+            on_examples(1)
+
+    def examples() -> Iterator[dict[str, Any]]:
+        for index, contained in found():
             contexts = []
-            for place, score, hold in zip(places[index], scores[index], holds, strict=False):
-                identity, title, text, *_ = passages[place]
+            for number, (row, score) in enumerate(zip(rows[index], scores[index], strict=False)):
+                identity, title, text, *_ = passages[row]
                 context = {"id": identity, "title": title, "text": text, "score": float(score)}
-                contexts.append(context | ({"hasanswer": hold} if has_answers else {}))
-            yield opening + json.dumps({**data[index], "ctxs": contexts})
-            opening = "\n" if as_lines else ",\n"
-        if not as_trec:
-            yield "\n" if as_lines else "\n]\n"
+                hit = {"hasanswer": contained[number]} if contained else {}
+                contexts.append(context | hit)
+            yield {**data[index], "ctxs": contexts}
 
-    def trec_lines(index: int) -> Iterator[str]:
-        question = read_example(data, index).id
-        for rank, (place, score) in enumerate(
-            zip(places[index], scores[index], strict=False), start=1
-        ):
-            yield f"{question} Q0 {passages[place].id} {rank} {float(score)!r} {made_by['model']}\n"
+    def trec_lines() -> Iterator[str]:
+        for index, _ in found():
+            question = read_example(data, index).id
+            for rank, (row, score) in enumerate(zip(rows[index], scores[index], strict=False)):
+                columns = passages[row].id, rank + 1, repr(float(score)), made_by["model"]
+                yield "{} Q0 {} {} {} {}\n".format(question, *columns)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for kind in (MADE_BY, RECALL):  # those of what stood here before
+    for kind in (MADE_BY, RECALL):  # of an earlier file
         _beside(path, kind).unlink(missing_ok=True)
-    write_whole(path, pieces())
-    write_made_by(path, made_by)
+    as_lines = (json.dumps(example) + "\n" for example in examples())
+    as_json = as_lines if path.suffix == ".jsonl" else json_list(examples())
+    write_whole(path, trec_lines() if as_trec else as_json)
+    _write_beside(path, MADE_BY, made_by)
     return flags
 
 
@@ -277,45 +267,38 @@ def _beside(path: Path, kind: str) -> Path:
     return path.with_name(path.name + kind)
 
 
-def write_made_by(path: Path, made_by: dict[str, Any]) -> None:
-    """Write what made a file beside it: readers of the file itself need not know."""
-    write_whole(_beside(path, MADE_BY), [json.dumps(made_by, indent=1) + "\n"])
-
-
-def _match(task: tuple[list[str], list[str]]) -> tuple[bool, list[bool]]:
-    answers, texts = task
-    return bool(answers), list(find_answers(answers, texts))
+def _write_beside(path: Path, kind: str, values: dict[str, Any]) -> None:
+    write_whole(_beside(path, kind), [json.dumps(values, indent=1) + "\n"])
 
 
 def _find_answers(
-    tasks: Iterator[tuple[list[str], list[str]]], n_tasks: int, n_pairs: int, workers: int
+    tasks: Iterator[Task], n_tasks: int, n_pairs: int, workers: int
 ) -> Iterator[tuple[bool, list[bool]]]:
-    """Whether there are answers, and which texts hold one, for each (answers, texts) in turn."""
-    # A process takes a moment to start: not for a few passages.
-    workers = min(workers, os.cpu_count() or 1, n_pairs // 50_000)
+    """Whether there are answers, and which texts contain one, for each task in turn."""
+    # Starting a process takes as long as matching a million passages.
+    workers = min(workers, os.cpu_count() or 1, n_pairs // 1_000_000)
     if workers <= 1:
-        yield from map(_match, tasks)
+        yield from map(match, tasks)
         return
-    # They inherit that SIGINT is blocked: Ctrl-C in a terminal is for this process to answer.
+    # They inherit that SIGINT is blocked: this process answers Ctrl-C.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         pool = multiprocessing.get_context("spawn").Pool(workers)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     with pool:
-        yield from pool.imap(_match, tasks, chunksize=max(1, min(64, n_tasks // (4 * workers))))
-        pool.close()  # leaving the block would end them by SIGTERM, which they may have been
-        pool.join()  # started to ignore
+        yield from pool.imap(match, tasks, chunksize=max(1, min(64, n_tasks // (4 * workers))))
+        pool.close()  # leaving the block would send SIGTERM, which the workers may ignore
+        pool.join()
 
 
 def write_recall(path: Path, flags: list[list[bool]], n_docs: int) -> dict[str, float]:
-    """Write the recall at 1, 5, 20 and 100 beside the retrieved data; {} when there are no answers.
+    """Write recall at 1, 5, 20 and 100 beside the retrieved data; nothing without gold answers.
 
     Returns: the values by name, in [0, 1].
     """
     ks = [k for k in (1, 5, 20, 100) if flags and k <= n_docs]
     recalls = {f"recall@{k}": recall_at_k(flags, k) for k in ks}
     if recalls:
-        record = json.dumps({**recalls, "questions": len(flags)}, indent=1) + "\n"
-        write_whole(_beside(path, RECALL), [record])
+        _write_beside(path, RECALL, {**recalls, "questions": len(flags)})
     return recalls

@@ -280,8 +280,10 @@ def inner_products(
 
 
 def _lengths(vectors: np.ndarray) -> np.ndarray:
-    """The length (2-norm) of each vector [n, d]."""
-    return np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
+    """The length (2-norm) of each vector [n, d], contiguous float32."""
+    lengths, (n, d) = np.empty(len(vectors), np.float32), vectors.shape
+    faiss.fvec_norms_L2(faiss.swig_ptr(lengths), faiss.swig_ptr(vectors), d, n)
+    return lengths
 
 
 @contextlib.contextmanager

@@ -111,7 +111,7 @@ class EmbeddingSearch:
         shards = open_shards(options.passages_embeddings, options.allow_mismatch)
         if not options.allow_mismatch:
             check_count(shards, passages.path, len(passages))
-        exact = Indexer(shards, options.indexing_batch_size)
+        self._exact = exact = Indexer(shards, options.indexing_batch_size)
         memory = faiss_index.expected_memory(
             len(exact), exact.dimension, options.indexing_batch_size, options.factory
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 
 from src.data.outputs import flush_to_disk, require_regular, write_whole, writing
 from src.runtime.errors import InputError, first_line, shorten
@@ -135,16 +136,11 @@ def read_shard(path: str | Path) -> Shard:
     path = str(path)
     try:
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(length) if length < 1 << 26 else b""
             stat = os.fstat(file.fileno())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    try:
-        entries = json.loads(header)
-        metadata = dict(entries.pop("__metadata__", {}))
-        if 8 + length + max(entry["data_offsets"][1] for entry in entries.values()) != stat.st_size:
-            raise ValueError("its size is not the one in its header")
+            with safetensors.safe_open(path, "numpy") as checked:  # sizes, shapes and types
+                metadata = checked.metadata() or {}
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
         offsets = _map_tensor(path, entries["id_offsets"], 8 + length, ["I64"])
         embeddings = _map_tensor(path, entries["embeddings"], 8 + length, ["F16", "F32"])
         content = _map_tensor(path, entries["id_bytes"], 8 + length, ["U8"])
@@ -152,7 +148,9 @@ def read_shard(path: str | Path) -> Shard:
             raise ValueError("its ids do not match its embeddings")
         if metadata.get("format_version") != _VERSION["format_version"]:
             raise ValueError("it has another version")
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
         raise InputError(
             f"{path}: not a complete shard of embeddings ({first_line(error)}); make it again "
             "with generate_passage_embeddings.py"
@@ -164,15 +162,11 @@ def read_shard(path: str | Path) -> Shard:
 
 def _map_tensor(path: str, entry: dict, data_start: int, dtypes: list[str]) -> np.ndarray:
     if entry["dtype"] not in dtypes:
-        raise ValueError(f"a tensor has dtype {shorten(entry['dtype'])}")
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    sane = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
-    if not sane or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"a tensor's shape is {shorten(shape)}")
-    if begin == end:  # an empty map is impossible
+        raise ValueError(f"a tensor has dtype {entry['dtype']}")
+    dtype, shape, start = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"][0]
+    if not math.prod(shape):  # an empty map is impossible
         return np.empty(shape, dtype)
-    return np.memmap(path, dtype, "r", data_start + begin, shape)
+    return np.memmap(path, dtype, "r", data_start + start, shape)
 
 
 # ----------------------------------------------------------------------------------------------
