@@ -341,8 +341,8 @@ def test_a_connection_that_cannot_be_held(tools, server, data, tmp_path):
     assert status == 1
     size = len(data["served"][name])
     found = re.fullmatch(
-        rf"error: {server.url}/{name}: broke off at (\d+) of {size} bytes \((curl|wget) ended with "
-        r"\d+\); the same command goes on from there",
+        rf"error: {server.url}/{name}: stopped at (\d+) of {size} bytes \((curl|wget)'s status is "
+        r"\d+\); the same command resumes from there",
         line,
     )
     assert found, line
@@ -385,7 +385,7 @@ def test_what_is_not_whole_is_not_unpacked(name, kind, server, data, tmp_path):
     status, line = get_badly("get-data.sh", *options, path=os.environ["PATH"], server=server)
     assert status == 1
     assert re.fullmatch(
-        rf"error: {tmp_path}/download/{name}: it came cut off or damaged.* again", line
+        rf"error: {tmp_path}/download/{name}: the download was truncated or damaged .* again", line
     )
     left = files(tmp_path)
     assert not any("partial" in path or Path(path).name == name for path in left)
@@ -414,7 +414,7 @@ def test_ctrl_c(tools, server, data, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, err = process.communicate()
     assert process.returncode == 130
-    assert err.strip() == "error: stopped; the same command goes on from here"
+    assert err.strip() == "error: stopped; the same command resumes from here"
     assert part.stat().st_size == half
     server.slow.clear()
     server.requests.clear()
@@ -436,8 +436,8 @@ def test_a_small_disk(server, data, tmp_path):
     status, line = get_badly("get-data.sh", "-o", out, path=path, server=server)
     assert status == 2
     found = re.fullmatch(
-        rf"error: {out}: what is still to be fetched and made takes about ([\d.]+) MB, and "
-        r"0.0102 MB are free; make room, or name another folder by -o",
+        rf"error: {out}: what remains to fetch and unpack takes about ([\d.]+) MB, and "
+        r"0.0102 MB are free; make room, or name another folder with -o",
         line,
     )
     assert found, line
@@ -562,7 +562,7 @@ def test_hostile_archives_are_refused(case, server, tmp_path):
     status, line = get_badly("get-model.sh", *options, path=os.environ["PATH"], server=server)
     assert status == 2
     assert re.match(
-        f"error: {out}/nq_retriever.tar.gz: refused, because it holds '.*', which", line
+        f"error: {out}/nq_retriever.tar.gz: refused, because it contains '.*', which", line
     )
     assert files(tmp_path).keys() == {"a/models/nq_retriever.tar.gz"}
 
@@ -583,7 +583,7 @@ def test_a_disk_that_fills_up(megabytes, message, tools, disk, server):
     done = on_small_disk(disk, megabytes, "env", *settings, "sh", "-c", keep, "sh", *command)
     assert done.returncode == 2, done.stdout
     (line,) = done.stderr.splitlines()
-    assert re.match(f"error: {disk}/.*{message} .*; make room, and the same command goes on", line)
+    assert re.match(f"error: {disk}/.*{message} .*; make room, and the same command resumes", line)
     left = done.stdout.splitlines()[-1]
     assert left == "nq_retriever.tar.gz" + (".part" if megabytes == 1 else "")
 
@@ -603,17 +603,17 @@ BAD = {
     "a value too much": ("get-data.sh", "nq", 2, "nq: no such option"),
     "no value": ("get-data.sh", "--only", 2, "an option's value is missing .*--help"),
     "an unknown part": ("get-data.sh", "--only x", 2, "--only 'x': must be nq, tqa or wiki"),
-    "a file as folder": ("get-data.sh", "-o {file}", 2, "-o '.*file': a folder .*; name another"),
-    "a folder in a file": ("get-data.sh", "-o {file}/x", 2, "-o '.*file/x': a folder .*; name"),
-    "no folder": ("get-data.sh", "-o ''", 2, "-o '': a folder .*; name another"),
-    "no model": ("get-model.sh", "", 2, "-m '': no such model; there are nq_reader_base, nq_"),
+    "a file as folder": ("get-data.sh", "-o {file}", 2, "-o '.*file': this folder .*; name"),
+    "a folder in a file": ("get-data.sh", "-o {file}/x", 2, "-o '.*file/x': this folder .*; name"),
+    "no folder": ("get-data.sh", "-o ''", 2, "-o '': this folder .*; name another"),
+    "no model": ("get-model.sh", "", 2, "-m '': no such model; the models are nq_reader_base, nq_"),
     "an unknown model": ("get-model.sh", "-m bart", 2,
-        "-m 'bart': no such model; there are nq_reader_base, .*, tqa_retriever$"),
+        "-m 'bart': no such model; the models are nq_reader_base, .*, tqa_retriever$"),
     "an unknown option for a model": ("get-model.sh", "-x", 2, "-x: no such option .*--help"),
     "a folder for a model in a file": ("get-model.sh", "-m nq_retriever -o {file}/x", 2,
-        "-o '.*file/x': a folder .*; name another"),
+        "-o '.*file/x': this folder .*; name another"),
     "a model that is not there": ("get-model.sh", "-m nq_retriever -o {out}", 1,
-        "http.*/nq_retriever.tar.gz: the server says HTTP 404; .*mirror by FID_MODELS_URL"),
+        "http.*/nq_retriever.tar.gz: the server responds with HTTP 404; .*with FID_MODELS_URL"),
 }  # fmt: skip
 
 
@@ -637,7 +637,7 @@ def test_a_folder_that_may_not_be_written(server, tmp_path):
     tmp_path.chmod(0o555)
     status, line = get_badly("get-data.sh", "-o", tmp_path, path=os.environ["PATH"], server=server)
     assert status == 2
-    assert re.match("error: -o .*: a folder of this name cannot be made or written", line)
+    assert re.match("error: -o .*: this folder cannot be created or written", line)
 
 
 @pytest.mark.parametrize("status", [404, 403, 503])
@@ -647,9 +647,8 @@ def test_servers_that_refuse(status, tools, server, tmp_path):
     code, line = get_badly("get-data.sh", "-o", tmp_path, path=tools, server=server)
     assert code == 1
     url = f"{server.url}/tqa_passages.tar.gz"
-    expected = (
-        f"error: {url}: the server says HTTP {status}; try later, or name a mirror by FID_DATA_URL"
-    )
+    expected = f"error: {url}: the server responds with HTTP {status}; try later, or name a mirror "
+    expected += "with FID_DATA_URL"
     assert line == expected
     assert not server.requests
 
@@ -666,7 +665,7 @@ def test_a_server_that_is_not_there(tools, server, tmp_path):
 def test_neither_curl_nor_wget(server, tmp_path):
     path = only_fetcher("none", tmp_path)
     status, line = get_badly("get-data.sh", "-o", tmp_path, path=path, server=server)
-    assert (status, line) == (2, "error: neither curl nor wget is there; install one of them")
+    assert (status, line) == (2, "error: neither curl nor wget is installed; install one of them")
 
 
 @pytest.mark.parametrize("script", ["get-data.sh", "get-model.sh"])
