@@ -1,4 +1,4 @@
-"""A checkpoint is complete or absent; what is left incomplete is passed over."""
+"""A checkpoint is complete or absent; incomplete ones are ignored."""
 
 import contextlib
 import os
@@ -23,13 +23,13 @@ def save_model(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"weights" * 1000)
 
 
-def make(folder: Path, keep: int = 0) -> Checkpoints:
-    return Checkpoints(folder, save_model, keep, {"lr": 0.1})
+def make(folder: Path, keep: int = 0, save=save_model) -> Checkpoints:
+    return Checkpoints(folder, save, keep, {"lr": 0.1})
 
 
-def state(step: int) -> tuple[dict, dict]:
+def state(step: int, **more) -> tuple[dict, dict]:
     """The position and the training state after an update."""
-    return {"step": step}, {"optimizer": {"m": torch.full((3,), float(step))}}
+    return {"step": step, **more}, {"optimizer": {"m": torch.full((3,), float(step))}}
 
 
 def saved_step(path: Path) -> float:
@@ -44,16 +44,9 @@ def names(folder: Path) -> list[str]:
 def test_what_was_saved_comes_back(tmp_path):
     checkpoints = make(tmp_path)
     path = checkpoints.save_step(*state(5))
-    assert path == tmp_path / "step-5"
-    assert find_newest(tmp_path) == (path, [])
-    assert torch.equal(load_state(path)["optimizer"]["m"], torch.full((3,), 5.0))
+    assert find_newest(tmp_path) == (tmp_path / "step-5", [])
+    assert saved_step(path) == 5
     assert read_meta(path)["options"] == {"lr": 0.1}
-    assert (tmp_path / "latest").resolve() == path
-
-
-def test_best_replaces_best(tmp_path):
-    checkpoints = make(tmp_path)
-    checkpoints.save_step(*state(5))
     for step in (7, 9):
         path = checkpoints.save_best(*state(step))
         assert find_newest(tmp_path) == (path, [])
@@ -62,110 +55,116 @@ def test_best_replaces_best(tmp_path):
     assert (tmp_path / "latest").resolve() == path
 
 
-def test_newest_is_by_number_not_by_name(tmp_path):
-    checkpoints = make(tmp_path)
-    for step in (10, 9, 100, 20):
-        checkpoints.save_step(*state(step))
-    assert find_newest(tmp_path)[0].name == "step-100"
-
-
 def test_keep(tmp_path):
     checkpoints = make(tmp_path, keep=2)
     checkpoints.save_best(*state(1))
-    for step in (10, 20, 30):
+    for step in (8, 9, 10):  # in the order of numbers, not of names
         checkpoints.save_step(*state(step))
-    assert names(tmp_path) == ["best_dev", "latest", "step-20", "step-30"]
-    checkpoints.save_step(*state(33), periodic=False)  # a run that is pre-empted ...
-    assert names(tmp_path) == ["best_dev", "latest", "step-20", "step-30", "step-33"]
-    checkpoints.save_step(*state(40))  # ... and gives way once it has gone on
-    assert names(tmp_path) == ["best_dev", "latest", "step-30", "step-40"]
+    assert names(tmp_path) == ["best_dev", "latest", "step-10", "step-9"]
+    checkpoints.save_step(*state(13), periodic=False)  # a run that is pre-empted ...
+    assert names(tmp_path) == ["best_dev", "latest", "step-10", "step-13", "step-9"]
+    checkpoints.save_step(*state(20))  # ... and removed after it has resumed
+    assert names(tmp_path) == ["best_dev", "latest", "step-10", "step-20"]
 
 
-@pytest.mark.parametrize("damage", ["weights", "state", "meta", "meta cut", "file gone"])
-def test_an_incomplete_checkpoint_is_passed_over(damage, tmp_path):
-    checkpoints = make(tmp_path)
-    checkpoints.save_step(*state(1))
-    broken = checkpoints.save_step(*state(2))
-    if damage == "weights":
-        os.truncate(broken / "model.safetensors", 100)
-    elif damage == "state":
-        os.truncate(broken / "training_state.pt", 10)
-    elif damage == "meta":
-        (broken / "checkpoint.json").unlink()
-    elif damage == "meta cut":
-        os.truncate(broken / "checkpoint.json", 20)
-    else:
-        (broken / "model.safetensors").unlink()
+def cut(name: str, size: int):
+    return lambda path: os.truncate(path / name, size)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut("model.safetensors", 100),
+        cut("training_state.pt", 10),
+        cut("checkpoint.json", 20),
+        lambda path: (path / "checkpoint.json").write_text("[]"),
+        lambda path: (path / "model.safetensors").unlink(),
+    ],
+)
+def test_an_incomplete_checkpoint_is_ignored(damage, tmp_path):
+    make(tmp_path).save_step(*state(1))
+    broken = make(tmp_path).save_step(*state(2))
+    damage(broken)
     assert find_newest(tmp_path) == (tmp_path / "step-1", [str(broken)])
 
 
-def test_a_failed_save_leaves_what_was_there(tmp_path):
+def test_a_failed_save_leaves_earlier_checkpoints(tmp_path):
     make(tmp_path).save_best(*state(1))
 
-    def no_space(folder: Path) -> None:
-        save_model(folder)
-        raise OSError(28, "No space left on device")
+    def failing(error: Exception):
+        def save(folder: Path) -> None:
+            save_model(folder)
+            raise error
 
-    full = Checkpoints(tmp_path, no_space, 0, {})
-    with pytest.raises(InputError, match=r"best_dev: .*No space left on device.*still is"):
-        full.save_best(*state(2))
+        return make(tmp_path, save=save)
+
+    with pytest.raises(InputError, match=r"best_dev: .*No space left on device.*are intact"):
+        failing(OSError(28, "No space left on device")).save_best(*state(2))
+    with pytest.raises(LookupError):
+        failing(LookupError("a bug")).save_best(*state(2))
     assert names(tmp_path) == ["best_dev", "latest"]
-    assert saved_step(find_newest(tmp_path)[0]) == 1
+    assert saved_step(tmp_path / "best_dev") == 1
 
 
-def test_killed_at_any_moment(tmp_path, monkeypatch):
-    """Whatever the last thing is that a save did, a complete checkpoint is found afterwards."""
+class Killed(BaseException):
+    pass
 
-    class Killed(BaseException):
-        pass
 
-    def count_calls(limit: float) -> int:
-        """Save best_dev anew, and die at the `limit`-th change to the file system."""
-        calls = 0
+def kill_at(moment: int, task, monkeypatch) -> bool:
+    """Do a task that ends at its `moment`-th change to the file system; whether it got so far."""
+    left = [moment]
 
-        def watched(original):
-            def call(*args, **kwargs):
-                nonlocal calls
-                calls += 1
-                if calls > limit:
-                    raise Killed
-                return original(*args, **kwargs)
+    def killing(original):
+        def call(*args, **kwargs):
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return original(*args, **kwargs)
 
-            return call
+        return call
 
-        with monkeypatch.context() as patch:
-            for name in ("rename", "mkdir", "write_text", "unlink", "symlink_to", "replace"):
-                patch.setattr(Path, name, watched(getattr(Path, name)))
-            patch.setattr(shutil, "rmtree", watched(shutil.rmtree))
-            patch.setattr(torch, "save", watched(torch.save))
-            with contextlib.suppress(Killed):
-                make(folder).save_best(*state(2))
-        return calls
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace", "mkdir", "unlink", "rmdir", "symlink", "fsync", "link"):
+            patch.setattr(os, name, killing(getattr(os, name)))
+        # A killed process does not clean up.
+        patch.setattr(shutil, "rmtree", killing(shutil.rmtree))
+        with contextlib.suppress(Killed):
+            task()
+            return False
+    return True
 
-    folder = tmp_path / "count"
-    make(folder).save_best(*state(1))
-    total = count_calls(float("inf"))
-    assert total > 6
-    found = []
-    for limit in range(total + 1):
-        folder = tmp_path / str(limit)
-        make(folder).save_best(*state(1))
-        count_calls(limit)
-        recover_interrupted_saves(folder)
-        newest, incomplete = find_newest(folder)
-        assert not incomplete
+
+@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize("save", ["save_best", "save_step"])
+def test_killed_at_any_moment(save, keep, tmp_path, monkeypatch):
+    """Nothing incomplete looks like a checkpoint, and the next start leaves the folders of a run
+    that was not killed: the old checkpoint up to some moment, and the new one from then on."""
+    moment, found, killed = 0, [], True
+    while killed:
+        folder = tmp_path / str(moment)
+        getattr(make(folder), save)(*state(1))
+        task = lambda folder=folder: getattr(make(folder, keep), save)(*state(2))  # noqa: E731
+        killed = kill_at(moment, task, monkeypatch)
+        assert find_newest(folder)[1] == []
+        recover_interrupted_saves(folder, keep)
+        newest, _ = find_newest(folder)
         found.append(saved_step(newest))
-        assert [name for name in names(folder) if name.startswith(".")] == []
-    assert found == sorted(found)  # the old one up to some moment, the new one from then on
+        old = ["step-1"] if save == "save_step" and not keep else []
+        assert names(folder) == sorted({"latest", newest.name, *old})
+        assert (folder / "latest").resolve() == newest
+        moment += 1
+    assert moment > 6
+    assert found == sorted(found)
     assert set(found) == {1, 2}
 
 
-def test_tidy_tells_what_it_did(tmp_path):
-    make(tmp_path).save_step(*state(1))
-    (tmp_path / ".step-2.partial").mkdir()
-    (line,) = recover_interrupted_saves(tmp_path)
-    assert ".step-2.partial" in line
-    assert "incomplete" in line
+def test_recovery_logs_what_it_did(tmp_path):
+    path = make(tmp_path).save_step(*state(1))
+    (tmp_path / ".step-2.0123abcd.partial").mkdir()
+    (path / ".checkpoint.json.0123abcd.partial").write_text('{"step"')
+    for line in recover_interrupted_saves(tmp_path):
+        assert ".0123abcd.partial, left incomplete" in line
+    assert names(path) == ["checkpoint.json", "model.safetensors", "training_state.pt"]
     assert recover_interrupted_saves(tmp_path) == []
 
 
@@ -176,8 +175,9 @@ def test_nothing_is_unpickled(tmp_path):
 
     path = make(tmp_path).save_step(*state(1))
     torch.save({"step": Evil()}, path / "training_state.pt")
-    with pytest.raises(InputError, match=r"training_state\.pt"):
-        load_state(path)
+    for folder in (path, tmp_path):  # the other has no such file
+        with pytest.raises(InputError, match=r"training_state\.pt"):
+            load_state(folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -191,90 +191,27 @@ def test_changed_options(tmp_path):
 @pytest.mark.parametrize("links", [True, False])
 def test_step_and_best_of_one_update_are_written_once(links, tmp_path, monkeypatch):
     if not links:
-
-        def no_links(*_: object) -> None:
-            raise OSError(95, "Operation not supported")
-
-        monkeypatch.setattr(os, "link", no_links)
+        monkeypatch.delattr(os, "link")
+        monkeypatch.setattr(os, "link", lambda *_: os.stat(tmp_path / "absent"), raising=False)
     written = []
 
     def save_once(folder: Path) -> None:
         written.append(folder)
         save_model(folder)
 
-    checkpoints = Checkpoints(tmp_path, save_once, 0, {})
-    step = checkpoints.save_step({"step": 5, "evaluation_due": True}, state(5)[1])
-    checkpoints.save_best({"step": 5, "evaluation_due": False}, state(5)[1])
+    checkpoints = make(tmp_path, save=save_once)
+    step = checkpoints.save_step(*state(5, evaluation_due=True))
+    best = checkpoints.save_best(*state(5, evaluation_due=False))
     checkpoints.update_step({"step": 5, "evaluation_due": False})
     assert len(written) == 1
-    assert [read_meta(tmp_path / name)["position"] for name in ("step-5", "best_dev")] == [
-        {"step": 5, "evaluation_due": False}
-    ] * 2
-    same = [
-        (tmp_path / name / "model.safetensors").stat().st_ino for name in ("step-5", "best_dev")
-    ]
-    assert (same[0] == same[1]) == links
+    assert read_meta(step)["position"] == read_meta(best)["position"]
+    assert (step / "model.safetensors").samefile(best / "model.safetensors") == links
     # Each can be replaced or removed, and the other stays as it is.
     contents = {file.name: file.read_bytes() for file in step.iterdir()}
     checkpoints.save_best(*state(7))
-    assert len(written) == 2
-    assert saved_step(tmp_path / "best_dev") == 7
+    assert saved_step(best) == 7
     assert {file.name: file.read_bytes() for file in step.iterdir()} == contents
     checkpoints.save_step(*state(9))
     checkpoints.save_best(*state(9))
     shutil.rmtree(tmp_path / "step-9")
-    assert saved_step(tmp_path / "best_dev") == 9
-    assert read_meta(tmp_path / "best_dev") is not None
-
-
-def test_killed_while_an_old_checkpoint_is_removed(tmp_path, monkeypatch):
-    """At any moment, nothing incomplete looks like a checkpoint, and the next start ends with the
-    folders of a run that was not killed."""
-
-    class Killed(BaseException):
-        pass
-
-    left = [0]
-
-    def killing(original):
-        def call(*args, **kwargs):
-            if left[0] == 0:
-                raise Killed
-            left[0] -= 1
-            return original(*args, **kwargs)
-
-        return call
-
-    for moment in range(20):
-        folder = tmp_path / str(moment)
-        make(folder).save_step(*state(1))
-        left[0] = moment
-        with monkeypatch.context() as patch:
-            for name in ("unlink", "rmdir", "rename"):
-                patch.setattr(os, name, killing(getattr(os, name)))
-            with contextlib.suppress(Killed):
-                make(folder, keep=1).save_step(*state(2))
-        assert find_newest(folder)[1] == []
-        recover_interrupted_saves(folder, keep=1)
-        newest = find_newest(folder)[0]
-        assert names(folder) == ["latest", newest.name]
-        assert (folder / "latest").resolve() == newest
-    assert newest.name == "step-2"
-    assert left[0] > 0  # the last was not killed
-
-
-def test_killed_while_a_position_is_updated(tmp_path):
-    path = make(tmp_path).save_step(*state(1))
-    (path / ".checkpoint.json.partial").write_text('{"step"')
-    (line,) = recover_interrupted_saves(tmp_path)
-    assert ".checkpoint.json.partial" in line
-    assert names(path) == ["checkpoint.json", "model.safetensors", "training_state.pt"]
-
-
-def test_a_bug_while_saving_is_no_full_disk(tmp_path):
-    def bug(folder: Path) -> None:
-        raise LookupError("a bug")
-
-    with pytest.raises(LookupError):
-        Checkpoints(tmp_path, bug, 0, {}).save_step(*state(1))
-    assert names(tmp_path) == []
+    assert saved_step(best) == 9

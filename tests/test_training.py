@@ -1,5 +1,6 @@
 """The training loop: the reference's losses; a stopped run equals one that never stopped."""
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -15,14 +16,20 @@ from src.data.examples import load_data
 from src.models.losses import reader_loss
 from src.models.pretrained import load_tokenizer
 from src.models.reader import load_reader
+from src.options import LoopOptions, OptimOptions
 from src.runtime.errors import InputError
 from src.training.checkpoint import Checkpoints, find_newest, read_meta
-from src.training.loop import Evaluation, Position, Settings, State, train
+from src.training.loop import Evaluation, Position, train
 from src.training.metrics import Metrics
 from src.training.optim import build_optimizer, build_schedule
+from src.training.run import State
 
 LOG = logging.getLogger("tests")
 CPU = torch.device("cpu")
+LOOP = {
+    "total_steps": 12, "accumulation_steps": 2, "eval_freq": 3, "save_freq": 4, "clip": 1.0,
+    "keep_checkpoints": 0, "precision": "fp32",
+}  # fmt: skip
 
 
 def read_metrics(folder: Path, name: str) -> list[float]:
@@ -42,24 +49,18 @@ def test_twenty_updates_equal_the_reference(reference, tmp_path):
     batches = [[(0, index) for index in batch] for batch in record["batches"]]
     collate = ReaderCollator(tokenizer, record["text_maxlength"])
     optimizer = build_optimizer(reader, options["optim"], options["lr"], options["weight_decay"])
-    learning_rate = build_schedule(
-        options["scheduler"],
-        options["lr"],
-        options["warmup_steps"],
-        options["total_steps"],
-        options["scheduler_steps"],
-        options["fixed_lr"],
-    )
+    names = [field.name for field in dataclasses.fields(OptimOptions)]
+    learning_rate = build_schedule(OptimOptions(**{name: options[name] for name in names}))
     metrics = Metrics(tmp_path, 0)
     train(
-        State(reader, optimizer, CPU),
+        State(reader, optimizer, CPU, fp16=False),
         reader_loss,
         iter(make_loader(dataset, batches, collate, 0)),
         learning_rate,
         Checkpoints(tmp_path / "checkpoint", reader.save_pretrained, 0, {}),
         metrics,
         LOG,
-        Settings(total_steps=20, clip=options["clip"], save_freq=1000),
+        LoopOptions(**LOOP | {"total_steps": 20, "clip": options["clip"], "accumulation_steps": 1}),
     )
     metrics.close()
     assert read_metrics(tmp_path, "train/loss") == pytest.approx(record["loss"], rel=1e-3)
@@ -98,132 +99,117 @@ def run(
     total_steps: int = 12,
     loss_function=regression_loss,
     cuts_off=lambda: False,
-    should_stop=lambda: False,
+    stop_at: int = 99,
     dev_factor: float = 1.0,
     **kwargs,
 ) -> tuple[Dropped, Position, dict]:
     """Train in a folder as the scripts do, from its newest checkpoint if there is one.
-    `cuts_off` says whether a signal comes while an evaluation is under way."""
+    `cuts_off` says whether a signal arrives during an evaluation."""
     model = Dropped()
     optimizer = build_optimizer(model, "adamw", 0.05, 0.1)
+    signals = []
 
     def save_model(path: Path) -> None:
         torch.save(model.state_dict(), path / "weights.pt")
 
-    def evaluate() -> dict[str, float] | None:
-        if cuts_off():
-            return None
-        batch = next(regression_batches(0, 11))
+    def evaluate() -> dict[str, float]:
+        signals.append(cuts_off())
         assert not model.training
         with torch.no_grad():
-            return {"error": dev_factor * regression_loss(model, batch)[0].item()}
+            error = regression_loss(model, next(regression_batches(0, 11)))[0].item()
+            return {"error": dev_factor * error}
 
-    settings = Settings(
-        **{"total_steps": total_steps, "accumulation_steps": 2, "eval_freq": 3, "save_freq": 4}
-        | kwargs
-    )
+    options = LoopOptions(**LOOP | {"total_steps": total_steps} | kwargs)
     newest, _ = find_newest(folder / "checkpoint")
     torch.manual_seed(7)
-    state = State(model, optimizer, CPU, settings.precision)
+    state = State(model, optimizer, CPU, options.precision == "fp16")
     if newest:
         model.load_state_dict(torch.load(newest / "weights.pt"))
         state.restore(newest, seed=0)
     metrics = Metrics(folder, state.position.step, state.position.evaluation_due)
-    position = train(
+    train(
         state,
         loss_function,
         regression_batches(state.position.examples_seen),
-        build_schedule("linear", 0.05, 2, 12, None, False),
+        build_schedule(OptimOptions("adamw", 0.05, 0.1, "linear", 2, 12, None, False)),
         Checkpoints(folder / "checkpoint", save_model, 0, {"seed": 0}),
         metrics,
         LOG,
-        settings,
+        options,
         Evaluation(evaluate, "error", higher_is_better=False),
-        should_stop,
+        lambda: any(signals) or state.position.step >= stop_at,
     )
     metrics.close()
-    return model, position, optimizer.state_dict()
+    return model, state.position, optimizer.state_dict()
 
 
 def metrics_lines(folder: Path) -> list[str]:
     return (folder / "metrics.jsonl").read_text().splitlines()
 
 
+def assert_same(one: Path, other: Path) -> None:
+    """Equal metrics, weights and training states, to the bit."""
+    assert metrics_lines(one) == metrics_lines(other)
+    for name in ("step-12", "best_dev"):
+        folders = [path / "checkpoint" / name for path in (one, other)]
+        assert read_meta(folders[0])["position"] == read_meta(folders[1])["position"]
+        weights = [torch.load(path / "weights.pt") for path in folders]
+        assert all(torch.equal(weight, weights[1][key]) for key, weight in weights[0].items())
+        moments = [torch.load(path / "training_state.pt")["optimizer"]["state"] for path in folders]
+        for key, values in moments[0].items():
+            assert all(torch.equal(value, moments[1][key][n]) for n, value in values.items())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The folder of a run that never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder)
+    return folder
+
+
 @pytest.mark.parametrize("stops", [[1], [3], [4], [2, 5, 6, 9], [12], list(range(1, 13))])
-def test_a_stopped_run_equals_one_that_never_stopped(stops, tmp_path):
-    model, position, state = run(tmp_path / "whole")
+def test_a_stopped_run_equals_one_that_never_stopped(stops, whole, tmp_path):
     for stop in stops:
-        count = itertools.count(1 + (stops[stops.index(stop) - 1] if stops.index(stop) else 0))
-        _, reached, _ = run(
-            tmp_path / "parts", should_stop=lambda count=count, stop=stop: next(count) >= stop
-        )
+        _, reached, _ = run(tmp_path, stop_at=stop)
         assert reached.step == stop
-    resumed, resumed_position, resumed_state = run(tmp_path / "parts")
-    assert resumed_position == position
-    for name, weight in model.state_dict().items():
-        assert torch.equal(weight, resumed.state_dict()[name]), name
-    for key, values in state["state"].items():
-        for name, value in values.items():
-            assert torch.equal(value, resumed_state["state"][key][name])
-    assert metrics_lines(tmp_path / "parts") == metrics_lines(tmp_path / "whole")
-    best = [
-        read_meta(tmp_path / name / "checkpoint" / "best_dev")["position"]
-        for name in ("whole", "parts")
-    ]
-    assert best[0] == best[1]
+    run(tmp_path)
+    assert_same(whole, tmp_path)
 
 
 @pytest.mark.parametrize("number", [1, 2, 4])  # after updates 3, 6 and 12, the last one
-def test_a_run_stopped_while_evaluating_makes_up_for_it(number, tmp_path):
-    model, position, _ = run(tmp_path / "whole")
+def test_a_run_stopped_while_evaluating_makes_up_for_it(number, whole, tmp_path):
     count = itertools.count(1)
-    _, reached, _ = run(tmp_path / "parts", cuts_off=lambda: next(count) == number)
+    _, reached, _ = run(tmp_path, cuts_off=lambda: next(count) == number)
     assert reached.step == 3 * number
     assert reached.evaluation_due
-    _, still, _ = run(tmp_path / "parts", cuts_off=lambda: True)  # and once more, at its start
+    _, still, _ = run(tmp_path, cuts_off=lambda: True)  # and once more, at its start
     assert still == reached
-    resumed, resumed_position, _ = run(tmp_path / "parts")
-    assert resumed_position == position
-    for name, weight in model.state_dict().items():
-        assert torch.equal(weight, resumed.state_dict()[name]), name
-    assert metrics_lines(tmp_path / "parts") == metrics_lines(tmp_path / "whole")
-
-
-def test_a_run_that_failed_while_evaluating_resumes_before_it(tmp_path):
-    model, _, _ = run(tmp_path / "whole")
-
-    class Failure(Exception):
-        pass
-
-    calls = itertools.count()
-
-    with pytest.MonkeyPatch.context() as patch:
-        original = Checkpoints._save
-
-        def save(self, name, *more):
-            if name == "best_dev" and next(calls) == 1:
-                raise Failure
-            return original(self, name, *more)
-
-        patch.setattr(Checkpoints, "_save", save)
-        with pytest.raises(Failure):
-            run(tmp_path / "failed")
-    resumed, _, _ = run(tmp_path / "failed")
-    for name, weight in model.state_dict().items():
-        assert torch.equal(weight, resumed.state_dict()[name]), name
-    assert metrics_lines(tmp_path / "failed") == metrics_lines(tmp_path / "whole")
-
-
-def test_best_and_latest(tmp_path):
     run(tmp_path)
-    errors = read_metrics(tmp_path, "dev/error")
+    assert_same(whole, tmp_path)
+
+
+def test_a_run_that_failed_while_evaluating_resumes_before_it(whole, tmp_path, monkeypatch):
+    def failing(self, *more):
+        raise LookupError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save_best", failing)
+        with pytest.raises(LookupError):
+            run(tmp_path)
+    run(tmp_path)
+    assert_same(whole, tmp_path)
+
+
+def test_best_and_latest(whole):
+    errors = read_metrics(whole, "dev/error")
     assert len(errors) == 4  # after updates 3, 6, 9, 12
-    best = read_meta(tmp_path / "checkpoint" / "best_dev")
+    best = read_meta(whole / "checkpoint" / "best_dev")
     assert best["position"]["best"] == min(errors)
     assert best["step"] == 3 * (1 + errors.index(min(errors)))
-    folders = sorted(path.name for path in (tmp_path / "checkpoint").iterdir())
+    folders = sorted(path.name for path in (whole / "checkpoint").iterdir())
     assert folders == ["best_dev", "latest", "step-12", "step-4", "step-8"]
-    assert (tmp_path / "checkpoint" / "latest").resolve().name == "step-12"
+    assert (whole / "checkpoint" / "latest").resolve().name == "step-12"
 
 
 def test_the_last_update_is_saved_once(tmp_path, monkeypatch):
@@ -240,14 +226,6 @@ def test_the_last_update_is_saved_once(tmp_path, monkeypatch):
     assert positions[0] == positions[1]
     assert not positions[0]["evaluation_due"]
     assert (folder / "latest").resolve().name == "step-12"
-
-
-def test_a_finished_run_does_nothing(tmp_path):
-    run(tmp_path)
-    before = metrics_lines(tmp_path)
-    _, position, _ = run(tmp_path, should_stop=lambda: pytest.fail("an update was made"))
-    assert position.step == 12
-    assert metrics_lines(tmp_path) == before
 
 
 def test_an_update_averages_its_batches(tmp_path):
@@ -287,40 +265,36 @@ def test_half_precision_keeps_full_weights(tmp_path):
 # Numbers that are not finite
 
 
-def times(factor: float, from_call: int = 1, until_call: float = math.inf):
-    """The loss times a factor in some of its calls (two an update)."""
-    calls = itertools.count(1)
-
-    def loss(model, batch):
-        value, count = regression_loss(model, batch)
-        return value * (factor if from_call <= next(calls) <= until_call else 1.0), count
-
-    return loss
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("value", "precision"), [(math.nan, "fp32"), (math.inf, "bf16"), (math.nan, "fp16")]
+)
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(value, precision, tmp_path):
+    calls = itertools.count()  # two an update
+
+    def spoiled(model, batch):
+        loss, count = regression_loss(model, batch)
+        return loss * (value if next(calls) >= 8 else 1.0), count
+
     remedy = "--precision bf16" if precision == "fp16" else "--lr"
     with pytest.raises(InputError, match=rf"loss of update 5 is (nan|inf).*{remedy}"):
-        run(tmp_path, loss_function=times(value, from_call=9), precision=precision)
-    newest, _ = find_newest(tmp_path / "checkpoint")
-    assert newest.name == "step-4"
+        run(tmp_path, loss_function=spoiled, precision=precision)
+    assert find_newest(tmp_path / "checkpoint")[0].name == "step-4"
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
+class Overflow(torch.autograd.Function):
+    """The identity, with an infinite gradient."""
+
+    @staticmethod
+    def forward(context, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * math.inf
+
+
 def overflowing(until_update: float):
-    """A loss whose gradient is infinite at first, while the loss itself is finite."""
-
-    class Overflow(torch.autograd.Function):
-        @staticmethod
-        def forward(context, value):
-            return value.clone()
-
-        @staticmethod
-        def backward(context, gradient):
-            return gradient * math.inf
-
     calls = itertools.count()
 
     def loss(model, batch):
@@ -330,56 +304,37 @@ def overflowing(until_update: float):
     return loss
 
 
-def test_a_few_skipped_updates_are_normal_in_fp16(tmp_path):
-    run(tmp_path, loss_function=overflowing(3), precision="fp16")
-    assert len(read_metrics(tmp_path, "train/loss")) == 12
-    assert len(read_metrics(tmp_path, "train/grad_norm")) == 9
-    with pytest.raises(InputError, match="gradient of update 1 is"):
-        run(tmp_path / "fp32", loss_function=overflowing(3))
-
-
-def test_twenty_skipped_updates_in_a_row_are_not(tmp_path):
+def test_only_a_few_skipped_updates_are_normal_in_fp16(tmp_path):
+    more = {"precision": "fp16", "eval_freq": 100, "save_freq": 100}
+    run(tmp_path / "a", 40, overflowing(19), **more)
+    assert len(read_metrics(tmp_path / "a", "train/loss")) == 40
+    assert len(read_metrics(tmp_path / "a", "train/grad_norm")) == 21
     with pytest.raises(InputError, match=r"20 updates in a row, up to 20.*--precision bf16"):
-        run(tmp_path, 40, overflowing(math.inf), precision="fp16", eval_freq=100)
-    run(tmp_path / "nineteen", 40, overflowing(19), precision="fp16", eval_freq=100)
-
-
-def test_a_run_without_one_update_fails(tmp_path):
-    settings = {"precision": "fp16", "eval_freq": 100, "save_freq": 100}
-    asked = itertools.count(1)
-    run(tmp_path, 12, overflowing(math.inf), should_stop=lambda: next(asked) == 5, **settings)
+        run(tmp_path / "b", 40, overflowing(math.inf), **more)
+    with pytest.raises(InputError, match="gradient of update 1 is"):
+        run(tmp_path / "c", loss_function=overflowing(3))  # fp32
+    run(tmp_path / "d", 12, overflowing(math.inf), stop_at=5, **more)
     with pytest.raises(InputError, match=r"every update has been skipped.*--precision bf16"):
-        run(tmp_path, 12, overflowing(math.inf), **settings)
-    assert find_newest(tmp_path / "checkpoint")[0].name == "step-5"
+        run(tmp_path / "d", 12, overflowing(math.inf), **more)
+    assert find_newest(tmp_path / "d" / "checkpoint")[0].name == "step-5"
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite_are_not_trained_on(value, tmp_path, monkeypatch):
-    original = Dropped.__init__
-
-    def spoiled(self):
-        original(self)
-        with torch.no_grad():
-            self.net[2].bias.fill_(value)
-
-    monkeypatch.setattr(Dropped, "__init__", spoiled)
-    with pytest.raises(InputError, match=r"weight net\.2\.bias is not finite before training"):
-        run(tmp_path)
-
-
-def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_are_neither_trained_nor_saved(tmp_path, monkeypatch):
     """The last update before a checkpoint breaks them, and no loss has shown it yet."""
-    original = torch.optim.AdamW.step
 
     def step(self, *args, **kwargs):
-        original(self, *args, **kwargs)
         with torch.no_grad():
-            self.param_groups[0]["params"][0].view(-1)[0] = math.nan
+            self.param_groups[0]["params"][0].view(-1)[0] = math.inf
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     with pytest.raises(InputError, match=r"weight net\.0\.weight is not finite after update 1"):
         run(tmp_path, save_freq=1)
     assert find_newest(tmp_path / "checkpoint")[0] is None
+    monkeypatch.setattr(
+        nn.init, "kaiming_uniform_", lambda tensor, **_: tensor.data.fill_(math.nan)
+    )
+    with pytest.raises(InputError, match=r"weight net\.0\.weight is not finite before training"):
+        run(tmp_path)
 
 
 def test_a_dev_value_that_is_not_finite_ends_the_run(tmp_path):

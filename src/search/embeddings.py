@@ -1,4 +1,4 @@
-"""A collection's embeddings: opened by a pattern, and checked to belong together."""
+"""A collection's embeddings: shards opened by a pattern, and checked to belong together."""
 
 import contextlib
 import dataclasses
@@ -18,6 +18,8 @@ from src.runtime.errors import InputError, shorten
 from src.search.legacy_pickle import read_legacy_embeddings
 from src.search.shards import FINGERPRINTS, Shard, ShardWriter, read_shard
 
+_OR_ALLOW = "or say --allow_mismatch"
+
 
 def open_shards(
     patterns: str | Path | Sequence[str | Path], allow_mismatch: bool = False
@@ -25,7 +27,7 @@ def open_shards(
     """Open the shards that paths or globs name, in the order of their numbers.
 
     Errors: `InputError` when a pattern finds nothing, when two shards have different dimensions,
-    and, without `allow_mismatch`, when their fingerprints differ or one is missing or doubled.
+    and, without `allow_mismatch`, when fingerprints differ or a shard is missing or doubled.
     """
     paths: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
@@ -52,7 +54,7 @@ def open_shards(
 
 
 def _order(shard: Shard) -> tuple[int, str]:
-    """Shards go by number, not by name: wiki_100 comes after wiki_99."""
+    """Shards are sorted by number, not by name: wiki_100 comes after wiki_99."""
     number = shard.number("shard_id")
     if number is None:
         digits = re.search("[0-9]{1,18}$", shard.path)
@@ -61,45 +63,43 @@ def _order(shard: Shard) -> tuple[int, str]:
 
 
 def _check_together(shards: list[Shard]) -> None:
+    first = shards[0]
     for shard in shards:
         for key in (*FINGERPRINTS, "num_shards"):
-            values = shards[0].metadata.get(key), shard.metadata.get(key)
-            require_same(key, shards[0].path, values[0], shard.path, values[1])
+            values = first.metadata.get(key), shard.metadata.get(key)
+            require_same(key, first.path, values[0], shard.path, values[1])
     for before, shard in itertools.pairwise(shards):
         number = shard.number("shard_id")
         if number is not None and number == before.number("shard_id"):
-            raise InputError(
-                f"{before.path} and {shard.path} are both shard {number}; leave one out, or say "
-                "--allow_mismatch"
-            )
-    present = {shard.number("shard_id") for shard in shards}
-    total = shards[0].number("num_shards") or 0
+            both = f"{before.path} and {shard.path} are both shard {number}"
+            raise InputError(f"{both}; leave one out, {_OR_ALLOW}")
+    present, total = {shard.number("shard_id") for shard in shards}, first.number("num_shards") or 0
     missing = next((number for number in range(total) if number not in present), None)
     if missing is not None:
         raise InputError(
-            f"{shards[0].path} to {shards[-1].path}: shard {missing} of {total} is missing; "
-            f"make it with --shard_id {missing}, or say --allow_mismatch"
+            f"{first.path} to {shards[-1].path}: shard {missing} of {total} is missing; "
+            f"make it with --shard_id {missing}, {_OR_ALLOW}"
         )
     for before, shard in itertools.pairwise(shards):
-        first, next_first = before.number("first"), shard.number("first")
-        if first is not None and first + len(before) != next_first:
+        start, next_start = before.number("first"), shard.number("first")
+        if start is not None and start + len(before) != next_start:
             raise InputError(
-                f"{before.path} ends at passage {first + len(before)}, but {shard.path} begins at "
-                f"{next_first}; make both again, or say --allow_mismatch"
+                f"{before.path} ends at passage {start + len(before)}, but {shard.path} begins at "
+                f"{next_start}; make both again, {_OR_ALLOW}"
             )
 
 
 def check_count(shards: Sequence[Shard], collection: str, n_passages: int) -> None:
-    """Pickles do not say whether one is missing: but each passage must have its embedding.
+    """Each passage must have an embedding; pickles record no other sign of a missing shard.
 
-    Errors: `InputError` that names shards and collection when they have not as many.
+    Errors: `InputError` that names shards and collection when their sizes differ.
     """
     rows = sum(map(len, shards))
     if rows != n_passages and not all(shard.metadata for shard in shards):
         others = f" to {shards[-1].path}" if len(shards) > 1 else ""
         raise InputError(
             f"{shards[0].path}{others}: {rows} embeddings, but {collection} has "
-            f"{n_passages} passages; give all shards of this collection, or say --allow_mismatch"
+            f"{n_passages} passages; give all shards of this collection, {_OR_ALLOW}"
         )
 
 
@@ -108,44 +108,40 @@ def require_same(what: str, path: str, value: object, other_path: str, other: ob
     if value != other:
         raise InputError(
             f"{path} and {other_path} do not belong together: {what} is {shorten(value)} in the "
-            f"first and {shorten(other)} in the second; make both in one way, or say "
-            "--allow_mismatch"
+            f"first and {shorten(other)} in the second; make both in one way, {_OR_ALLOW}"
         )
 
 
 def open_shard(path: str | Path) -> Shard:
-    """Open a shard, or a pickle of the original, DPR or Contriever.
+    """Open a shard, or a pickle of the original code, DPR or Contriever.
 
-    A pickle is opened by its copy as a shard, a hidden file beside it that is made at first. Where
-    that cannot be written, its embeddings are in memory, except for an array on the file itself.
+    A pickle is converted once to a shard, a hidden file beside it. If that cannot be written, the
+    embeddings stay in memory.
     """
-    source = Path(path)
+    source, log = Path(path), logging.getLogger("fid")
     with Source(str(path)).file as file:
         head = file.read(9)
         if head[8:] == b"{" or head[:1] != b"\x80":
             return read_shard(path)
-        with contextlib.suppress(OSError):  # where files can be locked, one process converts
+        with contextlib.suppress(OSError):  # if files can be locked, one process converts
             fcntl.flock(file, fcntl.LOCK_EX)
         stat = os.fstat(file.fileno())
         prefix = f".{source.name}.converted-"
         target = source.with_name(f"{prefix}{stat.st_size:x}-{stat.st_mtime_ns:x}")
         if not target.exists():
             ids, vectors = read_legacy_embeddings(path)
-            log = logging.getLogger("fid")
             log.warning("converting %s, once", path)
-            for old in source.parent.glob(f"*{glob.escape(prefix)}*"):  # of the pickle before
+            for old in source.parent.glob(f"*{glob.escape(prefix)}*"):  # of an earlier pickle
                 old.unlink(missing_ok=True)
             half = len(vectors) and vectors[0].itemsize == 2
-            kind = np.float16 if half else np.float32
-            size = vectors.shape[1] if isinstance(vectors, np.ndarray) else len(vectors[0])
+            embeddings = np.asarray(vectors).astype(np.float16 if half else np.float32, copy=False)
             try:
-                with ShardWriter(target, len(ids), size, kind, {}) as writer:
+                with ShardWriter(target, *embeddings.shape, embeddings.dtype, {}) as writer:
                     for start in range(0, len(ids), 1 << 14):
                         rows = slice(start, start + (1 << 14))
-                        writer.append(ids[rows], np.stack(vectors[rows]))
+                        writer.append(ids[rows], embeddings[rows])
                     writer.finish()
             except InputError as error:
                 log.warning("%s; reading the pickle each time", error)
-                return Shard(str(path), ids, np.asarray(vectors).astype(kind, copy=False), {})
-        shard = read_shard(target)
-        return dataclasses.replace(shard, path=str(path), metadata={})
+                return Shard(str(path), ids, embeddings, {})
+        return dataclasses.replace(read_shard(target), path=str(path), metadata={})

@@ -1,7 +1,7 @@
-"""Exact search for the passages nearest to a question, by the inner product of their embeddings.
+"""Exact search: the passages with the largest inner products, streamed from disk.
 
-`Indexer` searches shards straight from disk, one block of rows at a time. A passage's position is
-its row in all shards taken together, in their order.
+`Indexer` searches shards one block of rows at a time. A passage's position is its row in all shards
+taken together.
 
 Every kind of search (this one, `gpu.py`, `faiss_index.py`, `bm25.py`) obeys one rule: the list of n
 passages begins every longer list, and passages with equal scores keep the collection's order,
@@ -11,7 +11,7 @@ whatever the batch of questions, the block size and the number of processes.
 import bisect
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import faiss
@@ -20,15 +20,15 @@ import numpy as np
 from src.runtime.errors import InputError, shorten
 from src.search.shards import Shard
 
-_QUERIES_AT_ONCE = 4096  # bounds what a block's scores and their merging take
-_SPARE_ROWS = 32  # how many more rows than k are looked at, for what rounding may have hidden
-_NARROWEST = 256  # the width of the first search in `stable_top_k`
+_QUERIES_AT_ONCE = 4096  # bounds the memory for a block's scores and their merging
+_SPARE_ROWS = 32  # candidates beyond k, because rounding may reorder them
+_NARROWEST = 256  # the width of the first search in `stable_search`
 
 
 class Found(NamedTuple):
-    """The best passages of each question, best first: scores float32 and positions int64, [q, k].
+    """Each question's passages, best first: scores float32 and positions int64, [q, k].
 
-    Where there are fewer than k, the positions at the end are -1 and their scores minus infinity.
+    Rows with fewer than k passages end in positions of -1 and scores of minus infinity.
     """
 
     scores: np.ndarray
@@ -39,83 +39,79 @@ class Found(NamedTuple):
         return cls(np.full((n_queries, k), -np.inf, np.float32), np.full((n_queries, k), -1))
 
     def rows(self) -> list[list[int]]:
-        """The positions of each question, without the empty places at the end."""
+        """The positions for each question, without the empty ones at the end."""
         return [[position for position in row if position >= 0] for row in self.positions.tolist()]
 
 
-class Ranked(NamedTuple):
-    """The passages of one question: scores and positions [n], best first."""
+class Proposals(NamedTuple):
+    """What an approximate search proposes for one question, [n] each: `guesses` are the scores that
+    it went by, `scores` the final ones."""
 
+    guesses: np.ndarray
     scores: np.ndarray
     positions: np.ndarray
 
-    @classmethod
-    def empty(cls) -> "Ranked":
-        return cls(np.empty(0, np.float32), np.empty(0, np.int64))
 
-
-def stable_top_k(
-    search: Callable[[int], tuple[np.ndarray, np.ndarray]], k: int, n_rows: int
-) -> Ranked:
+def stable_search(
+    propose: Callable[[np.ndarray, int], Iterable[Proposals]],
+    n_queries: int,
+    k: int,
+    n_rows: int,
+    nested: bool = False,
+) -> Found:
     """The first k passages of a ranking that does not depend on k, by a search that may.
 
     Approximate searches find other passages when asked for more of them, and an arbitrary subset of
-    those tied at the end. So they are asked for fixed numbers, 256, 1,024, ... (`extend`).
+    those tied at the end. So they are always asked for 256, then 1,024, 4,096, ... passages. Only
+    the better half of each list is used, without those that tie with its last passage.
 
-    Args: search: from a width w to at most w scores and positions of one question, in any order;
-        fewer, or positions of -1, mean that there are no more.
+    Args:
+        propose: gives query numbers [q] and a width at most that many proposals for each query;
+            fewer mean that there are no more.
+        nested: the proposals come best guess first, and a wide list begins with the narrow ones.
     """
-    ranked, width = Ranked.empty(), 0
-    while len(ranked.scores) < k and width < n_rows:
-        width = next_width(width, n_rows)
-        scores, positions = search(width)
-        found = positions >= 0
-        complete = width == n_rows or found.sum() < width
-        ranked = extend(ranked, scores[found], scores[found], positions[found], width, complete)
-        if complete:
-            break
-    return Ranked(ranked.scores[:k], ranked.positions[:k])
+    found, lengths = Found.empty(n_queries, k), np.zeros(n_queries, np.int64)
+    waiting, width = np.arange(n_queries if k else 0), 0
+    while len(waiting) and width < n_rows:
+        widths = [_next_width(width, n_rows)]
+        while nested and widths[-1] < min(2 * k, n_rows):
+            widths.append(_next_width(widths[-1], n_rows))
+        width = widths[-1]
+        for query, proposals in zip(waiting, propose(waiting, width), strict=True):
+            for narrow in widths:
+                part = Proposals(*(array[:narrow] for array in proposals))
+                complete = narrow == n_rows or len(part.scores) < narrow
+                row = Found(found.scores[query], found.positions[query])
+                lengths[query] = _extend(row, lengths[query], part, narrow, complete)
+                if complete:
+                    lengths[query] = k
+        waiting = np.flatnonzero(lengths < k)
+    return found
 
 
-def next_width(width: int, n_rows: int) -> int:
-    """How many passages to ask for after this many: 256, 1,024, 4,096, ..., all."""
+def _next_width(width: int, n_rows: int) -> int:
     return min(max(_NARROWEST, 4 * width), n_rows)
 
 
-def extend(
-    ranked: Ranked,
-    guesses: np.ndarray,
-    scores: np.ndarray,
-    positions: np.ndarray,
-    width: int,
-    complete: bool,
-) -> Ranked:
-    """Add to a ranking what a search of this width proposed.
-
-    Only the better half of the proposals is used, and none that ties with the last of them, of
-    which an arbitrary subset was proposed. Whatever ranks among earlier passages is left out.
-
-    Args:
-        guesses: [n] the scores by which passages were proposed.
-        scores, positions: [n] of the proposed passages.
-        complete: nothing but these could be proposed.
-    """
-    order = np.lexsort((positions, -scores))
-    if not complete and len(order):
-        tied = float(scores[guesses == guesses.min()].max())
-        order = order[: min(width // 2, int((scores > tied).sum()))]
-    scores, positions = scores[order], positions[order]
-    if len(ranked.scores):
-        last, at = ranked.scores[-1], ranked.positions[-1]
+def _extend(row: Found, n_found: int, part: Proposals, width: int, complete: bool) -> int:
+    """Append proposals to the first n passages in a row of `Found` [k]. Returns the new n."""
+    order = np.lexsort((part.positions, -part.scores))
+    if not complete:
+        tied = part.scores[part.guesses == part.guesses.min()].max()
+        order = order[: min(width // 2, int((part.scores > tied).sum()))]
+    scores, positions = part.scores[order], part.positions[order]
+    if n_found:  # leave out what ranks among those already found
+        last, at = row.scores[n_found - 1], row.positions[n_found - 1]
         after = (scores < last) | ((scores == last) & (positions > at))
         scores, positions = scores[after], positions[after]
-    return Ranked(
-        np.concatenate([ranked.scores, scores]), np.concatenate([ranked.positions, positions])
-    )
+    end = min(n_found + len(scores), len(row.scores))
+    row.scores[n_found:end] = scores[: end - n_found]
+    row.positions[n_found:end] = positions[: end - n_found]
+    return end
 
 
 def merge(parts: Sequence[Found], k: int) -> Found:
-    """The best k of results over parts of one collection, as when it is searched whole."""
+    """The best k of results over parts of one collection."""
     scores = np.concatenate([part.scores for part in parts], axis=1)
     positions = np.concatenate([part.positions for part in parts], axis=1)
     order = np.lexsort((positions, -scores), axis=-1)[:, :k]
@@ -125,9 +121,9 @@ def merge(parts: Sequence[Found], k: int) -> Found:
 
 
 class Indexer:
-    """Exact search over opened shards. Of the embeddings, no more than a block is in memory.
+    """Exact search over opened shards, with one block of embeddings in memory at a time.
 
-    Args: shards: from `open_shards`; block_rows: rows of a block (`--indexing_batch_size`).
+    Args: shards: from `open_shards`; block_rows: rows in a block (`--indexing_batch_size`).
     """
 
     def __init__(self, shards: Sequence[Shard], block_rows: int = 50_000):
@@ -151,9 +147,9 @@ class Indexer:
 
         Args:
             queries: [q, d], finite; taken as float32.
-            part: (i, n) searches every n-th block from the i-th: the results of n processes,
-                put together by `merge`, are those of one.
-            on_rows: is told of each block how many rows were searched.
+            part: (i, n) searches every n-th block from the i-th: `merge` makes the results of n
+                processes equal to those of one.
+            on_rows: called with the number of rows of each block searched.
         Errors: `InputError` for another dimension, or embeddings that are not finite.
         """
         queries, k = check_request(queries, k, self, self.shards[0].path)
@@ -167,7 +163,7 @@ class Indexer:
         return best
 
     def ids(self, positions: np.ndarray) -> list[list[str]]:
-        """The passages' ids for positions [q, k]; -1, which is no passage, is left out."""
+        """The passages' ids for positions [q, k], without the empty ones (-1)."""
         self._check_unchanged()
         found = [[self._shard_of(p) for p in row if p >= 0] for row in positions.tolist()]
         return [[shard.ids[row] for shard, row in rows] for rows in found]
@@ -181,14 +177,20 @@ class Indexer:
     ) -> Iterator[tuple[int, np.ndarray]]:
         """The blocks in order: the first row's position, and the rows [b, d] as float32.
 
-        Blocks lie across the borders of shards, so that it makes no difference how many there are.
-        A block is overwritten by the next.
+        Blocks cross the borders of shards, whose number therefore makes no difference. Each block
+        overwrites the one before.
         """
         index, count = part
         buffer = np.empty((min(self._block_rows, len(self)), self.dimension), np.float32)
         for start in range(index * self._block_rows, len(self), count * self._block_rows):
             stop = min(start + self._block_rows, len(self))
-            yield start, self._read(start, stop, buffer)
+            block, done = buffer[: stop - start], 0
+            while done < len(block):
+                shard, row = self._shard_of(start + done)
+                piece = block[done : done + len(shard) - row]
+                shard.read(row, piece)
+                done += len(piece)
+            yield start, block
             if on_rows:
                 on_rows(stop - start)
 
@@ -202,15 +204,6 @@ class Indexer:
         ):
             rows[begin:end] = shard.embeddings[positions[begin:end] - start]
         return rows
-
-    def _read(self, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
-        block, done = buffer[: stop - start], 0
-        while done < len(block):
-            shard, row = self._shard_of(start + done)
-            piece = block[done : done + len(shard) - row]
-            shard.read(row, piece)
-            done += len(piece)
-        return block
 
     def _longest_row(self, start: int, block: np.ndarray) -> float:
         lengths = _lengths(block)
@@ -230,31 +223,31 @@ class Indexer:
 def _search_block(
     queries: np.ndarray, block: np.ndarray, start: int, longest: float, best: Found
 ) -> None:
-    """Put rows of a block [b, d] among the best so far, where they belong.
+    """Merge rows of a block [b, d] into the best so far.
 
-    A matrix product is ten times as fast as inner products one by one, but it rounds a score in
-    ways that depend on the number of threads and on where the row stands. So it only proposes
-    rows. Those that could be among the best k, for any rounding, get the score of a plain inner
-    product, which depends on the two vectors alone. That makes results the same for any blocks,
-    shards, processes and threads, and equal passages equal.
+    A matrix product is ten times as fast as single inner products, but its rounding depends on the
+    number of threads and on the row's position in the block. So it only proposes rows. Those that
+    could be among the best k, whatever the rounding, get the score of a plain inner product, which
+    depends on the two vectors alone: results are the same for any blocks, shards, processes and
+    threads, and equal passages get equal scores.
 
     Args:
         start: the position of the block's first row.
         longest: the largest length (2-norm) of a row.
-        best: of these queries; changed in place.
+        best: for these queries; changed in place.
     """
     k, n_rows = best.scores.shape[1], len(block)
     width = min(k + _SPARE_ROWS, n_rows)
     with _matrix_products():
         guesses, rows = faiss.knn(queries, block, width, faiss.METRIC_INNER_PRODUCT)
-    # In whichever order d products are added up in float32, the sum is wrong by at most d / 2^24
-    # of the product of the lengths, and two orders differ by at most twice that.
+    # The sum of d products in float32 is wrong by at most d / 2^24 of the product of the lengths,
+    # and two orders of summation differ by at most twice that.
     slack = 1.01 * block.shape[1] * 2.0**-23 * longest * _lengths(queries)
-    floor = best.scores[:, -1].astype(np.float64)  # what has no more than this comes too late
+    floor = best.scores[:, -1].astype(np.float64)  # an equal score comes too late
     if k <= n_rows:
         floor = np.maximum(floor, guesses[:, k - 1] - slack)
     possible = guesses + slack[:, None] >= floor[:, None]
-    # Where even the last row proposed is possible, so are others that were not proposed.
+    # If even the last proposed row is possible, rows that were not proposed may be, too.
     too_narrow = possible[:, -1] & (width < n_rows)
     possible[too_narrow] = False
     numbers = np.nonzero(possible)[0]
@@ -270,7 +263,7 @@ def _search_block(
 
 
 def _insert(best: Found, numbers: np.ndarray, found: Found) -> None:
-    """Put what was found for the queries of these numbers among the best so far, in place."""
+    """Merge what was found for the queries with these numbers into the best so far."""
     before = Found(best.scores[numbers], best.positions[numbers])
     best.scores[numbers], best.positions[numbers] = merge([before, found], best.scores.shape[1])
 
@@ -278,7 +271,7 @@ def _insert(best: Found, numbers: np.ndarray, found: Found) -> None:
 def inner_products(
     queries: np.ndarray, numbers: np.ndarray, block: np.ndarray, rows: np.ndarray
 ) -> np.ndarray:
-    """The inner product of each query with a row: those of `numbers` and `rows`, [m] each."""
+    """The inner products of pairs: query `numbers[i]` and row `rows[i]` of the block, [m]."""
     products = np.empty(len(rows), np.float32)
     arrays = [queries, numbers.astype(np.int64), block, rows.astype(np.int64), products]
     pointers = [faiss.swig_ptr(array) for array in arrays]
@@ -293,7 +286,7 @@ def _lengths(vectors: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def _matrix_products() -> Iterator[None]:
-    """FAISS forms inner products one by one, unless there are a great many."""
+    """Makes FAISS use matrix products, which it otherwise does for large searches only."""
     before = faiss.cvar.distance_compute_blas_threshold
     faiss.cvar.distance_compute_blas_threshold = 1
     try:
@@ -303,8 +296,10 @@ def _matrix_products() -> Iterator[None]:
 
 
 def check_request(queries: np.ndarray, k: int, index: Any, path: str) -> tuple[np.ndarray, int]:
-    """Queries [q, d] as FAISS takes them, and k, at most the number of passages. `index` has a
-    length and a dimension. Errors: `InputError` when they do not suit it."""
+    """Queries [q, d] as FAISS takes them, and k, at most the number of passages.
+
+    Args: index: has a length and a `dimension`. Errors: `InputError` when they do not suit it.
+    """
     queries = np.ascontiguousarray(queries, np.float32)
     if queries.ndim != 2 or queries.shape[1] != index.dimension:
         raise InputError(
@@ -313,7 +308,7 @@ def check_request(queries: np.ndarray, k: int, index: Any, path: str) -> tuple[n
         )
     if not np.isfinite(queries).all():
         raise InputError(
-            "the questions' embeddings are not finite; use --no_fp16, or mend the model"
+            "the questions' embeddings are not finite; use --no_fp16, or repair the model"
         )
     if k < 1:
         raise InputError(f"--n-docs must be at least 1, not {k}")

@@ -1,15 +1,13 @@
-"""Pickled embeddings of the original, DPR and Contriever, read without trusting the pickle.
+"""Pickled embeddings of the original code, DPR and Contriever, read without trusting the pickle.
 
-An ordinary unpickler imports and calls whatever the file names. This one builds text, numbers,
-lists and tuples, and knows the five names that numpy needs for an array of numbers, which stand for
-functions of this module: nothing is imported. It is the Python unpickler, because the one in C
-cannot leave out instructions, and fills 34 GB of memory when nine bytes claim a large memo.
+An ordinary unpickler imports and calls whatever the file names. Here, first every instruction is
+checked: only those that build text, numbers, lists, tuples and arrays are allowed. Then the names
+that numpy's arrays need stand for functions of this module, so nothing is imported.
 """
 
 import mmap
 import pickle
 import pickletools
-import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,173 +15,104 @@ import numpy as np
 
 from src.runtime.errors import InputError, first_line, shorten
 
-_ALLOWED = [pickle.PROTO, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.NONE]
-_ALLOWED += [pickle.NEWTRUE, pickle.NEWFALSE, pickle.BINFLOAT, pickle.BININT, pickle.BININT1]
-_ALLOWED += [pickle.BININT2, pickle.LONG1, pickle.BINUNICODE, pickle.SHORT_BINUNICODE]
-_ALLOWED += [pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_TUPLE, pickle.TUPLE]
-_ALLOWED += [pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.BINGET, pickle.LONG_BINGET]
-_ALLOWED += [pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.GLOBAL, pickle.STACK_GLOBAL]
-# Instructions that take more memory than room in the file: each is charged, and the sum bounded.
-_COSTLY = {pickle.MARK, pickle.EMPTY_LIST, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2}
-_COSTLY |= {pickle.TUPLE3, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.LONG1}
-_COSTLY |= {pickle.BINUNICODE, pickle.SHORT_BINUNICODE}
-_COST, _FREE = 32, 1 << 20  # bytes
-_MOST_ROWS = 1 << 40
+_INSTRUCTIONS = (
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINUNICODE "
+    "SHORT_BINUNICODE SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 EMPTY_LIST APPEND APPENDS "
+    "EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 BINGET LONG_BINGET BINPUT LONG_BINPUT MEMOIZE GLOBAL "
+    "STACK_GLOBAL REDUCE BUILD"
+)
+_ALLOWED = set(_INSTRUCTIONS.split())
+_TOO_MUCH = "it would take many times its size in memory"
 
 
 class _Refused(Exception):
     """The pickle asks for something that is not on the list."""
 
 
-# ----------------------------------------------------------------------------------------------
-# What numpy's own pickles are made of
-
-
 class _Dtype:
     """`numpy.dtype(code, ...)`, and the byte order that the pickle sets afterwards."""
 
     def __init__(self, code: object, *flags: object):
-        codes = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
-        if type(code) is not str or code not in codes:
-            # An array of objects would hold pointers. Only text is printed: the `repr` of lists in
-            # lists can be endless.
+        if type(code) is not str or code not in ("f2", "f4", "f8", "i4", "i8"):
+            # An array of objects would hold pointers. The `repr` of lists in lists can be endless.
             shown = shorten(code) if type(code) is str else type(code).__name__
             raise _Refused(f"a numpy array of dtype {shown}")
         self.dtype = np.dtype(code)
 
-    def set_state(self, version: object, order: object, *more: object) -> None:
-        if order not in ("<", ">", "=", "|"):
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] not in ("<", ">", "=", "|"):
             raise ValueError("bad byte order")
-        self.dtype = self.dtype.newbyteorder(order)
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array:
     """`numpy.ndarray`, empty until the pickle sets its state."""
 
-    def __init__(self, array: np.ndarray | None = None):
-        self.array = array
+    def __init__(self, *kind_shape_code: object):
+        self.array: np.ndarray | None = None
 
-    def set_state(self, _: object, shape: tuple, dtype: _Dtype, fortran: int, data: object) -> None:
-        self.array = _frombuffer(data, dtype, shape, "F" if fortran else "C")
-
-
-def _reconstruct(*kind_shape_code: object) -> _Array:
-    return _Array()
-
-
-def _frombuffer(data: Any, dtype: _Dtype, shape: tuple, order: str) -> np.ndarray:
-    """An array on bytes of the file, which must be exactly as many as its shape says."""
-    if type(shape) is not tuple or len(shape) > 2 or order not in ("C", "F"):
-        raise ValueError("bad array shape")
-    if any(type(size) is not int or not 0 <= size <= _MOST_ROWS for size in shape):
-        raise ValueError("bad array shape")
-    array = np.frombuffer(data, dtype.dtype)
-    if len(array) != (shape[0] if shape else 1) * (shape[1] if len(shape) > 1 else 1):
-        raise ValueError(f"an array of shape {shape} does not fit its {len(data)} bytes")
-    return array.reshape(shape, order=order)
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, fortran, data = state
+        if type(shape) is not tuple or len(shape) > 2:
+            raise ValueError("its array is not [n, d]")
+        if any(type(size) is not int or not 0 <= size < 1 << 48 for size in shape):
+            raise ValueError("its array has an impossible size")
+        array = np.frombuffer(data, dtype.dtype)  # a view; `reshape` compares the sizes
+        self.array = array.reshape(shape, order="F" if fortran else "C")
 
 
-def _scalar(dtype: _Dtype, data: Any) -> np.generic:
-    return _frombuffer(data, dtype, (1,), "C")[0]
+def _from_buffer(data: object, dtype: _Dtype, shape: object, order: object) -> _Array:
+    array = _Array()
+    array.__setstate__((1, shape, dtype, order == "F", data))
+    return array
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """`_codecs.encode`, by which protocol 2 writes bytes; `bytes()` stands for none."""
-    if encoding != "latin1":
-        raise ValueError("bad encoding of bytes")
-    return text.encode("latin1")
-
-
-_NDARRAY = object()  # stands for `numpy.ndarray`, which is only ever an argument
-_NAMES: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): _NDARRAY,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,
-    ("__builtin__", "bytes"): lambda: b"",
-}
+_NAMES: dict[str, Any] = {"numpy.ndarray": None, "numpy.dtype": _Dtype}
 for _core in ("numpy.core", "numpy._core"):  # before and since numpy 2
-    _NAMES[f"{_core}.multiarray", "_reconstruct"] = _reconstruct
-    _NAMES[f"{_core}.multiarray", "scalar"] = _scalar
-    _NAMES[f"{_core}.numeric", "_frombuffer"] = lambda *state: _Array(_frombuffer(*state))
-_FUNCTIONS = {id(value) for value in _NAMES.values()} - {id(_NDARRAY)}
+    _NAMES[f"{_core}.multiarray._reconstruct"] = _Array
+    _NAMES[f"{_core}.multiarray.scalar"] = lambda dtype, data: np.frombuffer(data, dtype.dtype)[0]
+    _NAMES[f"{_core}.numeric._frombuffer"] = _from_buffer
 
 
-class _Instructions(dict[bytes, Any]):
-    """The handlers of the allowed instructions."""
-
-    def __missing__(self, code: int) -> Any:
-        known = pickletools.code2op.get(chr(code))
-        raise _Refused(f"the pickle instruction {known.name if known else code}")
-
-
-def _handler(code: bytes) -> tuple[int, Any]:
-    """The number of an instruction, and its handler, charged where it is costly."""
-    plain = pickle._Unpickler.dispatch[code[0]]
-
-    def charged(self: "_Unpickler") -> None:
-        self.spend()
-        plain(self)
-
-    return code[0], charged if code in _COSTLY else plain
-
-
-class _Unpickler(pickle._Unpickler):
+class _Unpickler(pickle.Unpickler):
     def __init__(self, file: mmap.mmap):
         super().__init__(file)
-        self._file, self._view = file, memoryview(file)
-        self._budget = 2 * len(file) + _FREE
+        self._left_to_encode = len(file)
 
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in _NAMES:
-            raise _Refused(shorten(f"{module}.{name}"))
-        return _NAMES[module, name]
+    def find_class(self, module: str, name: str) -> Any:
+        full_name = f"{module}.{name}"
+        if full_name == "_codecs.encode":
+            return self._encode
+        if full_name not in _NAMES:
+            raise _Refused(shorten(full_name))
+        return _NAMES[full_name]
 
-    def spend(self, n_bytes: int = _COST) -> None:
-        self._budget -= n_bytes
-        if self._budget < 0:
-            raise ValueError("it would take many times its size in memory")
+    def _encode(self, text: str, encoding: str) -> bytes:
+        """What protocol 2 makes bytes with. One text can be encoded a million times."""
+        self._left_to_encode -= len(text)
+        if encoding != "latin1" or self._left_to_encode < 0:
+            raise ValueError(_TOO_MUCH)
+        return text.encode("latin1")
 
-    def load_frame(self) -> None:
-        self.read(8)  # a hint to read ahead; the instructions follow it all the same
 
-    def load_inst(self) -> None:
-        self.find_class(*(self.readline()[:-1].decode("ascii") for _ in range(2)))
-        raise _Refused("an instance")
+def _check_instructions(file: mmap.mmap) -> None:
+    """Errors: `_Refused`; ValueError for instructions that would fill the memory.
 
-    def load_reduce(self) -> None:
-        arguments = self.stack.pop()
-        if id(self.stack[-1]) not in _FUNCTIONS or type(arguments) is not tuple:
-            raise _Refused("to call something that is no function")
-        self.stack[-1] = result = self.stack[-1](*arguments)
-        self.spend(len(result) if type(result) is bytes else _COST)
-
-    def load_build(self) -> None:
-        state = self.stack.pop()
-        if not isinstance(self.stack[-1], _Dtype | _Array) or type(state) is not tuple:
-            raise _Refused("to set the state of something that is no array")
-        self.stack[-1].set_state(*state)
-
-    def load_bytes(self, length: str) -> None:
-        """Bytes as a view of the file: nothing is allocated, however many a file claims."""
-        self.spend()
-        (size,) = struct.unpack(length, self.read(struct.calcsize(length)))
-        start = self._file.tell()
-        if size > len(self._file) - start:
-            raise EOFError(f"it claims {size} bytes where {len(self._file) - start} are left")
-        self._file.seek(start + size)
-        self.append(self._view[start : start + size])
-
-    dispatch = _Instructions(map(_handler, _ALLOWED))
-    dispatch |= {pickle.FRAME[0]: load_frame, pickle.INST[0]: load_inst}
-    dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.BUILD[0]: load_build}
-    dispatch[pickle.SHORT_BINBYTES[0]] = lambda self: self.load_bytes("<B")
-    dispatch[pickle.BINBYTES[0]] = lambda self: self.load_bytes("<I")
-    dispatch[pickle.BINBYTES8[0]] = lambda self: self.load_bytes("<Q")
-    dispatch[pickle.BYTEARRAY8[0]] = lambda self: self.load_bytes("<Q")
+    An instruction takes up to 100 bytes; real files have at least 8 bytes for each. The memo is an
+    array as long as its largest index.
+    """
+    most = len(file) // 8 + 100_000
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if opcode.name not in _ALLOWED:
+            raise _Refused(f"the pickle instruction {opcode.name}")
+        limit = {"LONG_BINPUT": most, "FRAME": len(file)}.get(opcode.name)
+        if number > most or (limit is not None and argument > limit):
+            raise ValueError(_TOO_MUCH)
+    file.seek(0)
 
 
 class LegacyEmbeddings(NamedTuple):
-    """`vectors[i]` belongs to `ids[i]`: an array [n, d] on the file, or a list of arrays [d]."""
+    """`vectors[i]` belongs to `ids[i]`: an array [n, d], or a list of arrays [d]."""
 
     ids: list[str]
     vectors: np.ndarray | list[np.ndarray]
@@ -192,74 +121,58 @@ class LegacyEmbeddings(NamedTuple):
 def read_legacy_embeddings(path: str | Path) -> LegacyEmbeddings:
     """Read a pickled `(ids, array [n, d])`, or DPR's list of `(id, vector [d])`.
 
-    Errors: `InputError` that names the file and what it asked for, or what is wrong with it.
+    Errors: `InputError` that names the file and what it asks for, or what is wrong with it.
     """
+    remedy = "make them again with generate_passage_embeddings.py, or copy them again"
     try:
         with open(path, "rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except ValueError:
-        raise InputError(f"{path}: the file is empty; make or copy it again") from None
+        _check_instructions(content)
+        return _as_embeddings(_Unpickler(content).load(), len(content))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    try:
-        return _as_embeddings(_Unpickler(content).load(), len(content))
     except _Refused as error:
         raise InputError(
             f"{path}: refused, because this pickle asks for {error}, and embeddings are arrays of "
-            "numbers, text, lists and tuples; make them again with generate_passage_embeddings.py"
+            f"numbers, text, lists and tuples; {remedy}"
         ) from None
     # A broken pickle fails in as many ways as there are instructions in it.
     except (
-        *(pickle.UnpicklingError, EOFError, struct.error, ValueError, TypeError, AttributeError),
-        *(LookupError, OverflowError, MemoryError, RecursionError),
+        *(pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError),
+        *(OverflowError, MemoryError, RecursionError),
     ) as error:
-        raise InputError(
-            f"{path}: not embeddings that can be read ({first_line(error)}); make them again with "
-            "generate_passage_embeddings.py, or copy them again"
-        ) from None
+        problem = f"not embeddings that can be read ({first_line(error)})"
+        raise InputError(f"{path}: {problem}; {remedy}") from None
 
 
 def _as_embeddings(content: Any, file_size: int) -> LegacyEmbeddings:
-    """Errors: ValueError when the content is built otherwise. Nothing of it is printed."""
-    if not isinstance(content, list | tuple):
-        kind = "ndarray" if isinstance(content, _Array) else type(content).__name__
-        raise ValueError(f"it holds a {kind}")
-    if len(content) == 2 and isinstance(content[1], _Array):
+    """Errors: ValueError when the content has another form. None of it is printed."""
+    is_list = isinstance(content, list | tuple)
+    if is_list and len(content) == 2 and isinstance(content[1], _Array):
         ids, vectors = content[0], content[1].array
-        if vectors is None or vectors.ndim != 2 or vectors.dtype.kind != "f":
-            raise ValueError("its array is not float [n, d]")
-    else:
-        if not content or any(type(i) not in (list, tuple) or len(i) != 2 for i in content):
-            raise ValueError("it holds neither (ids, array) nor a list of (id, vector)")
-        ids = [item[0] for item in content]
-        vectors = [getattr(item[1], "array", None) for item in content]
-        if any(v is None or v.ndim != 1 or v.dtype.kind != "f" for v in vectors):
-            raise ValueError("its vectors are not all one-dimensional arrays of floats")
-        if len({(len(vector), vector.dtype) for vector in vectors}) > 1:
-            raise ValueError("its vectors are not all of one size and kind")
+        if vectors.ndim != 2 or vectors.dtype.kind != "f":
+            found = f"{vectors.dtype} {list(vectors.shape)}"
+            raise ValueError(f"its array is {found}, not float [n, d]")
+    elif is_list and content and all(map(_is_pair, content)):
+        ids, vectors = [item[0] for item in content], [item[1].array for item in content]
+        kinds = {(vector.shape, vector.dtype) for vector in vectors}
+        if len(kinds) > 1 or vectors[0].ndim != 1 or vectors[0].dtype.kind != "f":
+            raise ValueError("its vectors are not all float [d] of the same kind")
         if len(vectors) * vectors[0].nbytes > file_size:  # one can be named a million times
-            raise ValueError("its vectors are more than the file can hold")
-    if isinstance(ids, _Array):
-        ids = list(ids.array)
-    if not isinstance(ids, list | tuple):
-        raise ValueError("its ids are no list")
+            raise ValueError(_TOO_MUCH)
+    else:
+        raise ValueError("it holds neither (ids, array) nor a list of (id, vector)")
+    ids = list(ids.array) if isinstance(ids, _Array) else ids
+    is_list = isinstance(ids, list | tuple)
+    if not is_list or not all(isinstance(item, str | int | np.integer) for item in ids):
+        raise ValueError("its ids are not texts or whole numbers")
     if len(ids) != len(vectors):
         raise ValueError(f"it holds {len(ids)} ids, but {len(vectors)} embeddings")
-    texts, room = [], 4 * file_size + _FREE  # one text can be named a million times
-    for item in ids:
-        texts.append(_id_text(item))
-        room -= len(texts[-1])
-        if room < 0:
-            raise ValueError("its ids are more than the file can hold")
+    texts = list(map(str, ids))
+    if sum(map(len, texts)) > 4 * file_size:  # one can be named a million times
+        raise ValueError(_TOO_MUCH)
     return LegacyEmbeddings(texts, vectors)
 
 
-def _id_text(value: object) -> str:
-    if type(value) is str:
-        return value
-    if isinstance(value, memoryview | bytes):
-        return bytes(value).decode()
-    # No id has more than 128 bits; to write out a number of a million digits takes minutes.
-    if isinstance(value, int | np.integer) and abs(int(value)) < 1 << 128:
-        return str(int(value))
-    raise ValueError(f"an id is a {type(value).__name__}")
+def _is_pair(item: object) -> bool:
+    return isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[1], _Array)

@@ -1,12 +1,13 @@
-"""The passages of a collection for questions: where the kind of search is chosen.
+"""Passages for questions: where the kind of search is chosen.
 
 `open_search(options, ...)` opens a collection's index, with the retriever if one is needed, and
-`search(questions, k)` finds passages with it. Each index is a file of its own beside this one, with
-`search(queries, k) -> Found` and `ids(positions)`, and is named in `_open_index`.
+`search(questions, k)` finds passages with it. Each kind of index is a file in this folder with
+`search(queries, k) -> Found`, and is named in `_open_index` or `open_search`.
 """
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,14 @@ from src.search.exact import Found, Indexer, merge
 from src.search.gpu import GpuIndexer
 from src.training.metrics import passing_bar
 
-_QUESTIONS_AT_ONCE = 1024  # embedded at once
+_QUESTIONS_AT_ONCE = 1024  # embedded between two updates of the progress bar
 _RECALL_SAMPLE = 100  # questions on which an approximate index is compared with exact search
 
 
 def open_search(
     options: SearchOptions, passages: Passages, device: torch.device, log: logging.Logger
 ) -> "BM25Search | EmbeddingSearch":
-    """The search that the options ask for. Of several processes, each must call its methods."""
+    """The search that the options ask for. Every process must call its methods."""
     if options.bm25:
         return BM25Search(options, passages, log)
     return EmbeddingSearch(options, passages, device, log)
@@ -44,67 +45,60 @@ def open_search(
 def _open_index(
     options: SearchOptions, exact: Indexer, device: torch.device, log: logging.Logger
 ) -> Any:
-    """The index over embeddings: the exact one itself, on a GPU, or one that FAISS makes of it."""
+    """The index over embeddings: FAISS's, or exact search on a GPU or CPU."""
     if options.factory:
         return _open_faiss_index(options, exact, log)
-    return (
-        GpuIndexer(exact.shards, options.indexing_batch_size, device)
-        if device.type == "cuda"
-        else exact
-    )
+    if device.type == "cuda":
+        return GpuIndexer(exact.shards, options.indexing_batch_size, device)
+    return exact
 
 
 def _open_faiss_index(options: SearchOptions, exact: Indexer, log: logging.Logger) -> Any:
-    """The main process builds it. The others open it where it is saved, and share in searching;
+    """The main process builds it. If it is saved, the others load it and share the search;
     otherwise theirs is None."""
-    factory, keep, allow_mismatch = (
-        options.factory,
-        options.save_or_load_index,
-        options.allow_mismatch,
-    )
+    factory, keep, allow = options.factory, options.save_or_load_index, options.allow_mismatch
 
     def load_or_build() -> faiss_index.CompressedIndexer:
         with passing_bar(len(exact), "passage", "building the index") as bar:
-            return faiss_index.load_or_build(exact, factory, keep, allow_mismatch, log, bar.update)
+            return faiss_index.load_or_build(exact, factory, keep, allow, log, bar.update)
 
     index = distributed.run_on_main(load_or_build)
     if keep and index is None:
         folder = faiss_index.index_folder(exact, factory)
-        index = faiss_index.CompressedIndexer.load(folder, exact, factory, allow_mismatch, False)
+        index = faiss_index.CompressedIndexer.load(folder, exact, factory, allow, verify=False)
     return index
 
 
 class BM25Search:
-    """BM25. Of several processes, the main one has the index and searches.
+    """BM25, in the main process.
 
-    Attributes: made_by: what the results depend on, as JSON values.
+    Attributes: made_by: everything the results depend on, as JSON values.
     """
 
     def __init__(self, options: SearchOptions, passages: Passages, log: logging.Logger):
         folder = Path(f"{passages.path}.bm25") if options.save_or_load_index else None
-        shown = distributed.is_main() and has_bars()
         self._index = distributed.run_on_main(
-            lambda: BM25.load_or_build(passages, folder, log, show_progress=shown)
+            lambda: BM25.load_or_build(passages, folder, log, show_progress=has_bars())
         )
         self.made_by = {"model": "bm25", "passages": passages.fingerprint()}
 
     def search(self, questions: list[str], k: int) -> Found:
-        """The k best passages of each question, the same in every process. Positions are those in
+        """The k best passages for each question, the same in every process. Positions are rows of
         the collection."""
 
         def find() -> Found:
             with passing_bar(len(questions), "question", "searching") as bar:
                 return self._index.search(questions, k, bar.update)
 
-        return distributed.all_gather(distributed.run_on_main(find))[0]
+        return _from_main(find)
 
 
 class EmbeddingSearch:
-    """Search in the embeddings of a collection by those of questions.
+    """Search by embeddings of questions in those of a collection.
 
     Errors: `InputError` when there are none, or, without `allow_mismatch`, when shards, collection
         and retriever do not belong together.
-    Attributes: made_by: what the results depend on, as JSON values.
+    Attributes: made_by: everything the results depend on, as JSON values.
     """
 
     def __init__(
@@ -114,36 +108,30 @@ class EmbeddingSearch:
         device: torch.device,
         log: logging.Logger,
     ):
-        self._options, self._passages, self._device = options, passages, device
+        self._options, self._passages = options, passages
         shards = open_shards(options.passages_embeddings, options.allow_mismatch)
         if not options.allow_mismatch:
             check_count(shards, passages.path, len(passages))
-        self._exact = Indexer(shards, options.indexing_batch_size)
-        self._describe(log)
-        self._load_retriever(log)
-        self._index = _open_index(options, self._exact, device, log)
-
-    def _describe(self, log: logging.Logger) -> None:
-        exact, factory = self._exact, self._options.factory
+        exact = Indexer(shards, options.indexing_batch_size)
         memory = faiss_index.expected_memory(
-            len(exact), exact.dimension, self._options.indexing_batch_size, factory
+            len(exact), exact.dimension, options.indexing_batch_size, options.factory
         )
-        shards = count(len(exact.shards), "shard")
-        embeddings = f"{len(exact):,} embeddings of size {exact.dimension} in {shards}"
-        needs = f"{factory or 'exact'} search takes about {size(memory.building)} of memory"
-        say(log, "search", "%s; %s", embeddings, needs)
+        of = f"{len(exact):,} embeddings of size {exact.dimension} in {count(len(shards), 'shard')}"
+        kind = options.factory or "exact"
+        say(log, "search", "%s; %s search takes about %s of memory", of, kind, size(memory))
+        self._exact, self._embedder = exact, self._load_retriever(device, log)
+        self._index = _open_index(options, exact, device, log)
 
-    def _load_retriever(self, log: logging.Logger) -> None:
-        options, device = self._options, self._device
+    def _load_retriever(self, device: torch.device, log: logging.Logger) -> TextEmbedder:
+        options = self._options
         retriever = load_retriever(options.model_path)
         base = "bert-base-uncased" if options.tokenizer == "none" else options.tokenizer
         tokenizer = load_tokenizer(options.model_path, base, options.tokenizer_option)
         check_vocabulary(retriever.config, tokenizer, options.tokenizer_option)
         shard, model = self._exact.shards[0], fingerprint(retriever)
-        collection = self._passages.fingerprint()
-        self.made_by = {"model": model, "passages": collection, "embeddings": shard.metadata}
-        if shard.metadata and not options.allow_mismatch:
-            theirs = shard.metadata
+        collection, theirs = self._passages.fingerprint(), shard.metadata
+        self.made_by = {"model": model, "passages": collection, "embeddings": theirs}
+        if theirs and not options.allow_mismatch:
             plain = json.loads(theirs.get("options", "{}")).get("plain_text", False)
             for what, name, ours, other in (
                 ("the model", options.model_path, model, theirs.get("model")),
@@ -156,20 +144,13 @@ class EmbeddingSearch:
         if not options.no_fp16 and device.type == "cuda":
             retriever = retriever.half()
         length = options.question_maxlength or retriever.config.question_maxlength
-        self._embedder = TextEmbedder(
-            retriever.to(device).eval(),
-            tokenizer,
-            "questions",
-            length,
-            options.per_gpu_batch_size,
-            device,
-        )
+        retriever, batch_size = retriever.to(device).eval(), options.per_gpu_batch_size
+        return TextEmbedder(retriever, tokenizer, "questions", length, batch_size, device)
 
     def search(self, questions: list[str], k: int) -> Found:
-        """The k best passages of each question, the same in every process. Positions are those in
+        """The k best passages for each question, the same in every process. Positions are rows of
         the collection; an approximate index can find fewer than k."""
-        queries = self._embed(questions)
-        found = self._find(self._index, queries, k)
+        found = self._find(self._index, self._embed(questions), k)
         positions = np.full(found.positions.shape, -1)
         for row, ids in zip(positions, self._exact.ids(found.positions), strict=True):
             row[: len(ids)] = self._passages.find(ids)
@@ -179,35 +160,37 @@ class EmbeddingSearch:
         """The share of the exact top k that the index finds, on a sample of the questions."""
         draw = np.random.default_rng(seed).permutation(len(questions))[:_RECALL_SAMPLE]
         queries = self._embed([questions[number] for number in sorted(draw)])
-        return faiss_index.recall(
-            self._find(self._index, queries, k), self._find(self._exact, queries, k)
-        )
+        found, exact = (self._find(index, queries, k) for index in (self._index, self._exact))
+        return faiss_index.recall(found, exact)
 
     def _embed(self, questions: list[str]) -> np.ndarray:
         """Embeddings [q, d]."""
-        parts = [np.empty((0, self._exact.dimension), np.float32)]
+        parts = [np.empty((0, self._exact.dimension), np.float32)] * (not questions)
         with passing_bar(len(questions), "question", "embedding questions") as bar:
             for start in range(0, len(questions), _QUESTIONS_AT_ONCE):
                 some = questions[start : start + _QUESTIONS_AT_ONCE]
                 texts = [question_text(text, self._options.plain_text) for text in some]
                 parts.append(self._embedder(texts))
                 bar.update(len(some))
-        return np.concatenate(parts[1:] or parts)
+        return np.concatenate(parts)
 
     def _find(self, index: Any, queries: np.ndarray, k: int) -> Found:
-        """Search with all processes: exact search shares out the embeddings' blocks, the others
-        share out the questions, unless only the main process has the index."""
+        """Search with all processes: exact search divides the embeddings' blocks among them, FAISS
+        the questions, unless only the main process has the index."""
         rank, world_size = distributed.rank(), distributed.world_size()
         if isinstance(index, Indexer):
             with passing_bar(len(self._exact), "passage", "searching") as bar:
                 found = index.search(queries, k, (rank, world_size), bar.update)
             return merge(distributed.all_gather(found), found.scores.shape[1])
         if not self._options.save_or_load_index:
-            return distributed.all_gather(
-                distributed.run_on_main(lambda: index.search(queries, k))
-            )[0]
-        shares = distributed.all_gather(index.search(queries[rank::world_size], k))
-        found = Found.empty(len(queries), shares[0].scores.shape[1])
-        for number, share in enumerate(shares):
-            found.scores[number::world_size], found.positions[number::world_size] = share
+            return _from_main(lambda: index.search(queries, k))
+        parts = distributed.all_gather(index.search(queries[rank::world_size], k))
+        found = Found.empty(len(queries), parts[0].scores.shape[1])
+        for number, part in enumerate(parts):
+            found.scores[number::world_size], found.positions[number::world_size] = part
         return found
+
+
+def _from_main(search: Callable[[], Found]) -> Found:
+    """The main process's result, in every process."""
+    return distributed.all_gather(distributed.run_on_main(search))[0]

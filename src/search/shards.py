@@ -1,8 +1,8 @@
-"""Passage embeddings on disk: shards, how they are read and written.
+"""Passage embeddings on disk, in shards.
 
 A shard is one `safetensors` file: `embeddings` [n, d] in float16 or float32, and the passages' ids
-as `id_bytes` (UTF-8, one behind the other) with `id_offsets` [n + 1]. All of it is memory-mapped:
-21 million passages cost no memory, and their ids no strings, until they are asked for.
+as `id_bytes` (concatenated UTF-8) with `id_offsets` [n + 1]. All of it is memory-mapped: 21 million
+passages take no memory until they are read.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ import math
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ import numpy as np
 from src.data.outputs import flush_to_disk, require_regular, write_whole, writing
 from src.runtime.errors import InputError, first_line, shorten
 
-# What a shard's metadata says of its making. Shards and indexes that differ in it do not mix.
+# The metadata in which all shards of a collection, and an index of them, must agree.
 FINGERPRINTS = ("model", "passages", "options")
 _RESUMES = "make room, and the same command resumes after the last finished block"
 _VERSION = {"format_version": "1"}
-_READ_BYTES = 1 << 22  # read at once
+_READ_BYTES = 1 << 22  # per read
 _DTYPES = {name: np.dtype(code) for name, code in (("F16", "<f2"), ("F32", "<f4"))}
 _DTYPES |= {"I64": np.dtype("<i8"), "U8": np.dtype("u1")}
 
@@ -34,8 +33,8 @@ _DTYPES |= {"I64": np.dtype("<i8"), "U8": np.dtype("u1")}
 
 
 def shard_path(output_path: str, shard_id: int) -> Path:
-    """Where a shard belongs. A bare `folder`, or one with a slash behind it, gives
-    `folder/wiki_00`; with a slash inside it is a prefix: `dir/passages` gives `dir/passages_00`."""
+    """The path of a shard: `folder` or `folder/` gives `folder/wiki_00`; a path with a further
+    component is a prefix: `dir/passages` gives `dir/passages_00`."""
     folder, name = os.path.split(output_path)
     if not folder or not name:
         folder, name = output_path, "wiki"
@@ -43,7 +42,7 @@ def shard_path(output_path: str, shard_id: int) -> Path:
 
 
 class StoredIds(Sequence[str]):
-    """The ids in a shard. Each becomes a string when it is asked for; a slice gives a list."""
+    """The ids in a shard, decoded when they are read; a slice gives a list."""
 
     def __init__(self, path: str, offsets: np.ndarray, content: np.ndarray):
         self._path, self._offsets, self._content = path, offsets, content
@@ -59,21 +58,21 @@ class StoredIds(Sequence[str]):
         try:
             return self._content[start:end].tobytes().decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
-            raise InputError(f"{self._path}: the id of row {index} is no text") from None
+            raise InputError(f"{self._path}: the id of row {index} is not text") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """An opened shard. `embeddings` [n, d] is a memory map; a legacy pickle has no metadata.
 
-    Args: opened_as: of the file that is mapped, to notice when it changes.
+    Args: opened_as: size and time of the mapped file, to notice when it changes.
     """
 
     path: str
     ids: Sequence[str]
     embeddings: np.ndarray
     metadata: dict[str, str]
-    opened_as: os.stat_result | None = None
+    opened_as: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -82,7 +81,7 @@ class Shard:
         """Copy the rows from `first` on into `out` [r, d], float32.
 
         A memory map is read as a file: its pages would count as this process's memory, and touching
-        them after the file was cut off ends the process. Errors: `InputError` if it has changed.
+        them after the file was truncated kills the process. Errors: `InputError` if it has changed.
         """
         source = self.embeddings
         if not isinstance(source, np.memmap):
@@ -92,7 +91,7 @@ class Shard:
         at_once = max(1, _READ_BYTES // max(1, row_bytes))
         try:
             with open(source.filename, "rb", buffering=0) as file:
-                self.check_unchanged(os.fstat(file.fileno()))
+                self._check_unchanged(os.fstat(file.fileno()))
                 file.seek(source.offset + first * row_bytes)
                 for start in range(0, len(out), at_once):
                     rows = out[start : start + at_once]
@@ -103,19 +102,16 @@ class Shard:
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
 
-    def check_unchanged(self, stat: os.stat_result | None = None) -> None:
-        """Errors: `InputError` when the file is not the one that was opened.
+    def check_unchanged(self) -> None:
+        """Errors: `InputError` when the file is not the one that was opened."""
+        if self.opened_as is not None:
+            try:
+                self._check_unchanged(os.stat(self.embeddings.filename))
+            except OSError as error:
+                raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
 
-        Args: stat: of the file as it is now, where it is known.
-        """
-        if self.opened_as is None:
-            return
-        try:
-            stat = stat or os.stat(self.embeddings.filename)
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
-        before = self.opened_as
-        if (stat.st_size, stat.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+    def _check_unchanged(self, stat: os.stat_result) -> None:
+        if self.opened_as not in (None, (stat.st_size, stat.st_mtime_ns)):
             raise self._changed()
 
     def _changed(self) -> InputError:
@@ -125,7 +121,7 @@ class Shard:
         )
 
     def number(self, key: str) -> int | None:
-        """A number that the metadata gives (`shard_id`, `num_shards`, `first`), or None."""
+        """A number from the metadata (`shard_id`, `num_shards`, `first`), or None."""
         value = self.metadata.get(key)
         if value is None:
             return None
@@ -135,23 +131,19 @@ class Shard:
 
 
 def read_shard(path: str | Path) -> Shard:
-    """Open a shard.
-
-    Errors: `InputError` that names the file when it is missing, cut off, broken, or something else.
-    """
+    """Open a shard. Errors: `InputError` when it is missing, truncated, broken or not a shard."""
     path = str(path)
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = file.read(length) if length < 1 << 26 else b""
-            opened_as = os.fstat(file.fileno())
-            size = opened_as.st_size
+            stat = os.fstat(file.fileno())
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     try:
         entries = json.loads(header)
         metadata = dict(entries.pop("__metadata__", {}))
-        if 8 + length + max(entry["data_offsets"][1] for entry in entries.values()) != size:
+        if 8 + length + max(entry["data_offsets"][1] for entry in entries.values()) != stat.st_size:
             raise ValueError("its size is not the one in its header")
         offsets = _map_tensor(path, entries["id_offsets"], 8 + length, ["I64"])
         embeddings = _map_tensor(path, entries["embeddings"], 8 + length, ["F16", "F32"])
@@ -159,14 +151,14 @@ def read_shard(path: str | Path) -> Shard:
         if embeddings.ndim != 2 or offsets.shape != (len(embeddings) + 1,):
             raise ValueError("its ids do not match its embeddings")
         if metadata.get("format_version") != _VERSION["format_version"]:
-            raise ValueError("it is of another version")
+            raise ValueError("it has another version")
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise InputError(
             f"{path}: not a complete shard of embeddings ({first_line(error)}); make it again "
             "with generate_passage_embeddings.py"
         ) from None
-    if not isinstance(embeddings, np.memmap):
-        opened_as = None
+    is_mapped = isinstance(embeddings, np.memmap)
+    opened_as = (stat.st_size, stat.st_mtime_ns) if is_mapped else None
     return Shard(path, StoredIds(path, offsets, content), embeddings, metadata, opened_as)
 
 
@@ -178,7 +170,7 @@ def _map_tensor(path: str, entry: dict, data_start: int, dtypes: list[str]) -> n
     sane = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     if not sane or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"a tensor's shape is {shorten(shape)}")
-    if begin == end:  # nothing can be mapped
+    if begin == end:  # an empty map is impossible
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, "r", data_start + begin, shape)
 
@@ -188,21 +180,20 @@ def _map_tensor(path: str, entry: dict, data_start: int, dtypes: list[str]) -> n
 
 
 class ShardWriter:
-    """Writes one shard as a stream of blocks, and goes on where a killed writer stopped.
+    """Writes one shard block by block, and resumes where a killed writer stopped.
 
-    The shard grows in a hidden file beside its place. After each block, a small JSON file says
-    how many rows are finished; the rows are on disk before it is. `finish` renames: a shard is
-    complete or absent.
+    The shard grows in a hidden file. After each block has reached the disk, a small JSON file
+    records how many rows are finished. `finish` renames: a shard is complete or absent.
 
     Args:
-        path: the shard's place, by `shard_path`.
+        path: the shard's path, from `shard_path`.
         rows, dimension: of the whole shard.
         dtype: float16 or float32.
         metadata: texts: `FINGERPRINTS`, `shard_id`, `num_shards` and `first` (position of row 0).
     Attributes:
-        position: how many rows are finished; `append` goes on from there.
-        discarded: why a partial file was not gone on from, for the log, or None.
-    Errors: `InputError` when the place cannot be written, or its disk is or will be full.
+        position: how many rows are finished; `append` continues there.
+        discarded: why a partial file was not continued, for the log, or None.
+    Errors: `InputError` when the file cannot be written, or the disk is or will be full.
     """
 
     def __init__(
@@ -212,14 +203,13 @@ class ShardWriter:
         self._partial, self._progress = _unfinished(self.path)
         self._kind = {2: "F16", 4: "F32"}[np.dtype(dtype).itemsize]
         self._shape, self._metadata = (rows, dimension), {**_VERSION, **metadata}
-        row_bytes = dimension * _DTYPES[self._kind].itemsize
-        # What has a known size comes first; only the end of the ids' text moves. Its length stands
-        # in the header, which is written last, in room for any length.
+        self._row_bytes = dimension * _DTYPES[self._kind].itemsize
+        # Everything of known size comes first, so only the end of the ids' text moves. Its length
+        # is in the header, which is written last, into room for any length.
         self._offsets_start = 0
         self._offsets_start = len(self._header(1 << 62))
         self._vectors_start = self._offsets_start + 8 * (rows + 1)
-        self._text_start = self._vectors_start + rows * row_bytes
-        self._row_bytes = row_bytes
+        self._text_start = self._vectors_start + rows * self._row_bytes
         self._file: Any = None
         with writing(self.path, "use another --output_path"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,18 +217,13 @@ class ShardWriter:
             self.position, self._text_bytes = self._find_progress()
             if not self.position:
                 remove_unfinished(self.path)
-            needed = (rows - self.position) * (row_bytes + 8)
+            needed = (rows - self.position) * (self._row_bytes + 8)
             free = shutil.disk_usage(self.path.parent).free
             if needed > free:
                 raise InputError(
                     f"{self.path}: needs {needed / 1e9:.1f} GB more, but its disk has "
                     f"{free / 1e9:.1f} GB left; make room, or use another --output_path"
                 )
-            self._open()
-            if not self.position:  # it can be written; until it holds rows, nothing is left
-                self._file.close()
-                self._partial.unlink()
-                self._file = None
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -247,16 +232,9 @@ class ShardWriter:
         if self._file is not None:
             self._file.close()
 
-    def _open(self) -> None:
-        flags = os.O_RDWR | os.O_NOFOLLOW | (0 if self.position else os.O_CREAT | os.O_EXCL)
-        self._file = open(os.open(self._partial, flags, 0o666), "r+b")  # noqa: SIM115
-        self._file.truncate(self._text_start + self._text_bytes)
-
     def append(self, ids: Sequence[str], vectors: np.ndarray) -> None:
-        """Add the next rows, as one finished block. It waits for the disk: give it thousands.
-
-        Args: `vectors` [len(ids), d]. Errors: `InputError` when one of them is not finite.
-        """
+        """Add the next rows [len(ids), d] as one finished block. It waits for the disk, so blocks
+        should have thousands of rows. Errors: `InputError` for embeddings that are not finite."""
         with np.errstate(over="ignore"):
             block = np.ascontiguousarray(vectors, _DTYPES[self._kind])
         if block.shape != (len(ids), self._shape[1]) or self.position + len(ids) > self._shape[0]:
@@ -266,7 +244,7 @@ class ShardWriter:
             passage = shorten(ids[int(finite.argmin())])
             raise InputError(
                 f"{self.path}: the embedding of passage {passage} is not finite in {block.dtype}; "
-                "embed with --no_fp16, or mend the model"
+                "embed with --no_fp16, or repair the model"
             )
         texts = [text.encode("utf-8", "surrogatepass") for text in ids]
         ends = self._text_bytes + np.cumsum([len(text) for text in texts], dtype="<i8")
@@ -281,7 +259,7 @@ class ShardWriter:
             write_whole(self._progress, [json.dumps(progress)], _RESUMES)
 
     def finish(self) -> Path:
-        """Put the shard in its place, and return that."""
+        """Complete the shard, and return its path."""
         if self.position != self._shape[0]:
             raise ValueError(f"{self.path}: {self.position} of {self._shape[0]} rows are written")
         with writing(self.path, _RESUMES):
@@ -298,7 +276,7 @@ class ShardWriter:
         return {"shape": list(self._shape), "dtype": self._kind, "metadata": self._metadata}
 
     def _find_progress(self) -> tuple[int, int]:
-        """How many rows, and bytes of their ids, an earlier writer finished of this very shard."""
+        """How many rows, and bytes of their ids, an earlier writer of this shard finished."""
         try:
             progress = json.loads(self._progress.read_text())
             size = self._partial.stat().st_size
@@ -330,38 +308,32 @@ class ShardWriter:
         room = max(self._offsets_start - 8, math.ceil(len(text) / 8) * 8)
         return room.to_bytes(8, "little") + text.ljust(room)
 
-    def _write(self, place: int, content: bytes | memoryview) -> None:
+    def _write(self, position: int, content: bytes | memoryview) -> None:
         if self._file is None:
-            self._open()
-        self._file.seek(place)
+            new = 0 if self.position else os.O_CREAT | os.O_EXCL
+            handle = os.open(self._partial, os.O_RDWR | os.O_NOFOLLOW | new, 0o666)
+            self._file = open(handle, "r+b")  # noqa: SIM115
+            self._file.truncate(self._text_start + self._text_bytes)
+        self._file.seek(position)
         self._file.write(content)
 
 
 def is_finished(path: str | Path, metadata: dict[str, str]) -> bool:
-    """Whether a complete shard with this metadata is in its place, so that none need be written."""
+    """Whether there is a complete shard with this metadata."""
     try:
         return read_shard(path).metadata == {**_VERSION, **metadata}
     except InputError:
         return False
 
 
-def checksum(path: Path) -> int:
-    """The CRC-32 of a file."""
-    value = 0
-    with open(path, "rb") as file:
-        while piece := file.read(_READ_BYTES):
-            value = zlib.crc32(piece, value)
-    return value
-
-
 def remove_unfinished(path: Path) -> None:
-    """Remove what a stopped writer left of a shard that is complete, or is made anew."""
+    """Remove what a stopped writer left of a shard."""
     for unfinished in _unfinished(path):
         unfinished.unlink(missing_ok=True)
 
 
 def _unfinished(path: Path) -> tuple[Path, Path]:
-    """The files of a shard in the making: its rows so far, and how many they are."""
+    """The files of an unfinished shard: its rows so far, and their number."""
     return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.progress.json")
 
 

@@ -3,10 +3,9 @@
 A run's folder holds `checkpoint/step-N` (every `--save_freq` updates, and at the end), `best_dev`
 and `latest` (a link to the newest). Each is an ordinary model folder with two more files:
 `training_state.pt` (optimizer, loss scale, random states, read back with weights_only) and
-`checkpoint.json` (how far the run is, its options, and the size of every other file). A checkpoint
-is written to a hidden folder and renamed, so it is complete or absent; the sizes reveal a copy that
-was cut off. `step-N` and `best_dev` of the same update share their files on disk by hard links:
-nothing ever writes into a file that is in a checkpoint, it only replaces it.
+`checkpoint.json` (how far the run is, its options, and the size of every other file, which reveals
+a copy that was cut off). `step-N` and `best_dev` of the same update share their files on disk by
+hard links: files of a checkpoint are only ever replaced, never written into.
 """
 
 import json
@@ -20,24 +19,22 @@ from typing import Any
 
 import torch
 
-from src.data.outputs import write_whole
+from src.data.outputs import atomic_folder, write_whole
 from src.runtime import distributed
 from src.runtime.errors import InputError, first_line
 
 STATE_FILE, META_FILE = "training_state.pt", "checkpoint.json"
 
-# What a run keeps from its beginning: a resumed run takes weights, shape and tokenizer from its own
-# checkpoint, so another value would be without effect.
+# A resumed run takes weights, shape and tokenizer from its own checkpoint, so another value of
+# these would have no effect.
 _FIXED = """
 model_path model_size model_config tokenizer legacy_position_table retriever_model
 indexing_dimension question_maxlength passage_maxlength no_projection no_question_mask
 no_passage_mask extract_cls
 """
-# What a changed option means, where it is not simply used from now on.
-_MEANING = {
-    "train_data": "examples come from there from now on",
-    "eval_data": "the best value so far, and best_dev, are by the file before",
-    "seed": "order, targets and dropout are drawn by it from now on",
+_MEANING = {  # of a change, where that is not obvious
+    "eval_data": "the best value so far, and best_dev, are by the earlier file",
+    "seed": "order, targets and dropout now depend on it",
     "processes": "dropout is drawn anew",
 }
 
@@ -49,9 +46,9 @@ class Checkpoints:
         folder: `checkpoint_dir/name/checkpoint`.
         save_model: writes weights, config and tokenizer into a folder.
         keep: how many periodic `step-N` stay; 0 keeps all.
-        options: the run's options, written into each checkpoint's meta file.
+        options: the run's options, for each checkpoint's meta file.
 
-    Positions are `loop.Position` as a dict; states go into `training_state.pt`.
+    A `position` is a `loop.Position` as a dict; a `state` goes into `training_state.pt`.
     """
 
     def __init__(
@@ -71,12 +68,11 @@ class Checkpoints:
         return path
 
     def save_best(self, position: dict[str, Any], state: dict[str, Any]) -> Path:
-        """Write `best_dev` in place of the one before."""
+        """Write or replace `best_dev`."""
         return self._save("best_dev", position, state, True)
 
     def update_step(self, position: dict[str, Any]) -> None:
-        """Note in `step-N`, if there is one, how far the run is since its weights were saved (its
-        evaluation has been made)."""
+        """Note in `step-N`, if there is one, that it has been evaluated."""
         path = self.folder / f"step-{position['step']}"
         if meta := read_meta(path):
             write_whole(path / META_FILE, [_as_text({**meta, "position": position})])
@@ -84,33 +80,29 @@ class Checkpoints:
     def _save(
         self, name: str, position: dict[str, Any], state: dict[str, Any], periodic: bool
     ) -> Path:
-        target, partial = self.folder / name, self.folder / f".{name}.partial"
+        target = self.folder / name
         try:
-            _remove(partial)
-            partial.mkdir(parents=True)
-            same = self.folder / f"step-{position['step']}"  # saved before it was evaluated
-            if target != same and (saved := read_meta(same)):
-                for file in saved["files"]:
-                    _link(same / file, partial / file)
-            else:
-                self._save_model(partial)
-                torch.save(state, partial / STATE_FILE)
-            sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-            meta = {"step": position["step"], "periodic": periodic, "position": position}
-            meta |= {"options": self._options, "files": sizes}
-            (partial / META_FILE).write_text(_as_text(meta))
-            _flush_to_disk(partial)
+            with atomic_folder(target) as partial:
+                same = self.folder / f"step-{position['step']}"  # saved before it was evaluated
+                if target != same and (saved := read_meta(same)):
+                    for file in saved["files"]:
+                        _link(same / file, partial / file)
+                else:
+                    self._save_model(partial)
+                    torch.save(state, partial / STATE_FILE)
+                sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+                meta = {"step": position["step"], "periodic": periodic, "position": position}
+                meta |= {"options": self._options, "files": sizes}
+                (partial / META_FILE).write_text(_as_text(meta))
         except Exception as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            # A full disk, as Python, safetensors and torch.save tell of it.
+            # How Python, safetensors and torch.save report a full disk.
             kinds = ("os error", "inline_container")
             if not (isinstance(error, OSError) or any(kind in str(error) for kind in kinds)):
                 raise
             raise InputError(
                 f"{target}: the checkpoint cannot be written ({first_line(error)}); "
-                "what was there before still is"
+                "earlier checkpoints are intact"
             ) from error
-        _swap(partial, target)
         _link_latest(self.folder)
         return target
 
@@ -136,46 +128,47 @@ def _link_latest(folder: Path) -> None:
 
 
 def remove_old_steps(folder: Path, keep: int) -> None:
-    """Remove all periodic `step-N` but the newest `keep` (0: none), and those that are not
-    periodic but the newest of all."""
-    steps = [(meta["step"], path) for path in folder.glob("step-*") if (meta := read_meta(path))]
-    periodic = [path for _, path in sorted(steps) if read_meta(path)["periodic"]]
-    others = {path for _, path in sorted(steps)[:-1]} - set(periodic)
+    """Remove all periodic `step-N` but the newest `keep` (0: none), and all others but the newest
+    checkpoint."""
+    metas = {path: meta for path in folder.glob("step-*") if (meta := read_meta(path))}
+    steps = sorted(metas, key=lambda path: metas[path]["step"])
+    periodic = [path for path in steps if metas[path]["periodic"]]
+    others = [path for path in steps[:-1] if path not in periodic]
     for path in [*others, *(periodic[:-keep] if keep else [])]:
-        # Renamed first: killed half-way, it does not look like a checkpoint.
-        removed = folder / f".{path.name}.removed"
-        _remove(removed)
-        path.rename(removed)
-        _remove(removed)
+        # Renamed first: if killed half-way, it does not look like a checkpoint.
+        removed = path.rename(folder / f".{path.name}.removed")
+        shutil.rmtree(removed)
 
 
 def recover_interrupted_saves(folder: Path, keep: int = 0) -> list[str]:
-    """Clean up after a run that was killed while it saved: finish what can be finished, remove
-    what is incomplete. Returns a line for the log about each.
+    """Clean up after a run that was killed while it saved: complete the renaming of what is
+    complete, remove the rest. Returns a line for the log about each.
 
     Args: keep: how many periodic `step-N` stay; 0: all.
     """
     lines = []
-    leftovers = [path for end in ("partial", "old", "removed") for path in folder.glob(f".*.{end}")]
-    for leftover in [*leftovers, *folder.glob(f"step-*/.{META_FILE}*.partial")]:
-        target = folder / leftover.name[1:].rsplit(".", 1)[0]
-        is_whole = leftover.suffix != ".removed" and read_meta(leftover) is not None
-        if is_whole and not target.exists():
-            leftover.rename(target)
+    # Killed between two renames, both the old and the new best_dev are left: newest first.
+    partials = [path for path in folder.glob(".*.partial") if not path.is_symlink()]
+    partials.sort(key=lambda path: -(read_meta(path) or {"step": -1})["step"])
+    for partial in partials:
+        target = folder / partial.name[1:].split(".")[0]
+        if read_meta(partial) and not target.exists():
+            partial.rename(target)
             lines.append(f"recovered {target}, which a stopped run had not finished renaming")
-        else:
-            _remove(leftover)
-            lines.append(f"removed {leftover}, left incomplete by a stopped run")
+    partials += [*folder.glob(".*.removed"), *folder.glob("step-*/.*.partial")]
+    for path in filter(os.path.lexists, partials):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+        lines.append(f"removed {path}, left incomplete by a stopped run")
     remove_old_steps(folder, keep)
     _link_latest(folder)
     return lines
 
 
 def resume_point(folder: Path, options: dict[str, Any], log: logging.Logger) -> Path | None:
-    """The run's newest complete checkpoint, or None, after cleaning up; the log gets what was done,
-    and which options have changed since.
+    """The run's newest complete checkpoint, or None, after cleaning up. Logs what was done, and
+    which options have changed since.
 
-    Errors: `InputError` when an option has changed that cannot.
+    Errors: `InputError` when an option has changed that cannot change.
     """
     if distributed.is_main() and folder.exists():
         for line in recover_interrupted_saves(folder, options["keep_checkpoints"]):
@@ -183,7 +176,7 @@ def resume_point(folder: Path, options: dict[str, Any], log: logging.Logger) -> 
     distributed.barrier()
     newest, incomplete = find_newest(folder)
     for path in incomplete:
-        log.info("passing over %s: it is not a complete checkpoint of ours", path)
+        log.info("ignoring %s: not a complete checkpoint of this program", path)
     if newest:
         changes = changed_options(newest, read_meta(newest)["options"], options)
         log.info("resuming from %s", newest)
@@ -193,7 +186,7 @@ def resume_point(folder: Path, options: dict[str, Any], log: logging.Logger) -> 
 
 
 def describe_resume(folder: Path) -> str:
-    """What the command of a run that is cut off now will do, in a few words."""
+    """What the same command would do if the run were stopped now, in a few words."""
     newest, _ = find_newest(folder)
     return f"resumes from {newest}" if newest else "starts again"
 
@@ -212,33 +205,33 @@ def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def read_meta(path: Path) -> dict[str, Any] | None:
-    """What `checkpoint.json` says, or None when the checkpoint is not complete."""
+    """The contents of `checkpoint.json`, or None when the checkpoint is not complete."""
     try:
         meta = json.loads((path / META_FILE).read_text())
-        whole = all((path / name).stat().st_size == size for name, size in meta["files"].items())
-    except (OSError, ValueError, KeyError, AttributeError):
+        sizes = {name: (path / name).stat().st_size for name in meta["files"]}
+        return meta if sizes == meta["files"] and "position" in meta else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return meta if whole else None
 
 
 def load_state(path: Path) -> dict[str, Any]:
     """The training state in a checkpoint."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # what is wrong is said by the one line
+            warnings.simplefilter("ignore", UserWarning)  # the one line below says it
             return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a broken or hostile file
         raise InputError(
             f"{path / STATE_FILE}: cannot be read ({first_line(error)}); remove {path}, and the "
-            "run resumes from the checkpoint before it"
+            "same command resumes from the checkpoint before it"
         ) from error
 
 
 def changed_options(path: Path, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The options that differ between a checkpoint and the run that resumes it, a text each.
-    Options that only one of them knows are of another version of this program.
+    (Options that only one of them has come from another version of this program.)
 
-    Errors: `InputError` for one that cannot change, and would be without effect.
+    Errors: `InputError` for one that cannot change.
     """
     changes = []
     known = (set(before) & set(now)) - {"local_rank"}
@@ -251,29 +244,3 @@ def changed_options(path: Path, before: dict[str, Any], now: dict[str, Any]) -> 
         meaning = f" ({_MEANING[name]})" if name in _MEANING else ""
         changes.append(f"{name} was {before[name]} and is {now[name]}{meaning}")
     return changes
-
-
-def _flush_to_disk(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _swap(new: Path, target: Path) -> None:
-    """Replace a folder. A crash in between leaves both for `recover_interrupted_saves`."""
-    old = target.parent / f".{target.name}.old"
-    _remove(old)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)

@@ -5,24 +5,27 @@ micro-batch is what all processes read together: the loss is the mean over all o
 (label tokens, or passages), so that K processes with batches of B train exactly as one with K * B.
 """
 
-import contextlib
+from __future__ import annotations
+
 import dataclasses
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from src.options import LoopOptions
 from src.runtime import distributed
 from src.runtime.device import autocast
 from src.runtime.errors import InputError
-from src.training.checkpoint import Checkpoints, load_state, read_meta
+from src.training.checkpoint import Checkpoints
 from src.training.metrics import Average, Metrics, progress_bar
+
+if TYPE_CHECKING:
+    from src.training.run import State
 
 LossFunction = Callable[[nn.Module, dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
 
@@ -32,7 +35,7 @@ MOST_SKIPPED = 20  # updates in a row that fp16 may skip while its loss scale se
 @dataclasses.dataclass
 class Position:
     """How far a run is: updates made, examples seen by all processes, best dev value so far, and
-    whether the evaluation after the last update has still to be made."""
+    whether the evaluation after the last update is still to be made."""
 
     step: int = 0
     examples_seen: int = 0
@@ -41,74 +44,13 @@ class Position:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """How to train. `clip`: maximum gradient norm (0: no clipping)."""
-
-    total_steps: int
-    precision: str = "fp32"
-    accumulation_steps: int = 1
-    clip: float = 1.0
-    eval_freq: int = 500
-    save_freq: int = 5000
-
-
-@dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """`run` returns the dev metrics by name, the same in every process, or None when it was cut off
-    because a process is asked to stop. `metric` names the one that decides what is best."""
+    """`run` returns the dev metrics by name, the same in every process; what it returns after a
+    request to stop is ignored. `metric` names the one that decides which weights are best."""
 
-    run: Callable[[], dict[str, float] | None]
+    run: Callable[[], dict[str, float]]
     metric: str
     higher_is_better: bool
-
-
-class State:
-    """What training changes, and a checkpoint restores.
-
-    Args:
-        model: on its device; its weights are changed in place.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        device: torch.device,
-        precision: str = "fp32",
-    ):
-        self.model = model
-        self.optimizer = optimizer
-        self.device = device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.position = Position()
-
-    def restore(self, checkpoint: Path, seed: int) -> None:
-        """Continue from a checkpoint, whose weights the model has already. The optimizer keeps its
-        own hyperparameters, which may have changed. The random state is that of the checkpoint,
-        unless the seed or the number of processes has changed."""
-        saved, meta = load_state(checkpoint), read_meta(checkpoint)
-        groups = self.optimizer.param_groups
-        current = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for group, values in zip(self.optimizer.param_groups, current, strict=True):
-            group.update(values)
-        if saved["scaler"]:  # the checkpoint is of fp16
-            self.scaler.load_state_dict(saved["scaler"])
-        random_states = saved["random_states"]
-        same_seed = meta["options"].get("seed") == seed
-        if same_seed and len(random_states) == distributed.world_size():
-            _set_random_state(random_states[distributed.rank()])
-        self.position = Position(**(meta.get("position") or saved["position"]))
-
-    def save(self, write: Callable[..., Path], **kwargs: Any) -> Path | None:
-        """Have `write`, a method of `Checkpoints`, write this state; returns the path in the main
-        process. Errors: `InputError` when a weight is not finite."""
-        check_finite(self.model, f"after update {self.position.step}")
-        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        state["random_states"] = distributed.gather(_random_state())
-        if not distributed.is_main():
-            return None
-        return write(dataclasses.asdict(self.position), state, **kwargs)
 
 
 def train(
@@ -119,56 +61,56 @@ def train(
     checkpoints: Checkpoints,
     metrics: Metrics,
     log: logging.Logger,
-    settings: Settings,
+    options: LoopOptions,
     evaluation: Evaluation | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Position:
-    """Train until `total_steps` updates were made, or until a process is asked to stop.
+) -> None:
+    """Train until `total_steps` updates were made, or until a process is asked to stop; where that
+    was, `state.position` says.
 
     Args:
         loss_function: (model, batch) -> the mean loss over a batch's elements, and their number.
-        batches: endless micro-batches of this process, from where the state's position says.
+        batches: endless micro-batches of this process, starting at the state's position.
         learning_rate: the rate of update `step` (the first is 0).
         checkpoints: where to save, every `save_freq` updates, at the end, and when the dev
             value is the best so far.
 
-    Returns: where training ended. Errors: `InputError` when the loss, the gradient or a weight is
-        not finite; nothing is saved after that.
+    Errors: `InputError` when the loss, the gradient or a weight is not finite; nothing is saved
+        after that.
     """
-    position, model = state.position, state.model
-    check_finite(model, "before training")
-    wrapped = model
-    if distributed.world_size() > 1:
-        devices = [state.device] if state.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-    report = _Report(state, metrics, log, settings.total_steps)
-    model.train()
+    position = state.position
+    check_finite(state.model, "before training")
+    report = _Report(state, metrics, log, options.total_steps)
+    state.model.train()
+
+    def evaluate() -> bool:
+        return _evaluate(state, evaluation, checkpoints, report, should_stop)
+
     position.evaluation_due = position.evaluation_due and evaluation is not None
-    stopped = False
-    if position.evaluation_due:  # the run stopped between an update and its evaluation
-        stopped = not _evaluate(state, evaluation, checkpoints, metrics, log, report)
-    while position.step < settings.total_steps and not stopped:
+    # The run may have stopped between an update and its evaluation.
+    stopped = position.evaluation_due and not evaluate()
+    while position.step < options.total_steps and not stopped:
         rate = learning_rate(position.step)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        loss, norm = _update(state, wrapped, loss_function, batches, settings)
+        loss, norm = _update(state, loss_function, batches, options)
         position.step += 1
         report.add(loss, norm, rate)
 
         stopped = distributed.any_process(should_stop())
-        is_end = position.step == settings.total_steps
-        saves = position.step % settings.save_freq == 0 or is_end
-        reports = position.step % settings.eval_freq == 0 or is_end
+        is_end = position.step == options.total_steps
+        saves = position.step % options.save_freq == 0 or is_end
+        reports = position.step % options.eval_freq == 0 or is_end
         position.evaluation_due = reports and evaluation is not None
         if reports or saves or stopped or report.is_full():
             report.write(is_end)
-        # Saved before the evaluation, which can fail or be cut off and is then made on resuming.
+        # Saved before the evaluation, which may fail or be cut off, and is then made on resuming.
         if saves or stopped:
             path = state.save(checkpoints.save_step, periodic=saves)
             if saves:
                 log.info("saved %s", path)
         if position.evaluation_due and not stopped:
-            stopped = not _evaluate(state, evaluation, checkpoints, metrics, log, report)
+            stopped = not evaluate()
             if stopped and not saves:
                 state.save(checkpoints.save_step, periodic=False)
         elif reports and not stopped:
@@ -176,29 +118,25 @@ def train(
         if reports:
             report.restart()
     report.bar.close()
-    return position
 
 
 def _update(
     state: State,
-    wrapped: nn.Module,
     loss_function: LossFunction,
     batches: Iterator[dict[str, Any]],
-    settings: Settings,
+    options: LoopOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One update of the weights. Returns its loss and gradient norm, on the device."""
-    n_processes, n_batches = distributed.world_size(), settings.accumulation_steps
+    n_processes, n_batches = distributed.world_size(), options.accumulation_steps
     optimizer, scaler = state.optimizer, state.scaler
     update_loss = torch.zeros((), device=state.device)
     for micro in range(n_batches):
         batch = move_to(next(batches), state.device)
-        with contextlib.ExitStack() as stack:
-            if n_processes > 1 and micro < n_batches - 1:
-                stack.enter_context(wrapped.no_sync())  # gradients are averaged once an update
-            with autocast(state.device, settings.precision):
-                loss, count = loss_function(wrapped, batch)
-            # This process's share of the mean over every process's elements. (DDP averages
-            # gradients over processes, hence the factor.)
+        with state.averaging(is_last=micro == n_batches - 1):
+            with autocast(state.device, options.precision):
+                loss, count = loss_function(state.wrapped, batch)
+            # This process's share of the mean over every process's elements. (Gradients are
+            # averaged over processes, hence the factor.)
             sums = distributed.sum_tensor(torch.stack([loss.detach() * count, count.float()]))
             share = n_processes * count / sums[1] if n_processes > 1 else 1.0
             scaler.scale(loss * share / n_batches).backward()
@@ -206,7 +144,7 @@ def _update(
         state.position.examples_seen += len(batch["index"]) * n_processes
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip or math.inf)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -217,19 +155,16 @@ def _evaluate(
     state: State,
     evaluation: Evaluation,
     checkpoints: Checkpoints,
-    metrics: Metrics,
-    log: logging.Logger,
-    report: "_Report",
+    report: _Report,
+    should_stop: Callable[[], bool],
 ) -> bool:
     """Report the dev metrics, and keep the weights if they are the best so far. Returns False when
-    the evaluation was cut off by a signal, and has still to be made."""
+    a process was asked to stop: the evaluation is then still to be made."""
     position = state.position
     state.model.eval()
-    try:
-        values = evaluation.run()
-    finally:
-        state.model.train()
-    if values is None:
+    values = evaluation.run()
+    state.model.train()
+    if distributed.any_process(should_stop()):
         return False
     for name, value in values.items():
         if not math.isfinite(value):
@@ -237,12 +172,11 @@ def _evaluate(
                 f"dev {name} is {value} after update {position.step}: {_remedy(state)}"
             )
     position.evaluation_due = False
-    metrics.write(position.step, {f"dev/{name}": value for name, value in values.items()})
-    report.log_line(", ".join(f"{name} {_short(value)}" for name, value in values.items()))
+    report.write_dev(values)
     value, sign = values[evaluation.metric], 1 if evaluation.higher_is_better else -1
     if position.best is None or (value - position.best) * sign > 0:
         position.best = value
-        log.info("saved %s", state.save(checkpoints.save_best))
+        report.log.info("saved %s", state.save(checkpoints.save_best))
     if distributed.is_main():
         checkpoints.update_step(dataclasses.asdict(position))
     report.show()
@@ -254,7 +188,8 @@ class _Report:
     updates, because reading a loss waits for the GPU."""
 
     def __init__(self, state: State, metrics: Metrics, log: logging.Logger, total_steps: int):
-        self._state, self._metrics, self._log, self._total = state, metrics, log, total_steps
+        self.log = log
+        self._state, self._metrics, self._total = state, metrics, total_steps
         self._recent: list[tuple[int, torch.Tensor, torch.Tensor, float]] = []  # not yet written
         self._skipped = 0  # updates in a row
         self._last_loss = self._rate = 0.0
@@ -280,34 +215,44 @@ class _Report:
         Errors: `InputError` when training has failed: a loss or gradient is not finite, or fp16,
         which may skip an update because of its gradient, skips too many.
         """
+        fp16 = self._state.scaler.is_enabled()
+        problem = None
         for step, loss_, norm_, lr in self._recent:
             loss, norm = loss_.item(), norm_.item()
             values = {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr}
-            is_skipped = math.isfinite(loss) and not math.isfinite(norm)
+            is_skipped = not math.isfinite(norm)
+            self._skipped = self._skipped + 1 if is_skipped else 0
             if not math.isfinite(loss):
-                raise InputError(f"the loss of update {step} is {loss}: {_remedy(self._state)}")
-            if is_skipped and not self._state.scaler.is_enabled():
-                raise InputError(f"the gradient of update {step} is {norm}: {_remedy(self._state)}")
+                problem = f"the loss of update {step} is {loss}"
+            elif is_skipped and not fp16:
+                problem = f"the gradient of update {step} is {norm}"
+            elif self._skipped == MOST_SKIPPED:
+                problem = f"{MOST_SKIPPED} updates in a row, up to {step}, overflow and are skipped"
+            if problem:
+                break
             if is_skipped:
                 del values["train/grad_norm"]
-            self._skipped = self._skipped + 1 if is_skipped else 0
-            if self._skipped == MOST_SKIPPED:
-                what = f"{MOST_SKIPPED} updates in a row, up to {step}, overflow and are skipped"
-                raise InputError(f"{what}: {_remedy(self._state)}")
             self._metrics.write(step, values)
             self._average.add(loss)
             self._last_loss = loss
         self._recent.clear()
         made = [values["step"] > 0 for values in self._state.optimizer.state.values()]
-        if is_end and self._state.scaler.is_enabled() and not any(made):
-            what = "every update has been skipped, because its gradient overflows"
-            raise InputError(f"{what}: {_remedy(self._state)}")
+        if is_end and fp16 and not any(made):
+            problem = problem or "every update has been skipped, because its gradient overflows"
+        if problem:
+            raise InputError(f"{problem}: {_remedy(self._state)}")
         passed = time.perf_counter() - self._since
         self._rate = (self._state.position.examples_seen - self._seen) / passed
         self.show()
 
+    def write_dev(self, values: dict[str, float]) -> None:
+        """Write and log the dev metrics after the last update."""
+        dev = {f"dev/{name}": value for name, value in values.items()}
+        self._metrics.write(self._state.position.step, dev)
+        self.log_line(", ".join(f"{name} {_short(value)}" for name, value in values.items()))
+
     def show(self) -> None:
-        """The last numbers, behind the bar; where it is cut off, what matters most comes first."""
+        """The last numbers behind the bar, the most important first: the line may be cut off."""
         best = self._state.position.best
         shown_best = "" if best is None else f"best {_short(best)}, "
         lr = self._state.optimizer.param_groups[0]["lr"]
@@ -318,7 +263,7 @@ class _Report:
 
     def log_line(self, dev: str = "") -> None:
         loss = self._average.value()
-        self._log.info(
+        self.log.info(
             "step %d of %d | train loss %s | %slr %.3g | %.2f examples/s",
             self._state.position.step,
             self._total,
@@ -353,17 +298,3 @@ def move_to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
         key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for key, value in batch.items()
     }
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    """What dropout draws from in this process."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

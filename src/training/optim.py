@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from src.options import OptimOptions
+
 
 def build_optimizer(
     model: nn.Module, name: str, lr: float, weight_decay: float
@@ -29,17 +31,11 @@ def linear_schedule(step: int, warmup_steps: int, scheduler_steps: int, fixed_lr
     return max(0.0, 1.0 - (step - warmup_steps) / max(1.0, scheduler_steps - warmup_steps))
 
 
-def build_schedule(
-    name: str,
-    lr: float,
-    warmup_steps: int,
-    total_steps: int,
-    scheduler_steps: int | None,
-    fixed_lr: bool,
-) -> Callable[[int], float]:
+def build_schedule(options: OptimOptions) -> Callable[[int], float]:
     """The learning rate of update `step` (the first is 0). `fixed`: always `lr`. `linear`: times
     `linear_schedule` until `scheduler_steps` (none: `total_steps`)."""
-    if name == "fixed":
-        return lambda step: lr
-    end = total_steps if scheduler_steps is None else scheduler_steps
-    return lambda step: lr * linear_schedule(step, warmup_steps, end, fixed_lr)
+    if options.scheduler == "fixed":
+        return lambda step: options.lr
+    end = options.total_steps if options.scheduler_steps is None else options.scheduler_steps
+    warmup, fixed = options.warmup_steps, options.fixed_lr
+    return lambda step: options.lr * linear_schedule(step, warmup, end, fixed)

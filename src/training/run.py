@@ -1,0 +1,327 @@
+"""A training run: all that the two training scripts share, from the first log line to the last.
+
+To shard a large model, change `State`: it wraps the model, averages gradients, and collects and
+restores what a checkpoint holds.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from src.data.batches import evaluation_batches, make_loader, training_batches
+from src.data.examples import Examples, describe_passages, load_data, skip_unscored
+from src.models.pretrained import check_vocabulary, hide_bars, quiet_transformers, save_tokenizer
+from src.options import LoopOptions, OptimOptions, select
+from src.runtime import distributed
+from src.runtime.device import compile_layers, describe, pick_device, resolve_precision
+from src.runtime.errors import on_interrupt
+from src.runtime.launch import StopRequest, detect_launch
+from src.runtime.terminal import count, duration, say
+from src.training.checkpoint import (
+    Checkpoints,
+    describe_resume,
+    load_state,
+    read_meta,
+    resume_point,
+)
+from src.training.loop import Evaluation, LossFunction, Position, check_finite, train
+from src.training.metrics import Metrics, passing_bar, start_log, write_options
+from src.training.optim import build_optimizer, build_schedule
+
+Batch = dict[str, Any]
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that has started. `folder` is `checkpoint_dir/name`."""
+
+    options: argparse.Namespace
+    folder: Path
+    log: logging.Logger
+    device: torch.device
+    precision: str
+    stop: StopRequest
+    started: float
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoint"
+
+    @property
+    def started_with(self) -> dict[str, Any]:
+        """The options and the number of processes, as they are saved."""
+        return {**vars(self.options), "processes": distributed.world_size()}
+
+    @functools.cached_property
+    def resumed_from(self) -> Path | None:
+        """The checkpoint to resume from, if there is one."""
+        return resume_point(self.checkpoints, self.started_with, self.log)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the model starts from random weights."""
+        return self.options.model_config != "none" and not self.resumed_from
+
+    def load_data(self, needs_scores: bool = False) -> tuple[Examples, Examples | None]:
+        """The checked training and dev data; with `needs_scores`, examples whose passages have
+        none are skipped. The dev data is None with `--eval_data none`."""
+        n_context, path = self.options.n_context, self.options.eval_data
+        needed_to = f"train with --n_context {n_context}" if n_context > 1 else ""
+        scores = n_context if needs_scores else 0
+        train_data = self._load("data", "training", self.options.train_data, scores, needed_to)
+        dev_data = None if path == "none" else self._load("dev data", "evaluating", path, scores)
+        return train_data, dev_data
+
+    def _load(self, name: str, doing: str, path: str, scores: int, needed_to: str = "") -> Examples:
+        rank, world_size = distributed.rank(), distributed.world_size()
+        needs_target = doing == "training" and not scores
+        data = distributed.raise_on_all(
+            lambda: load_data(path, rank, world_size, needs_target, scores, passing_bar)
+        )
+        total = len(data)
+        if scores:
+            data = skip_unscored(data, distributed.all_gather(data.unscored), self.log)
+        passages = describe_passages(data, self.options.n_context, needed_to)
+        numbers = f"{len(data):,}", f"{total:,}", path
+        say(self.log, name, f"{doing} on %s of %s examples of %s, %s", *numbers, passages)
+        return data
+
+    def prepare(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        source: str,
+        layers: Iterable[nn.Module],
+        detail: str = "",
+    ) -> None:
+        """Check the model against its tokenizer, compile its layers if asked to, move it to the
+        device, and log where it is from."""
+        check_vocabulary(model.config, tokenizer)
+        if self.options.compile:
+            compile_layers(layers)
+        model.to(self.device)
+        if self.is_fresh:
+            source = f"fresh weights of the shape in {self.options.model_config}"
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        say(self.log, "model", "%.1fM parameters, %sfrom %s", size, detail, source)
+
+    def loader(
+        self, dataset: Dataset, batches: Iterable[list], collate: Callable[[list], Batch]
+    ) -> DataLoader:
+        pin = self.device.type == "cuda"
+        return make_loader(dataset, batches, collate, self.options.num_workers, pin)
+
+    def dev_results(
+        self,
+        dataset: Dataset,
+        collate: Callable[[list], Batch],
+        judge: Callable[[Iterator[Batch]], Iterator[Result]],
+    ) -> Iterator[Result]:
+        """Yield what `judge` yields for each of this process's dev batches. The processes keep in
+        step: an `InputError` in one is raised in all, and a request to stop one stops all.
+
+        All judge the same number of batches, which sharded models and negatives of other processes
+        need. One without a batch of its own judges a filler, and drops the result.
+        """
+        n_examples, size = len(dataset.examples), self.options.per_gpu_batch_size
+        world_size = distributed.world_size()
+        own = evaluation_batches(n_examples, size, distributed.rank(), world_size)
+        n_rounds = math.ceil(n_examples / (size * world_size))
+        fillers = [[(0, 0)]] * (n_rounds - len(own))
+
+        def batches() -> Iterator[Batch]:
+            for number, batch in enumerate(self.loader(dataset, own + fillers, collate)):
+                if number >= len(own) and "present" in batch:
+                    batch["present"].zero_()  # a filler's passages are no negatives
+                yield batch
+
+        results = judge(batches())
+        with passing_bar(n_rounds, "batch", "evaluating") as bar:
+            for number in range(n_rounds):
+                if distributed.any_process(self.stop.requested):
+                    return
+                result = distributed.raise_on_all(lambda: next(results))
+                if number < len(own):
+                    yield result
+                bar.update()
+
+    def weights(self) -> Path:
+        """The best checkpoint, or the newest without evaluations."""
+        best = self.checkpoints / "best_dev"
+        return best if best.exists() else self.checkpoints / "latest"
+
+
+def start_run(options: argparse.Namespace, title: str) -> Run:
+    """Meet the other processes, pick a device, reserve the run's folder and open its log."""
+    started = time.perf_counter()
+    quiet_transformers()
+    stop = StopRequest()
+    launch = detect_launch(os.environ, options.local_rank)
+    device = pick_device(launch.local_rank)
+    distributed.start(launch, options.dist_timeout)
+    precision = resolve_precision(options.precision, device)
+    folder = Path(options.checkpoint_dir) / options.name
+    log = start_log(folder / "run.log")
+    run = Run(options, folder, log, device, precision, stop, started)
+    write_options(folder, run.started_with)
+    processes = count(distributed.world_size(), "process", "processes")
+    say(log, "train", title)
+    say(log, "device", "%s; %s; %s", describe(device), precision, processes)
+    say(log, "results", "%s", folder)
+    torch.manual_seed(options.seed)
+    return run
+
+
+class State:
+    """What training changes, and a checkpoint restores. `model`, on its device, has the weights;
+    call `wrapped` to train it: that one averages gradients over processes."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, fp16: bool
+    ):
+        self.model = self.wrapped = model
+        self.optimizer = optimizer
+        self.device = device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.position = Position()
+        if distributed.world_size() > 1:
+            devices = [device] if device.type == "cuda" else None
+            self.wrapped = DistributedDataParallel(
+                model, device_ids=devices, gradient_as_bucket_view=True
+            )
+
+    def averaging(self, is_last: bool) -> contextlib.AbstractContextManager:
+        """The context of a micro-batch: gradients are averaged in the last one of an update."""
+        skips = distributed.world_size() > 1 and not is_last
+        return self.wrapped.no_sync() if skips else contextlib.nullcontext()
+
+    def restore(self, checkpoint: Path, seed: int) -> None:
+        """Resume from a checkpoint, whose weights the model has already. The optimizer keeps its
+        own hyperparameters, which may have changed. The random state is the checkpoint's, unless
+        the seed or the number of processes has changed."""
+        saved, meta = load_state(checkpoint), read_meta(checkpoint)
+        groups = self.optimizer.param_groups
+        current = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, current, strict=True):
+            group.update(values)
+        if saved["scaler"]:  # trained in fp16
+            self.scaler.load_state_dict(saved["scaler"])
+        random_states = saved["random_states"]
+        same_seed = meta["options"].get("seed") == seed
+        if same_seed and len(random_states) == distributed.world_size():
+            random_state = random_states[distributed.rank()]
+            torch.set_rng_state(random_state["cpu"])
+            if "cuda" in random_state and torch.cuda.is_available():
+                torch.cuda.set_rng_state(random_state["cuda"])
+        self.position = Position(**meta["position"])
+
+    def save(self, write: Callable[..., Path], **kwargs: Any) -> Path | None:
+        """Have `write`, a method of `Checkpoints`, save this state; returns the path in the main
+        process. Errors: `InputError` when a weight is not finite."""
+        check_finite(self.model, f"after update {self.position.step}")
+        random_state = {"cpu": torch.get_rng_state()}  # dropout draws from it
+        if torch.cuda.is_available():
+            random_state["cuda"] = torch.cuda.get_rng_state()
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        state["random_states"] = distributed.gather(random_state)
+        if not distributed.is_main():
+            return None
+        return write(dataclasses.asdict(self.position), state, **kwargs)
+
+
+def fit(
+    run: Run,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    loss_function: LossFunction,
+    dataset: Dataset,
+    collate: Callable[[list], Batch],
+    evaluation: Evaluation | None = None,
+) -> Path:
+    """Train until `--total_steps`. Returns the checkpoint to use; does not return if a signal asks
+    the run to stop."""
+    options, log, rank = run.options, run.log, distributed.rank()
+    shape = options.per_gpu_batch_size, options.accumulation_steps, distributed.world_size()
+    torch.manual_seed(options.seed + rank)  # dropout differs between processes
+    optimizer = build_optimizer(model, options.optim, options.lr, options.weight_decay)
+    state = State(model, optimizer, run.device, run.precision == "fp16")
+    if run.resumed_from:
+        state.restore(run.resumed_from, options.seed)
+    position, first = state.position, state.position.step
+    if first >= options.total_steps and not (position.evaluation_due and evaluation):
+        distributed.stop()
+        say(log, "done", "all %d updates are done; more needs --total_steps", first)
+        say(log, "weights", "%s", run.weights())
+        return run.weights()
+    text = "%d to %d, of %d x %d x %d questions (a process x accumulated x processes)"
+    say(log, "updates", text, first + 1, options.total_steps, *shape)
+
+    order = training_batches(
+        len(dataset.examples), shape[0], rank, shape[2], options.seed, position.examples_seen
+    )
+    tokenizer_files = _tokenizer_files(tokenizer, run.resumed_from)
+
+    def save_model(folder: Path) -> None:
+        model.save_pretrained(folder)
+        for name, content in tokenizer_files.items():
+            (folder / name).write_bytes(content)
+
+    hide_bars()
+    metrics = Metrics(run.folder, first, position.evaluation_due)
+    on_interrupt(lambda: describe_resume(run.checkpoints))
+    train(
+        state,
+        loss_function,
+        iter(run.loader(dataset, order, collate)),
+        build_schedule(select(OptimOptions, options)),
+        Checkpoints(run.checkpoints, save_model, options.keep_checkpoints, run.started_with),
+        metrics,
+        log,
+        dataclasses.replace(select(LoopOptions, options), precision=run.precision),
+        evaluation,
+        should_stop=lambda: run.stop.requested,
+    )
+    metrics.close()
+    if position.step < options.total_steps or position.evaluation_due:
+        where = f"after update {position.step}"
+        run.stop.leave(log, where, rank == 0, distributed.stop_together)
+    run.stop.finish()
+    distributed.stop()
+    best = ""
+    if evaluation and position.best is not None:
+        metric = evaluation.metric.replace("_", " ")
+        best = f"; the best {metric} on dev is {position.best:.4g}"
+    took = duration(time.perf_counter() - run.started)
+    say(log, "done", "%s in %s%s", count(position.step - first, "update"), took, best)
+    say(log, "weights", "%s", run.weights())
+    return run.weights()
+
+
+def _tokenizer_files(
+    tokenizer: PreTrainedTokenizerBase, checkpoint: Path | None
+) -> dict[str, bytes]:
+    """A tokenizer's files, the same in all checkpoints of a run: Transformers writes other ones
+    after a tokenizer has been used, or loaded from what it wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(tokenizer, folder)
+        files = {path.name: path for path in sorted(Path(folder).iterdir())}
+        if checkpoint:
+            files |= {name: checkpoint / name for name in files if (checkpoint / name).exists()}
+        return {name: path.read_bytes() for name, path in files.items()}
