@@ -460,6 +460,7 @@ def test_a_sparse_file_is_refused_at_once(case, tmp_path):
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content", [b"[", b"{", b"[{", b'["', b"\\", b"\n", b"\r\n", b" ", b'"', b"x", b"[]"]
 )

@@ -463,6 +463,7 @@ def test_questions_that_share_no_word(output_format, tmp_path, capsys):
     assert recall == {"recall@1": 0.25, "questions": 4}
 
 
+@pytest.mark.slow
 def test_answers_are_looked_for_alike_by_one_process_and_many(reference, passages, monkeypatch):
     from src.evaluation import results
 

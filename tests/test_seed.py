@@ -170,6 +170,7 @@ def test_reader_commands(folder):
     assert "exact match" in run_command(TEST, folder)
 
 
+@pytest.mark.fast
 def test_retriever_commands(folder):
     printed = run_command(SCORES, folder)
     assert "40 of 40" in printed
