@@ -202,34 +202,6 @@ def test_marks_are_known():
         assert all(said.startswith(MARKS) for said in marks(block)), name_of(block)
 
 
-# ----------------------------------------------------------------------------------------------
-# How they are read
-
-
-def test_blocks_are_found_with_their_marks(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(
-        "x\n```bash\n# takes minutes: and more\nbash a.sh\n```\n\n```text\nno\n```\n"
-        "```console\n$ a \\\n    b\nline\n$ c\n```\n"
-    )
-    one, two = blocks_of(page)
-    assert (one.line, one.kind, mark(one)) == (2, "bash", "takes minutes")
-    assert (two.line, two.kind, mark(two)) == (10, "console", None)
-    assert steps(one) == [Step("# takes minutes: and more\nbash a.sh\n", None)]
-    assert steps(two) == [Step("a \\\n    b", ["line"]), Step("c", [])]
-
-
-def test_what_counts_as_the_same_output():
-    line = "2026-11-24 04:02:34 step 500 of 1000 | loss 6.898 | lr 9.99e-05 | -2 GB |  3.1M"
-    other = "2025-01-02 00:00:00 step 5 of 1,000 | loss 7 | lr 0.1 | 12 GB | 60M"
-    assert plain(line) == plain(other) == "TIME step N of N | loss N | lr N | N GB | NM"
-    assert same_output(["a 1", "...", "b  2"], ["a 3", "x", "y", "b 4"])
-    assert same_output(["a 1", "..."], ["a 3"])
-    for shown in (["a 1"], ["a 1", "b 2", "c"], ["a 1", "c 2"], ["...", "a 1"], []):
-        assert not same_output(shown, ["a 3", "b 4"]), shown
-    assert not same_output(["saved run/step-5"], ["saved run/best_dev"])
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_options_files_and_links_of_the_pages_exist(page):
     text = page.read_text()

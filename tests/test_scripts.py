@@ -268,19 +268,3 @@ def test_a_group_has_the_values_of_its_options():
     options = all_options.test_reader_parser().parse_args(f"{given} --index_factory SQ8".split())
     search = all_options.conversation_search(options)
     assert (search.factory, search.model_path) == ("SQ8", "m")
-
-
-GROUPS = {
-    "train_reader": "ReadingOptions GenerationOptions OptimOptions LoopOptions",
-    "test_reader": "ReadingOptions GenerationOptions SearchOptions",
-    "train_retriever": "OptimOptions LoopOptions",
-    "passage_retrieval": "SearchOptions",
-}
-
-
-@pytest.mark.parametrize("script", GROUPS)
-def test_scripts_have_the_options_of_their_groups(script):
-    values = {action.dest: action.default for action in SCRIPTS[script]()._actions}
-    for name in GROUPS[script].split():
-        group = all_options.select(vars(all_options)[name], argparse.Namespace(**values))
-        assert all(values.get(field, value) == value for field, value in vars(group).items())
