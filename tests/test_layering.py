@@ -102,8 +102,9 @@ def test_modules_without_models_load_no_torch():
 
 
 def test_the_fast_set_has_a_test_of_every_file(request):
-    files = {item.path for item in request.session.items}
-    assert {item.path for item in fast_set(request.session.items)} == files
+    """test_xquad.py trains for minutes."""
+    files = {item.path.name for item in request.session.items} - {"test_xquad.py"}
+    assert {item.path.name for item in fast_set(request.session.items)} == files
 
 
 def test_functions_that_start_processes_are_found():
