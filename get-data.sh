@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Fetches NaturalQuestions (NQ), TriviaQA (TQA) and Wikipedia's passages, and makes data files of them:
+# Downloads NaturalQuestions (NQ), TriviaQA (TQA) and Wikipedia's passages, and turns them into data:
 # NQ/ and TQA/{train,dev,test}.json, with the passages that the released models read, and psgs_w100.tsv.
 #
-#     bash get-data.sh                    all of it, into open_domain_data
-#     bash get-data.sh --only nq          NQ and the passages; tqa: likewise; wiki: the passages alone
-#     bash get-data.sh -o DIR --keep      into DIR; what was downloaded stays, in DIR/download
+#     bash get-data.sh                    everything, into open_domain_data
+#     bash get-data.sh --only nq          NQ and the passages; tqa: likewise; wiki: only the passages
+#     bash get-data.sh -o DIR --keep      into DIR; keeps the downloads, in DIR/download
 #
-# The passages are about 13 GB; NQ and TQA with theirs take about half of that each. It says what is
-# to fetch, and stops at once where the disk is too small. What was stopped goes on when it is
-# started again, and what is there is not made again. It takes curl or wget. For mirrors of the
-# sources, set FID_DPR_URL, FID_NQ_URL, FID_TRIVIAQA_URL, FID_DATA_URL.
+# The passages are about 13 GB; NQ and TQA with theirs take about half of that each. Reports the size
+# of the downloads first, and stops if the disk is too small. Resumes when it is started again, and
+# skips finished files. Needs curl or wget. For mirrors of the sources, set FID_DPR_URL, FID_NQ_URL,
+# FID_TRIVIAQA_URL, FID_DATA_URL.
 set -euo pipefail
 
 fid_root=$(cd "$(dirname "$0")" && pwd)
@@ -27,7 +27,7 @@ while [ $# -gt 0 ]; do
         --keep) keep=yes ;;
         --only) only="${2:-}"; shift ;;
         -o | --output) folder="${2:-}"; shift ;;
-        -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
         *) fail 2 "$1: no such option (bash get-data.sh --help)" ;;
     esac
     shift || fail 2 "an option's value is missing (bash get-data.sh --help)"
@@ -40,7 +40,7 @@ open_folder "$folder"
 downloads=$out/download
 passages=$out/psgs_w100.tsv
 
-# wants DATASET: whether it is asked for, and not there yet.
+# wants DATASET: whether it is asked for and incomplete.
 wants() {
     local lower split
     lower=$(tr '[:upper:]' '[:lower:]' <<< "$1")
@@ -51,8 +51,8 @@ wants() {
     return 1
 }
 
-# plan BASE NAME RESULT: fetch NAME, from where the variable BASE says, unless its result is there:
-# what is unpacked of it, or the file itself. Results in the folder of downloads go at the end.
+# plan BASE NAME RESULT: fetch NAME from the URL in the variable BASE, unless its result exists: the
+# unpacked content, or the file itself. Results in the folder of downloads are removed at the end.
 urls=() bases=() results=() sources=()
 plan() {
     if [ ! -e "$3" ]; then urls+=("${!1}/$2") bases+=("$1") results+=("$3"); fi
@@ -77,9 +77,9 @@ elif [ ${#urls[@]} = 0 ]; then
     exit 0
 fi
 
-# Archives of text unpack to some three times their size, and go when they are unpacked. Of the
-# 21,015,324 passages, the 91,535 questions of NQ are written with 100 each, which is 0.44 times the
-# collection, and TQA's 98,935 with 0.47 times; JSON adds a tenth.
+# Archives of text unpack to about three times their size and are then removed. The 91,535 questions
+# of NQ are written with 100 of the 21,015,324 passages each, which is 0.44 times the collection, and
+# TQA's 98,935 questions with 0.47 times; JSON adds a tenth.
 collection=$(size "$passages") to_fetch=0 room=0 largest=0
 for ((i = 0; i < ${#urls[@]}; i++)); do
     file=$downloads/${urls[i]##*/}
@@ -105,7 +105,7 @@ if wants NQ; then room=$((room + collection * 48 / 100)); fi
 if wants TQA; then room=$((room + collection * 52 / 100)); fi
 room=$((room + largest))
 echo "into $out: $(readable $to_fetch) to fetch, up to about $(readable $room) on disk"
-require_room $room "what is still to be fetched and made"
+require_room $room "what remains to fetch and unpack"
 
 if wants NQ || wants TQA; then source "$fid_root/environment.sh"; fi
 mkdir -p "$downloads"

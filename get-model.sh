@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Fetches a released model, for --model_path.
+# Downloads a released model, for --model_path.
 #
 #     bash get-model.sh -m nq_reader_base            into pretrained_models/nq_reader_base
-#     bash get-model.sh -m nq_retriever -o DIR       into DIR/nq_retriever; --keep: its archive stays
+#     bash get-model.sh -m nq_retriever -o DIR       into DIR/nq_retriever; --keep: keeps the archive
 #
 # Models: nq_reader_base, nq_reader_large, nq_retriever, tqa_reader_base, tqa_reader_large,
-# tqa_retriever. What was stopped goes on when it is started again. It takes curl or wget. For a
-# mirror of the source, set FID_MODELS_URL.
+# tqa_retriever. Resumes when it is started again. Needs curl or wget. For a mirror of the source, set
+# FID_MODELS_URL.
 set -euo pipefail
 
 source "$(dirname "$0")/download.sh"
@@ -28,7 +28,7 @@ while [ $# -gt 0 ]; do
 done
 case " $models " in
     *" ${model:-?} "*) ;;
-    *) fail 2 "-m '$model': no such model; there are ${models// /, }" ;;
+    *) fail 2 "-m '$model': no such model; the models are ${models// /, }" ;;
 esac
 open_folder "$folder"
 if [ -e "$out/$model" ]; then echo "done already: $out/$model"; exit 0; fi
@@ -36,7 +36,7 @@ if [ -e "$out/$model" ]; then echo "done already: $out/$model"; exit 0; fi
 archive=$out/$model.tar.gz
 if [ ! -e "$archive" ]; then
     ask "$FID_MODELS_URL/$model.tar.gz" FID_MODELS_URL
-    # Weights hardly get smaller in an archive.
+    # Weights are hardly compressible.
     require_room $((2 * length - $(size "$archive.part"))) "$model, with its archive,"
 fi
 fetch "$FID_MODELS_URL/$model.tar.gz" "$archive" FID_MODELS_URL

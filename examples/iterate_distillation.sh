@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The circle, several times: score the passages, train the retriever, embed, retrieve, train the reader.
+# The full loop, several times: score passages, train the retriever, embed, retrieve, train the reader.
 #
 #     bash examples/iterate_distillation.sh
 #     GPUS=8 ROUNDS=3 OUT=my_rounds bash examples/iterate_distillation.sh
 #
 # Why: a better retriever finds passages that a better reader can be trained on, whose attention
 # teaches the next retriever. The original's README: "iterating the four steps here can improve
-# performances, depending on the initial set of documents". Round 0 is BM25 and a reader of what it
-# finds. (The models of a round start from those of the round before: our choice, not the paper's.)
-# How long: on NaturalQuestions and Wikipedia, days of GPU time a round. Most of it goes into reading
-# 100 passages a question and into embedding 21 million passages, which take 32 GB of disk a round.
-# Started again, it leaves out what is finished, and goes on inside what is not.
-# In:  TRAIN, DEV, TEST: questions with answers (passages that they have are not used); PASSAGES.
+# performances, depending on the initial set of documents". Round 0 is BM25 and a reader trained on
+# its passages. (A round's models start from those of the round before: our choice, not the paper's.)
+# How long: on NaturalQuestions and Wikipedia, days of GPU time per round, mostly for reading 100
+# passages per question and embedding 21 million passages, which take 32 GB of disk per round.
+# Started again, it skips finished steps and resumes unfinished ones.
+# In:  TRAIN, DEV, TEST: questions with answers (their own passages are not used); PASSAGES.
 # Out: OUT/round-N/{train,dev,test}.jsonl, embeddings/, runs/{reader,retriever,test}; a table at the end.
 set -euo pipefail
 cd "$(dirname "$0")/.." # paths are relative to the repository
@@ -24,15 +24,15 @@ READER=${READER:-t5-base} RETRIEVER=${RETRIEVER:-bert-base-uncased} # to start f
 ROUNDS=${ROUNDS:-2}
 OUT=${OUT:-iterated}
 GPUS=${GPUS:-1}
-N=${N:-100} # passages that are found, read and learned from
-READER_STEPS=${READER_STEPS:-10000} RETRIEVER_STEPS=${RETRIEVER_STEPS:-20000} # updates a round
-ACCUMULATE=${ACCUMULATE:-$((64 / GPUS))} # GPUS x ACCUMULATE questions an update
+N=${N:-100} # passages retrieved and read per question
+READER_STEPS=${READER_STEPS:-10000} RETRIEVER_STEPS=${RETRIEVER_STEPS:-20000} # updates per round
+ACCUMULATE=${ACCUMULATE:-$((64 / GPUS))} # GPUS x ACCUMULATE questions per update
 
 run=(python)
 if [ "$GPUS" -gt 1 ]; then run=(torchrun --nproc_per_node="$GPUS"); fi
 declare -A questions=([train]=$TRAIN [dev]=$DEV [test]=$TEST)
 
-# step RESULT COMMAND...: run the command unless its result is there (results are complete or absent).
+# step RESULT COMMAND...: run a command unless its result exists (results are written atomically).
 step() {
     local result=$1
     shift
@@ -41,7 +41,7 @@ step() {
     "$@"
 }
 
-# read_and_test ROUND MODEL: train a reader on the round's passages from a model; answer the test questions.
+# read_and_test ROUND MODEL: train a model on the round's passages; answer the test questions.
 read_and_test() {
     local here=$OUT/round-$1
     step "$here/runs/reader/checkpoint/step-$READER_STEPS" \
@@ -65,7 +65,7 @@ read_and_test 0 "$READER"
 for ((round = 1; round <= ROUNDS; round++)); do
     before=$OUT/round-$((round - 1)) here=$OUT/round-$round
 
-    # 1. What the reader attends to
+    # 1. Score passages by the reader's attention
     for part in train dev; do
         step "$here/runs/scores_$part/dataset_wscores.json" \
             "${run[@]}" test_reader.py --model_path "$before/runs/reader/checkpoint/best_dev" \
@@ -73,7 +73,7 @@ for ((round = 1; round <= ROUNDS; round++)); do
             --write_crossattention_scores --name "scores_$part" --checkpoint_dir "$here/runs"
     done
 
-    # 2. A retriever that ranks as the reader does
+    # 2. Train a retriever to rank like the reader
     start=(--retriever_model "$RETRIEVER")
     if [ "$round" -gt 1 ]; then start=(--model_path "$before/runs/retriever/checkpoint/best_dev"); fi
     step "$here/runs/retriever/checkpoint/step-$RETRIEVER_STEPS" \
@@ -84,12 +84,12 @@ for ((round = 1; round <= ROUNDS; round++)); do
         --scheduler_steps $((RETRIEVER_STEPS * 3 / 2)) --name retriever --checkpoint_dir "$here/runs"
     retriever=$here/runs/retriever/checkpoint/best_dev
 
-    # 3. The collection, embedded (on a cluster: examples/slurm/embed_array.sbatch)
+    # 3. Embed the collection (on a cluster: examples/slurm/embed_array.sbatch)
     step "$here/embeddings/wiki_00" \
         "${run[@]}" generate_passage_embeddings.py --model_path "$retriever" --passages "$PASSAGES" \
         --output_path "$here/embeddings/wiki" --per_gpu_batch_size 500
 
-    # 4. New passages, and a reader of them
+    # 4. Retrieve passages, and train a reader on them
     for part in train dev test; do
         step "$here/$part.jsonl" \
             "${run[@]}" passage_retrieval.py --model_path "$retriever" --passages "$PASSAGES" \

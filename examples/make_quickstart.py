@@ -1,17 +1,17 @@
-"""Invent the quickstart's small world: a corpus, questions on it, and two models to start from.
+"""Invent the quickstart's small world: a corpus, questions about it, and two models to start from.
 
     python examples/make_quickstart.py --seed 0 -o quickstart/data
 
-Everything is made up on the spot and nothing is downloaded: people, rivers and companies with
-names built from syllables, two short passages about each, and questions that one of the two
-answers. Both passages carry the name in their title only, so BM25 finds the right subject but has
-to guess which of its passages; that is what there is to learn. In the output folder:
+Nothing is downloaded: there are people, rivers and companies with names built from syllables, two
+short passages about each, and questions that one of the two answers. Both passages have the name
+in their title only, so BM25 finds the right subject but has to guess the passage; that is what the
+models can learn. In the output folder:
 
     passages.tsv                      the collection (id, text, title)
     train.json, dev.json, test.json   questions and answers, about different subjects in each
     train_pairs.json                  the train questions, each with the passage that answers it and
-                                      one that tells the same of another subject
-    reader_start/                     a tiny T5, its weights ready to learn to copy, and a tokenizer
+                                      the same kind of passage about another subject
+    reader_start/                     a tiny T5, with weights ready to copy, and a tokenizer
     retriever_start/                  a tiny BERT's config and tokenizer (no weights)
 """
 
@@ -39,7 +39,7 @@ from transformers import (
 # ----------------------------------------------------------------------------------------------
 # Words
 
-SYLLABLE = [  # what a syllable begins with, its vowel, and its end: open ones are the likeliest
+SYLLABLE = [  # its beginning, its vowel, and its end, which is mostly empty
     part.split(" ")
     for part in (
         "b d f g h k l m n p r s t v z br dr gr kr tr st sk th sh pl",
@@ -69,11 +69,11 @@ COMMON_NOUNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Relation:
-    """One fact about a subject: what kind of value it has, and how it is told and asked.
+    """One fact about a subject: the kind of its value, sentences that state it, and questions.
 
     `{v}` stands for the value, `{name}` for the subject, `{She}` and `{Her}` for the pronouns. No
-    sentence names its subject, and only some share a telling word with their questions: BM25,
-    which matches words, finds the subject's two passages and can seldom tell which one answers.
+    sentence names its subject, and only some share a word with their questions: BM25 finds the
+    subject's two passages, but seldom the one that answers.
     """
 
     value: str
@@ -81,94 +81,69 @@ class Relation:
     questions: list[str]
 
 
-# Each kind of subject has two passages, and each passage tells these relations. Those of a passage
-# are of a kind: one tells the places, say, and the other people and goods. (The reader's score of a
-# passage is a mean over its words: the more of them are near to what was asked for, the higher.)
+# Each kind of subject has two passages, each with these relations. Those of a passage are similar:
+# one is about towns, say, and the other about people and goods. (The reader's score of a passage is
+# a mean over its tokens: the more of them are close to the question, the higher.)
+# fmt: off
 RELATIONS: dict[str, list[list[Relation]]] = {
     "person": [
         [
-            Relation(
-                "town",
+            Relation("town",
                 ["{She} first saw the light in {v}.", "{Her} cradle stood in {v}."],
-                [
-                    "Where was {name} born?",
-                    "In which town was {name} born?",
-                    "What is the birthplace of {name}?",
-                ],
-            ),
-            Relation(
-                "town",
+                ["Where was {name} born?", "In which town was {name} born?",
+                 "What is the birthplace of {name}?"]),
+            Relation("town",
                 ["{She} died in {v}.", "{Her} grave lies in {v}."],
-                ["Where did {name} die?", "In which town is {name} buried?"],
-            ),
+                ["Where did {name} die?", "In which town is {name} buried?"]),
         ],
         [
-            Relation(
-                "profession",
+            Relation("profession",
                 ["{She} worked as the local {v}.", "{Her} trade was that of the {v}."],
-                ["What did {name} do for a living?", "What was the profession of {name}?"],
-            ),
-            Relation(
-                "person",
+                ["What did {name} do for a living?", "What was the profession of {name}?"]),
+            Relation("person",
                 ["{She} shared a home with {v}.", "{Her} wedding with {v} was a quiet one."],
-                ["Who was the spouse of {name}?", "Whom did {name} marry?"],
-            ),
+                ["Who was the spouse of {name}?", "Whom did {name} marry?"]),
         ],
     ],
     "river": [
         [
-            Relation(
-                "town",
+            Relation("town",
                 ["It rises near {v}.", "Its first spring is close to {v}."],
-                ["Where does the {name} begin?", "Where is the source of the {name}?"],
-            ),
-            Relation(
-                "town",
+                ["Where does the {name} begin?", "Where is the source of the {name}?"]),
+            Relation("town",
                 ["It reaches the sea at {v}.", "Its waters meet the coast at {v}."],
-                ["Where does the {name} end?", "Where is the mouth of the {name}?"],
-            ),
+                ["Where does the {name} end?", "Where is the mouth of the {name}?"]),
         ],
         [
-            Relation(
-                "number",
+            Relation("number",
                 ["Its length is {v} kilometres.", "Surveyors give {v} kilometres."],
-                ["How long is the {name}?", "What is the length of the {name}?"],
-            ),
-            Relation(
-                "animals",
+                ["How long is the {name}?", "What is the length of the {name}?"]),
+            Relation("animals",
                 ["Visitors come to see the {v}.", "It is loved for its {v}."],
-                ["Which animals live in the {name}?", "Which wildlife has the {name}?"],
-            ),
+                ["Which animals live in the {name}?", "Which wildlife has the {name}?"]),
         ],
     ],
     "company": [
         [
-            Relation(
-                "person",
+            Relation("person",
                 ["It was set up by {v}.", "Its first owner was {v}."],
-                ["Who founded the {name}?", "Who was the founder of the {name}?"],
-            ),
-            Relation(
-                "person",
+                ["Who founded the {name}?", "Who was the founder of the {name}?"]),
+            Relation("person",
                 ["It is led by {v} today.", "Its present head is {v}."],
-                ["Who runs the {name}?", "Who is the director of the {name}?"],
-            ),
+                ["Who runs the {name}?", "Who is the director of the {name}?"]),
         ],
         [
-            Relation(
-                "town",
+            Relation("town",
                 ["It has its seat in {v}.", "Its goods are sent out from {v}."],
-                ["Where is the {name} based?", "In which town is the {name} located?"],
-            ),
-            Relation(
-                "product",
+                ["Where is the {name} based?", "In which town is the {name} located?"]),
+            Relation("product",
                 ["It is known for making {v}.", "Its workshops turn out {v}."],
-                ["What does the {name} produce?", "What does the {name} sell?"],
-            ),
+                ["What does the {name} produce?", "What does the {name} sell?"]),
         ],
     ],
 }
-KINDS = ["person"] * 5 + ["river"] * 2 + ["company"] * 2  # as likely as they stand here
+# fmt: on
+KINDS = ["person"] * 5 + ["river"] * 2 + ["company"] * 2  # by frequency
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +157,7 @@ class Passage:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question, its one answer, the passage that tells it, and how it is asked."""
+    """A question, its one answer, the passage with the answer, and the question's template."""
 
     text: str
     answer: str
@@ -193,8 +168,8 @@ class Question:
 class World:
     """Names and facts, drawn from one seed.
 
-    The name pools are small beside the number of subjects, so that many subjects share a first or
-    last name: a retriever has to read the whole name, and BM25's lists hold near misses.
+    There are fewer names than subjects, so many subjects share a first or last name: a retriever
+    has to read both, and BM25 finds near misses.
     """
 
     def __init__(self, seed: int):
@@ -236,12 +211,9 @@ class World:
     def _value(self, kind: str) -> str:
         if kind in COMMON_NOUNS:
             return self._random.choice(COMMON_NOUNS[kind])
-        draw = {
-            "town": lambda: self._random.choice(self.towns),
-            "number": lambda: str(self._random.randint(20, 299)),
-            "person": self._person,
-        }
-        return draw[kind]()
+        if kind == "number":
+            return str(self._random.randint(20, 299))
+        return self._random.choice(self.towns) if kind == "town" else self._person()
 
     def describe(self, kind: str, name: str, first_id: int) -> tuple[list[Passage], list[Question]]:
         """The two passages about a subject, and a question about each of their facts."""
@@ -289,14 +261,14 @@ def count_words(texts: Iterable[str]) -> list[str]:
 
 
 def reader_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """One token a word, with T5's special tokens. Answers come back in lower case, with spaces
-    between their words, which exact match takes no notice of."""
+    """One token per word, with T5's special tokens. Answers come back in lower case and with spaces
+    between words, which exact match ignores."""
     vocabulary = ["<pad>", "</s>", "<unk>", *words]
     tokenizer = Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
     )
     tokenizer.normalizer = normalizers.Lowercase()
-    # Marks stand alone, but the colon stays with its word, as in "question:" and "title:".
+    # Punctuation is split off, but the colon stays with its word, as in "question:" and "title:".
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[^\w:]"), "isolated")]
     )
@@ -305,7 +277,7 @@ def reader_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-# Coordinates of the reader's hidden states that are kept free of words, each for one signal.
+# Coordinates of the reader's hidden states that no word uses, one for each signal.
 ALWAYS, IS_MARK, IS_QUESTION_MARK, IS_TITLE_MARK = 0, 1, 2, 3  # written in the embeddings
 IN_QUESTION, IN_TITLE = 4, 5  # written by encoder layer 0
 FOUND_IN_QUESTION, NOT_FOUND = 6, 7  # written by encoder layer 1
@@ -316,27 +288,18 @@ N_SIGNALS = 9
 def reader_start(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
     """A tiny T5 whose weights make it easy to learn to look things up and to copy them.
 
-    Fresh weights would take hours on a CPU to find out two things that a pretrained T5 knows: that
-    an answer is copied from the text, and that names can be compared. So both are laid out here:
-    the decoder copies what it looks at, and looks less at passages with another title. What a
-    question asks for, and which passage and word tell it, is left to training.
-    In every other way this is an ordinary T5. (Heads that look at the previous token or at the
-    same word further left also arise in training: Olsson et al., 2022, "In-context Learning and
-    Induction Heads".)
+    From fresh weights, training would take hours on a CPU to discover two things that a pretrained
+    T5 knows: answers are copied from the text, and names can be compared. So the weights start out
+    with both: the decoder copies the tokens it attends to, and attends less to passages with
+    another title. Which passage and which words answer a question is left to training. Otherwise
+    this is an ordinary T5. (Heads that attend to the previous token, or to the same word further
+    left, also arise in training: Olsson et al., 2022, "In-context Learning and Induction Heads".)
     """
     config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=64,
-        d_kv=32,
-        d_ff=128,
-        num_layers=3,
-        num_decoder_layers=2,
-        num_heads=4,
-        dropout_rate=0.0,
-        pad_token_id=0,
-        eos_token_id=1,
+        vocab_size=len(tokenizer), d_model=64, d_kv=32, d_ff=128, num_layers=3,
+        num_decoder_layers=2, num_heads=4, dropout_rate=0.0, pad_token_id=0, eos_token_id=1,
         decoder_start_token_id=0,
-    )
+    )  # fmt: skip
     t5 = T5ForConditionalGeneration(config)
     marks = [tokenizer.convert_tokens_to_ids(mark) for mark in MARKS]
     with torch.no_grad():
@@ -348,7 +311,7 @@ def reader_start(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGenerati
 
 
 def _lay_out_embeddings(t5: T5ForConditionalGeneration, marks: list[int]) -> None:
-    """Signals of the three marks, and encoder layers that leave words and signals readable."""
+    """Signals for the three marks, and encoder layers that keep words and signals readable."""
     embeddings = t5.shared.weight
     embeddings[:, :N_SIGNALS] = 0.0
     embeddings[:, ALWAYS] = 2.0
@@ -362,8 +325,8 @@ def _lay_out_embeddings(t5: T5ForConditionalGeneration, marks: list[int]) -> Non
 
 
 def _lay_out_distances(t5: T5ForConditionalGeneration, config: T5Config) -> None:
-    """Where the encoder's heads look: head 0 at the previous token, head 1 at the next one, head 2
-    nearby on the left, head 3 anywhere, but rather to the left."""
+    """The encoder's heads attend to: the previous token (head 0), the next one (1), tokens close by
+    on the left (2), any token but rather on the left (3)."""
     # The table [bucket, head] is shared by all layers. Its first half is for keys at or before
     # the query, by distance; the second for keys after it.
     bias = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
@@ -378,17 +341,17 @@ def _lay_out_distances(t5: T5ForConditionalGeneration, config: T5Config) -> None
 
 
 def _lay_out_title_match(t5: T5ForConditionalGeneration, config: T5Config) -> None:
-    """Tell, at every token of a passage, whether its title has words that are not in the question.
+    """Signal at every token of a passage whether its title has words that are not in the question.
 
     Layer 0: each token learns from the nearest mark on its left whether it is in the question or
-    in the title. Layer 1: it looks at the same word further left, or, where there is none, at
-    itself; a title's word so gets a signal from the question or from the title. Layer 2: all
-    tokens look at words of the title that were not found.
+    in the title. Layer 1: it attends to the same word further left or, if there is none, to
+    itself; so a title's word gets a signal from the question or from the title. Layer 2: all
+    tokens attend to words of the title that were not found.
     """
     layers = [block.layer[0].SelfAttention for block in t5.encoder.block]
 
     def pass_on(layer: int, head: int, slot: int, source: int, target: int) -> None:
-        """Let a head copy one coordinate of what it looks at to another of its own token."""
+        """Let a head copy a coordinate of the tokens it attends to into one of its own token."""
         row = head * config.d_kv + slot
         layers[layer].v.weight[row] = 0.0
         layers[layer].o.weight[:, row] = 0.0
@@ -396,7 +359,7 @@ def _lay_out_title_match(t5: T5ForConditionalGeneration, config: T5Config) -> No
         layers[layer].o.weight[target, row] = 1.0
 
     def look_for(layer: int, head: int, weights: dict[int, float]) -> None:
-        """Let a head look at the tokens that carry these coordinates."""
+        """Let a head attend to tokens with these coordinates."""
         rows = slice(head * config.d_kv, (head + 1) * config.d_kv)
         layers[layer].q.weight[rows] = 0.0
         layers[layer].k.weight[rows] = 0.0
@@ -411,20 +374,20 @@ def _lay_out_title_match(t5: T5ForConditionalGeneration, config: T5Config) -> No
     words = slice(3 * config.d_kv, 4 * config.d_kv)
     layers[1].k.weight[words] = 0.0
     torch.nn.init.orthogonal_(layers[1].k.weight[words, N_SIGNALS:])
-    # Two equal words then get a score of about 12, and two others one around 0.
+    # Equal words then have a score of about 12, different ones about 0.
     layers[1].q.weight[words] = 20.0 / config.d_kv * layers[1].k.weight[words]
     pass_on(1, 3, 0, IN_QUESTION, FOUND_IN_QUESTION)
     pass_on(1, 3, 1, IN_TITLE, NOT_FOUND)
 
-    look_for(2, 3, {NOT_FOUND: 1.0, IS_MARK: -2.0})  # marks are never found, and mean nothing
+    look_for(2, 3, {NOT_FOUND: 1.0, IS_MARK: -2.0})  # marks are never found
     pass_on(2, 3, 0, NOT_FOUND, OTHER_TITLE)
 
 
 def _lay_out_decoder(t5: T5ForConditionalGeneration, config: T5Config) -> None:
-    """Let the decoder copy, and look less at passages with another title."""
+    """Let the decoder copy, and attend less to passages with another title."""
     for block in t5.decoder.block:
         cross_attention = block.layer[1].EncDecAttention
-        # What the decoder looks at arrives unchanged: the output undoes the value projection.
+        # The decoder receives tokens unchanged: the output undoes the value projection.
         torch.nn.init.orthogonal_(cross_attention.v.weight)
         cross_attention.o.weight.copy_(cross_attention.v.weight.T)
         first_rows = [head * config.d_kv for head in range(config.num_heads)]
@@ -435,8 +398,8 @@ def _lay_out_decoder(t5: T5ForConditionalGeneration, config: T5Config) -> None:
 
 
 def write_retriever_start(folder: Path, words: list[str]) -> None:
-    """A tiny BERT's config and its tokenizer, one token a word. (train_retriever.py makes the
-    weights.)"""
+    """A tiny BERT's config and tokenizer, with one token per word; train_retriever.py makes the
+    weights."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     tokenizer = BertTokenizerFast(
@@ -444,18 +407,12 @@ def write_retriever_start(folder: Path, words: list[str]) -> None:
     )
     tokenizer.save_pretrained(folder)
     config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=256,
-        max_position_embeddings=64,
-        # Five times BERT's: from weights near 0 a model this small is slow to tell names apart.
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=256, max_position_embeddings=64, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, pad_token_id=0,
+        # Five times BERT's: from smaller weights, this model is slow to distinguish names.
         initializer_range=0.1,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=0,
-    )
+    )  # fmt: skip
     config.save_pretrained(folder)
 
 
@@ -473,15 +430,12 @@ def write_passages(file: Path, passages: list[Passage]) -> None:
 def write_questions(
     file: Path, questions: list[Question], split: str, others: list[Passage] | None = None
 ) -> None:
-    """A list of questions in the reader's input format. With `others`, a passage for each, there
-    are these and the right passages, too."""
+    """A list of questions in the reader's input format. With `others`, a passage for each, the
+    contexts are the right passage and this one."""
     examples = []
     for number, question in enumerate(questions):
-        example = {
-            "id": f"{split}-{number}",
-            "question": question.text,
-            "answers": [question.answer],
-        }
+        example = {"id": f"{split}-{number}", "question": question.text}
+        example["answers"] = [question.answer]
         if others is not None:
             found = [dataclasses.asdict(passage) for passage in (question.passage, others[number])]
             example["ctxs"] = [passage | {"id": str(passage["id"])} for passage in found]
@@ -490,7 +444,7 @@ def write_questions(
 
 
 def other_subjects(questions: list[Question], rng: random.Random) -> list[Passage]:
-    """For each question, the passage of another question with the same wording."""
+    """For each question, the passage for another question with the same wording."""
     alike: dict[str, list[Passage]] = {}
     for question in questions:
         alike.setdefault(question.wording, []).append(question.passage)
@@ -519,12 +473,12 @@ def main(arguments: list[str] | None = None) -> None:
     target = Path(options.output)
     if target.exists():
         parser.error(f"{target} is there already: remove it, or give another folder with -o")
-    # Written beside its place and renamed at the end, so that it is complete or absent.
+    # Written under another name and renamed at the end, so that it is complete or absent.
     folder = target.with_name(f".{target.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
-    # The world. Subjects come in random order, so the first ones are as good a sample as any.
+    # The world. Subjects are in random order, so the first ones are a random sample.
     world = World(options.seed)
     passages: list[Passage] = []
     questions: dict[str, list[Question]] = {"dev": [], "test": [], "train": []}
@@ -540,7 +494,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_questions(folder / "train_pairs.json", questions["train"], "train", others)
 
     transformers.utils.logging.disable_progress_bar()
-    # The models. Their words are those of the collection and of the train questions.
+    # The models. Their vocabulary is that of the collection and the train questions.
     words = count_words(
         [passage.title for passage in passages]
         + [passage.text for passage in passages]
@@ -551,7 +505,7 @@ def main(arguments: list[str] | None = None) -> None:
     t5 = reader_start(tokenizer)
     t5.save_pretrained(folder / "reader_start")
     tokenizer.save_pretrained(folder / "reader_start")
-    # The retriever's texts carry the same marks, which BERT's tokenizer cuts at the colon.
+    # The retriever's texts have the same marks, which BERT's tokenizer splits at the colon.
     marks = [":", *(mark.rstrip(":") for mark in MARKS)]
     write_retriever_start(folder / "retriever_start", marks + words)
     folder.rename(target)

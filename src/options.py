@@ -480,7 +480,7 @@ def preprocess_parser() -> _Parser:
 def _error_if_given(parser: _Parser, options: argparse.Namespace, names: str, message: str) -> None:
     given = [word for word in changed(parser, vars(options), names.split()) if word[:2] == "--"]
     if given:
-        parser.error(message.format(" and ".join(given)))
+        parser.error(message.format(", ".join(given)))
 
 
 def _check_fresh_weights(parser: _Parser, options: argparse.Namespace) -> None:

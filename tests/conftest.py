@@ -39,11 +39,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def fast_set(items: Iterable[pytest.Item]) -> list[pytest.Item]:
     """The tests that `--fast` runs: those that start no process, which takes seconds, and are not
-    marked `slow`; those marked `fast`; and the first of a file that has none of either."""
+    marked `slow`; those marked `fast`; and the first not marked `slow` of a file without either."""
     files: dict[Path, list[pytest.Item]] = {}
     for item in items:
         files.setdefault(item.path, []).append(item)
-    return [item for tests in files.values() for item in [*filter(_is_fast, tests)] or tests[:1]]
+    kept = []
+    for tests in files.values():
+        others = [item for item in tests if not item.get_closest_marker("slow")]
+        kept += [*filter(_is_fast, tests)] or others[:1]
+    return kept
 
 
 def _is_fast(item: pytest.Item) -> bool:

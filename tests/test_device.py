@@ -31,6 +31,7 @@ def retriever_task(reference: Path) -> tuple[nn.Module, Iterable[nn.Module], Cal
     return retriever, layers, lambda: retriever.embed_passages(ids, mask).square().sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [reader_task, retriever_task])
 def test_compiled_layers_give_the_same_loss_and_gradients(task, reference):
     """(By the backend that traces and differentiates as the default one, and writes no C++.)"""

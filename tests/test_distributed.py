@@ -179,6 +179,7 @@ def test_collectives(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("fine-*")) == ["fine-0", "fine-1", "fine-2"]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("negatives", [False, True])
 def test_two_processes_distil_as_one(negatives, data, reference, tmp_path):
     examples = [e for e in json.loads(data.read_text()) if e.get("ctxs")]

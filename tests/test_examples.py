@@ -398,6 +398,7 @@ def test_a_sparse_file_is_refused_at_once(case, tmp_path):
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"[", b"[{", b'["', b"\\", b"\n", b'"'])
 def test_memory_is_a_small_multiple_of_the_files_size(content, tmp_path):
     path = tmp_path / "data.json"

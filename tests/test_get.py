@@ -341,8 +341,8 @@ def test_a_connection_that_cannot_be_held(tools, server, data, tmp_path):
     assert status == 1
     size = len(data["served"][name])
     found = re.fullmatch(
-        rf"error: {server.url}/{name}: broke off at (\d+) of {size} bytes \((curl|wget) ended with "
-        r"\d+\); the same command goes on from there",
+        rf"error: {server.url}/{name}: stopped at (\d+) of {size} bytes \((curl|wget)'s status is "
+        r"\d+\); the same command resumes from there",
         line,
     )
     assert found, line
@@ -379,7 +379,7 @@ def test_what_is_not_whole_is_not_unpacked(name, kind, server, data, tmp_path):
     status, line = get_badly("get-data.sh", *options, path=os.environ["PATH"], server=server)
     assert status == 1
     assert re.fullmatch(
-        rf"error: {tmp_path}/download/{name}: it came cut off or damaged.* again", line
+        rf"error: {tmp_path}/download/{name}: the download was truncated or damaged .* again", line
     )
     left = files(tmp_path)
     assert not any("partial" in path or Path(path).name == name for path in left)
@@ -408,7 +408,7 @@ def test_ctrl_c(tools, server, data, tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, err = process.communicate()
     assert process.returncode == 130
-    assert err.strip() == "error: stopped; the same command goes on from here"
+    assert err.strip() == "error: stopped; the same command resumes from here"
     assert part.stat().st_size == half
     server.slow.clear()
     server.requests.clear()
@@ -430,8 +430,8 @@ def test_a_small_disk(server, data, tmp_path):
     status, line = get_badly("get-data.sh", "-o", out, path=path, server=server)
     assert status == 2
     found = re.fullmatch(
-        rf"error: {out}: what is still to be fetched and made takes about ([\d.]+) MB, and "
-        r"0.0102 MB are free; make room, or name another folder by -o",
+        rf"error: {out}: what remains to fetch and unpack takes about ([\d.]+) MB, and "
+        r"0.0102 MB are free; make room, or name another folder with -o",
         line,
     )
     assert found, line
@@ -497,7 +497,7 @@ def test_hostile_archives_are_refused(case, server, tmp_path):
     status, line = get_badly("get-model.sh", *options, path=os.environ["PATH"], server=server)
     assert status == 2
     assert re.match(
-        f"error: {out}/nq_retriever.tar.gz: refused, because it holds '.*', which", line
+        f"error: {out}/nq_retriever.tar.gz: refused, because it contains '.*', which", line
     )
     assert files(tmp_path).keys() == {"a/models/nq_retriever.tar.gz"}
 
@@ -518,7 +518,7 @@ def test_a_disk_that_fills_up(megabytes, message, tools, disk, server):
     done = on_small_disk(disk, megabytes, "env", *settings, "sh", "-c", keep, "sh", *command)
     assert done.returncode == 2, done.stdout
     (line,) = done.stderr.splitlines()
-    assert re.match(f"error: {disk}/.*{message} .*; make room, and the same command goes on", line)
+    assert re.match(f"error: {disk}/.*{message} .*; make room, and the same command resumes", line)
     left = done.stdout.splitlines()[-1]
     assert left == "nq_retriever.tar.gz" + (".part" if megabytes == 1 else "")
 
@@ -541,13 +541,13 @@ BAD = {
     "an unknown option": ("get-data.sh", "--ony nq", 2, "--ony: no such option .*--help"),
     "no value": ("get-data.sh", "--only", 2, "an option's value is missing .*--help"),
     "an unknown part": ("get-data.sh", "--only x", 2, "--only 'x': must be nq, tqa or wiki"),
-    "a file as folder": ("get-data.sh", "-o {file}", 2, "-o '.*file': a folder .*; name another"),
-    "no folder": ("get-data.sh", "-o ''", 2, "-o '': a folder .*; name another"),
-    "no model": ("get-model.sh", "", 2, "-m '': no such model; there are nq_reader_base, nq_"),
+    "a file as folder": ("get-data.sh", "-o {file}", 2, "-o '.*file': this folder .*; name"),
+    "no folder": ("get-data.sh", "-o ''", 2, "-o '': this folder .*; name another"),
+    "no model": ("get-model.sh", "", 2, "-m '': no such model; the models are nq_reader_base, nq_"),
     "an unknown model": ("get-model.sh", "-m bart", 2,
-        "-m 'bart': no such model; there are nq_reader_base, .*, tqa_retriever$"),
+        "-m 'bart': no such model; the models are nq_reader_base, .*, tqa_retriever$"),
     "a model that is not there": ("get-model.sh", "-m nq_retriever -o {out}", 1,
-        "http.*/nq_retriever.tar.gz: the server says HTTP 404; .*mirror by FID_MODELS_URL"),
+        "http.*/nq_retriever.tar.gz: the server responds with HTTP 404; .*with FID_MODELS_URL"),
 }  # fmt: skip
 
 
@@ -571,8 +571,8 @@ def test_servers_that_refuse(tools, server, tmp_path):
     code, line = get_badly("get-data.sh", "-o", tmp_path, path=tools, server=server)
     assert code == 1
     assert line == (
-        f"error: {server.url}/tqa_passages.tar.gz: the server says HTTP 403; try later, or name a "
-        "mirror by FID_DATA_URL"
+        f"error: {server.url}/tqa_passages.tar.gz: the server responds with HTTP 403; try later, "
+        "or name a mirror with FID_DATA_URL"
     )
     assert not server.requests
 
@@ -589,7 +589,7 @@ def test_a_server_that_is_not_there(tools, server, tmp_path):
 def test_neither_curl_nor_wget(server, tmp_path):
     path = only_fetcher("none", tmp_path)
     status, line = get_badly("get-data.sh", "-o", tmp_path, path=path, server=server)
-    assert (status, line) == (2, "error: neither curl nor wget is there; install one of them")
+    assert (status, line) == (2, "error: neither curl nor wget is installed; install one of them")
 
 
 @pytest.mark.parametrize("script", ["get-data.sh", "get-model.sh"])

@@ -85,8 +85,9 @@ def test_nothing_happens_at_import(file):
     allowed += (ast.AnnAssign, ast.AugAssign, ast.For)
     for node in TREES[file].body:
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        is_main = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-        assert is_docstring or is_main or isinstance(node, allowed), ast.unparse(node)
+        condition = ast.unparse(node.test) if isinstance(node, ast.If) else ""
+        is_known = condition in ("__name__ == '__main__'", "TYPE_CHECKING")
+        assert is_docstring or is_known or isinstance(node, allowed), ast.unparse(node)
 
 
 def test_modules_without_models_load_no_torch():
@@ -101,8 +102,9 @@ def test_modules_without_models_load_no_torch():
 
 
 def test_the_fast_set_has_a_test_of_every_file(request):
-    files = {item.path for item in request.session.items}
-    assert {item.path for item in fast_set(request.session.items)} == files
+    """test_xquad.py trains for minutes."""
+    files = {item.path.name for item in request.session.items} - {"test_xquad.py"}
+    assert {item.path.name for item in fast_set(request.session.items)} == files
 
 
 def test_functions_that_start_processes_are_found():

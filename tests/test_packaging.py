@@ -18,8 +18,6 @@ from src.models.reader import load_reader
 from src.models.retriever import load_retriever
 from tests.conftest import REFERENCE, ROOT, run_well
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory) -> Path:

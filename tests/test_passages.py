@@ -148,6 +148,7 @@ def test_an_unknown_header_is_shown(header, tmp_path):
     assert "name the columns id, text and title" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_long_row(tmp_path, window, monkeypatch):
     rows = [[str(i), "long text " * (20_000 if i == 50 else 1), "a title"] for i in range(100)]
     text = HEADER + "".join("\t".join(row) + "\n" for row in rows)

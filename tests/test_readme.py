@@ -1,11 +1,9 @@
-"""The pages can be run: each `bash` or `console` block of README.md, docs/ and examples/ as it is.
+"""The pages can be run: every `bash` or `console` block of README.md, docs/ and examples/, as is.
 
-Blocks run in order, in a fresh copy of the repository's tracked files, beside small files of the
-names that they use and a hub cache that holds tiny models of theirs: the quickstart's world, made
-smaller. A comment in a block that begins with one of the MARKS says what it needs that a test has
-not; such a block is skipped. A `console` block shows commands, each behind `$ `, and what they
-print: the same but for numbers and white space; `...` on a line of its own stands for lines that
-are left out.
+Blocks run in order in a fresh copy of the repository's tracked files, with small files of the names
+they use and tiny models in the hub's cache. A comment in a block that begins with one of the MARKS
+names what a test lacks; such a block is skipped. A `console` block shows commands, each after `$ `,
+and their output: equal but for numbers and white space; a line `...` stands for omitted lines.
 """
 
 import itertools
@@ -30,13 +28,13 @@ MARKS = ("needs a download", "needs several GPUs", "needs SLURM", "takes minutes
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "examples").rglob("*.md"))
 PARSERS = [make for name, make in vars(options).items() if name.endswith("_parser")]
-# Options of others' programs and of our shell scripts that the pages name.
+# Options of other programs and of our shell scripts.
 OTHERS_OPTIONS = {"--nproc_per_node", "--help", "--only", "--fresh", "--seed", "--signal"}
-OTHERS_OPTIONS |= {"--gpus-per-node", "--ntasks-per-node", "--nodes", "--array"}
+OTHERS_OPTIONS |= {"--gpus-per-node", "--ntasks-per-node", "--nodes", "--array", "--fast"}
 
 
 class Block(NamedTuple):
-    """A code block: its page and line, `bash` or `console`, and what stands in it."""
+    """A code block: its page and line, `bash` or `console`, and its text."""
 
     page: Path
     line: int
@@ -58,7 +56,7 @@ def name_of(block: Block) -> str:
 
 
 def marks(block: Block) -> list[str]:
-    """What the block's comments say that it needs or takes, from the first such word on."""
+    """What the block's comments say it needs or takes."""
     return re.findall(r"# ((?:needs|takes) .*)", block.text)
 
 
@@ -67,7 +65,7 @@ def mark(block: Block) -> str | None:
 
 
 class Step(NamedTuple):
-    """A command, and the lines that it is to print (None: whatever it prints)."""
+    """A command, and the lines it must print (None: any)."""
 
     command: str
     printed: list[str] | None
@@ -90,14 +88,14 @@ def steps(block: Block) -> list[Step]:
 
 
 def plain(line: str) -> str:
-    """A line without what differs from run to run: numbers, times, the spaces that line them up."""
+    """A line without what differs between runs: numbers, times, the spaces that align them."""
     line = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", line)
     line = re.sub(r"(?<![\w.])-?\d[\d.,]*(e[-+]?\d+)?", "N", line)
     return re.sub(r"\s+", " ", line).strip()
 
 
 def same_output(shown: list[str], printed: list[str]) -> bool:
-    """Whether the lines are the same but for what `plain` takes away and `...` leaves out."""
+    """Whether the lines are equal but for what `plain` removes and `...` omits."""
     pattern = "".join(
         r"(.*\n)*" if line == "..." else re.escape(plain(line) + "\n") for line in shown
     )
@@ -105,11 +103,11 @@ def same_output(shown: list[str], printed: list[str]) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------
-# The place where blocks run
+# The folders where blocks run
 
 
 def put_into_hub(cache: Path, name: str) -> Path:
-    """A folder whose files Transformers takes for those of the hub's model of that name."""
+    """A folder whose files Transformers takes for the hub's model of that name."""
     model, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
     for folder in ("refs", f"snapshots/{commit}"):
         (model / folder).mkdir(parents=True, exist_ok=True)
@@ -118,7 +116,7 @@ def put_into_hub(cache: Path, name: str) -> Path:
 
 
 def make_world(folder: Path, cache: Path) -> None:
-    """The files and models that the pages name, small ones."""
+    """Small files and models of the names on the pages."""
     world = folder / "world"
     make_quickstart.main(["--subjects", "60", "--held_out", "1", "-o", str(world)])
     pairs = json.loads((world / "train_pairs.json").read_text())
@@ -137,107 +135,71 @@ def make_world(folder: Path, cache: Path) -> None:
     shutil.rmtree(world)
 
 
-class Place:
-    """A copy of the repository; a page's blocks run in it, each once and after those before it."""
+class Copy:
+    """A copy of the repository where a page's blocks run, each once and after those before it."""
 
-    def __init__(self, page: Path, folder: Path):
+    def __init__(self, page: Path, folder: Path, environment: dict[str, str]):
         self.blocks = [block for block in blocks_of(page) if mark(block) is None]
-        self.folder = folder
-        self.environment: dict[str, str] = {}
-        self.outcomes: list[str | None] = []
+        self.folder, self.environment = folder, environment
+        self.problems: list[str | None] = []
 
-    def outcome(self, block: Block) -> str | None:
+    def problem(self, block: Block) -> str | None:
         """What is wrong with a block, or None."""
-        while len(self.outcomes) <= self.blocks.index(block):
-            self.outcomes.append(self._run(self.blocks[len(self.outcomes)]))
-        return self.outcomes[self.blocks.index(block)]
+        while len(self.problems) <= self.blocks.index(block):
+            self.problems.append(self._run(self.blocks[len(self.problems)]))
+        return self.problems[self.blocks.index(block)]
 
     def _run(self, block: Block) -> str | None:
         for step in steps(block):
             done = subprocess.run(
-                ["bash", "-euo", "pipefail", "-c", step.command],
-                cwd=self.folder,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                check=False,
-            )
+                ["bash", "-euo", "pipefail", "-c", step.command], cwd=self.folder,
+                env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True, check=False,
+            )  # fmt: skip
             if done.returncode:
                 return f"{step.command}\nends with {done.returncode}:\n{done.stdout}"
-            printed = done.stdout.splitlines()
-            if step.printed is not None and not same_output(step.printed, printed):
+            if step.printed is not None and not same_output(step.printed, done.stdout.splitlines()):
                 shown = "\n".join(step.printed)
-                return f"{step.command}\nprints\n{done.stdout}\nand the page shows\n{shown}"
+                return f"{step.command}\nprints\n{done.stdout}\nbut the page shows\n{shown}"
         return None
 
 
 @pytest.fixture(scope="module")
-def tracked() -> list[str]:
-    """The repository's files."""
+def copies(tmp_path_factory) -> Iterator[dict[Path, Copy]]:
+    """A copy of the repository for each page that has blocks to run."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
     if listed.returncode:
-        pytest.skip("needs the repository's own git, to know which files belong to it")
-    return [name for name in listed.stdout.decode().split("\0") if name]
-
-
-@pytest.fixture(scope="module")
-def places(tracked, tmp_path_factory) -> Iterator[dict[Path, Place]]:
-    """A place for each page that has blocks to run."""
+        pytest.skip("needs git and the repository's own folder, to list its files")
     at = tmp_path_factory.mktemp("readme")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {"HF_HUB_CACHE": str(at / "hub"), "CUDA_VISIBLE_DEVICES": ""}
-    found = {}
+    environment = {**os.environ, "HF_HUB_CACHE": str(at / "hub"), "CUDA_VISIBLE_DEVICES": ""}
+    folders = {}
     for number, page in enumerate(sorted({block.page for block in BLOCKS if not mark(block)})):
-        folder = at / str(number)
-        for name in tracked:
+        folder = folders[page] = at / str(number)
+        for name in filter(None, listed.stdout.decode().split("\0")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
         make_world(folder, at / "hub")
-        found[page] = Place(page, folder)
     with warm_python(at, environment) as environment:
-        for place in found.values():
-            place.environment = environment
-        yield found
+        yield {page: Copy(page, folder, environment) for page, folder in folders.items()}
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=name_of)
-def test_block(block, request):
-    unknown = [said for said in marks(block) if not said.startswith(MARKS)]
-    assert not unknown, f"{unknown}: marks are {MARKS}"
-    if mark(block):
-        pytest.skip(mark(block))
-    wrong = request.getfixturevalue("places")[block.page].outcome(block)
-    assert wrong is None, wrong
-
-
-# ----------------------------------------------------------------------------------------------
-# How they are read
-
-
-def test_blocks_are_found_with_their_marks(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(
-        "x\n```bash\n# takes minutes: and more\nbash a.sh\n```\n\n```text\nno\n```\n"
-        "```console\n$ a \\\n    b\nline\n$ c\n```\n"
+RUNNABLE = [
+    pytest.param(
+        block, id=name_of(block), marks=[pytest.mark.skip(mark(block))] if mark(block) else []
     )
-    one, two = blocks_of(page)
-    assert (one.line, one.kind, mark(one)) == (2, "bash", "takes minutes")
-    assert (two.line, two.kind, mark(two)) == (10, "console", None)
-    assert steps(one) == [Step("# takes minutes: and more\nbash a.sh\n", None)]
-    assert steps(two) == [Step("a \\\n    b", ["line"]), Step("c", [])]
+    for block in BLOCKS
+]
 
 
-def test_what_counts_as_the_same_output():
-    line = "2026-11-24 04:02:34 step 500 of 1000 | loss 6.898 | lr 9.99e-05 | -2 GB |  3.1M"
-    other = "2025-01-02 00:00:00 step 5 of 1,000 | loss 7 | lr 0.1 | 12 GB | 60M"
-    assert plain(line) == plain(other) == "TIME step N of N | loss N | lr N | N GB | NM"
-    assert same_output(["a 1", "...", "b  2"], ["a 3", "x", "y", "b 4"])
-    assert same_output(["a 1", "..."], ["a 3"])
-    for shown in (["a 1"], ["a 1", "b 2", "c"], ["a 1", "c 2"], ["...", "a 1"], []):
-        assert not same_output(shown, ["a 3", "b 4"]), shown
-    assert not same_output(["saved run/step-5"], ["saved run/best_dev"])
+@pytest.mark.parametrize("block", RUNNABLE)
+def test_block(block, copies):
+    problem = copies[block.page].problem(block)
+    assert problem is None, problem
+
+
+def test_marks_are_known():
+    for block in BLOCKS:
+        assert all(said.startswith(MARKS) for said in marks(block)), name_of(block)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -383,6 +383,7 @@ def test_questions_that_share_no_word(output_format, tmp_path, capsys):
     assert recall == {"recall@1": 0.25, "questions": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairs", [1, 10_000_000])
 def test_one_process_or_many_look_for_answers(pairs, reference, monkeypatch):
     data = json.loads((reference / "retrieved.json").read_text())["retrieved"]

@@ -1,4 +1,4 @@
-"""The scripts as a user runs them: whole runs, resuming and options."""
+"""The scripts as a user runs them: a run and its files, resuming, options."""
 
 import argparse
 import dataclasses
@@ -38,81 +38,55 @@ def training(reference: Path, folder: Path, *more) -> list:
     ]  # fmt: skip
 
 
-def metrics(folder: Path) -> list[str]:
-    return (folder / "run" / "metrics.jsonl").read_text().splitlines()
-
-
+@pytest.mark.fast
 def test_stopped_by_a_signal_and_resumed(reference, tmp_path):
-    """SIGTERM in the middle: the run saves and leaves; the same command ends where an
-    uninterrupted one does, to the bit (dropout on, targets drawn at random)."""
-    whole = training(reference, tmp_path / "whole", "--total_steps", 6, "--accumulation_steps", 2)
-    run_well(*whole)
-    parts = training(reference, tmp_path / "parts", "--total_steps", 6, "--accumulation_steps", 2)
+    """SIGTERM in the middle: the run saves and ends; the same command then ends exactly as an
+    uninterrupted run (dropout on, targets drawn at random). Also: what a run leaves and prints."""
+    more = "--total_steps", 6, "--accumulation_steps", 2, "--keep_checkpoints", 1
+    done = run(*training(reference, tmp_path / "whole", *more))
+    assert (done.returncode, done.stderr) == (0, "")  # bars are for terminals
+    assert "\r" not in done.stdout
+    parts = training(reference, tmp_path / "parts", *more)
     process = subprocess.Popen(
-        [sys.executable, *map(str, parts)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as many as `run` gives: they change bits
+        [sys.executable, *map(str, parts)], cwd=ROOT, stdout=subprocess.PIPE, text=True,
         start_new_session=True,
-    )
+    )  # fmt: skip
     printed = []
     for line in process.stdout:
         printed.append(line)
         if "saved" in line:  # in the middle, wherever that is
-            os.killpg(process.pid, signal.SIGTERM)  # as SLURM does: also to those that load data
+            os.killpg(process.pid, signal.SIGTERM)  # as SLURM does: also to data-loading workers
             break
     printed += process.stdout.readlines()
-    assert process.wait() == 128 + signal.SIGTERM  # so that no shell script goes on to what is next
+    assert process.wait() == 128 + signal.SIGTERM  # so that a shell script does not continue
     assert "stopped by a signal after update" in printed[-1], printed
-    log = run_well(*parts)
-    assert re.search(r"resuming from .*/step-\d", log)
+    assert re.search(r"resuming from .*/step-\d", run_well(*parts))
     for name in ("step-6", "best_dev"):
-        weights = [
-            load_file(tmp_path / folder / "run" / "checkpoint" / name / "model.safetensors")
-            for folder in ("whole", "parts")
-        ]
-        assert weights[0].keys() == weights[1].keys()
-        assert all((weights[0][key] == weights[1][key]).all() for key in weights[0]), name
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
-    log = run_well(*parts)
-    assert "all 6 updates are done" in log
+        file = Path("run") / "checkpoint" / name / "model.safetensors"
+        whole, resumed = (load_file(tmp_path / folder / file) for folder in ("whole", "parts"))
+        assert whole.keys() == resumed.keys()
+        assert all((whole[key] == resumed[key]).all() for key in whole), name
+    whole, resumed = (tmp_path / folder / "run" for folder in ("whole", "parts"))
+    assert (whole / "metrics.jsonl").read_bytes() == (resumed / "metrics.jsonl").read_bytes()
+    for folder in (whole, resumed):
+        files = {path.name for path in folder.iterdir()}
+        assert files == {"checkpoint", "metrics.jsonl", "options.json", "run.log", "tensorboard"}
+        checkpoints = {path.name for path in (folder / "checkpoint").iterdir()}
+        assert checkpoints == {"best_dev", "latest", "step-6"}
+    recorded = json.loads((whole / "options.json").read_text())
+    assert recorded["options"]["lr"] == 1e-3
+    assert recorded["command"][0].endswith("train_reader.py")
 
 
-def test_a_run_leaves_what_the_readme_says(reference, tmp_path):
-    run_well(*training(reference, tmp_path, "--total_steps", 4, "--keep_checkpoints", 1))
-    folder = tmp_path / "run"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoint",
-        "metrics.jsonl",
-        "options.json",
-        "run.log",
-        "tensorboard",
-    ]
-    checkpoints = {path.name for path in (folder / "checkpoint").iterdir()}
-    assert checkpoints == {"best_dev", "latest", "step-4"}
-    options = json.loads((folder / "options.json").read_text())
-    assert options["options"]["lr"] == 1e-3
-    assert options["command"][0].endswith("train_reader.py")
-
-
-def test_bars_stay_out_of_pipes(reference, tmp_path):
-    done = run(*training(reference, tmp_path, "--total_steps", 2))
-    assert done.returncode == 0
-    assert done.stderr == ""
-    assert "\r" not in done.stdout
-
-
-def test_training_without_evaluation_and_testing_without_answers(reference, tmp_path):
+def test_training_without_evaluation_and_testing_without_answers(reference, tmp_path, capsys):
     command = training(reference, tmp_path, "--total_steps", 2, "--eval_data", "none")
-    assert not re.search("dev(?!ice)", run_well(*command).replace(str(tmp_path), ""))
+    importlib.import_module("train_reader").main([str(word) for word in command[1:]])
+    assert not re.search("dev(?!ice)", capsys.readouterr().out.replace(str(tmp_path), ""))
     (tmp_path / "q.jsonl").write_text('{"question": "Who?"}\n{"question": "Where?", "id": "w"}\n')
-    log = run_well(
-        "test_reader.py", "--eval_data", tmp_path / "q.jsonl", "--write_results",
-        "--model_path", tmp_path / "run/checkpoint/latest",
-        "--checkpoint_dir", tmp_path, "--name", "answers",
-    )  # fmt: skip
-    assert "2 answers; the data has none to judge them by" in log
+    run = f"{tmp_path}/run/checkpoint/latest --checkpoint_dir {tmp_path} --name answers"
+    command = f"--write_results --eval_data {tmp_path}/q.jsonl --model_path {run}"
+    importlib.import_module("test_reader").main(command.split())
+    assert "2 answers; the data has none to judge them by" in capsys.readouterr().out
     lines = (tmp_path / "answers" / "final_output.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == ["0", "w"]
 
@@ -153,11 +127,11 @@ def test_older_names():
 
 
 # ----------------------------------------------------------------------------------------------
-# Every option is read; wrong ones are answered before anything is loaded
+# Every option is read; wrong ones are reported before anything is loaded
 
 
 class Recorder:
-    """Which options a run reads, one by one or as fields of a group."""
+    """The options that a run reads, one by one or as fields of a group."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.read: set[str] = set()
@@ -184,7 +158,7 @@ class Recorder:
 
 
 def runs_of(script: str, reference: Path, folder: Path) -> list[list]:
-    """Runs of a script on tiny models that reach all its branches between them."""
+    """Runs of a script on tiny models that together reach all its branches."""
     t5, bert, passages = reference / "t5", folder / "bert", folder / "passages.tsv"
     retriever = reference / "legacy_retriever_mask_mean"
     found = ["--passages_embeddings", reference / "legacy_embeddings" / "wiki_*"]
@@ -224,8 +198,8 @@ def runs_of(script: str, reference: Path, folder: Path) -> list[list]:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_option_is_read_and_explained(script, reference, tmp_path, monkeypatch):
-    """An option that nothing reads is a bug. (Writing all options to options.json is no reading,
-    nor is checking them against each other.)"""
+    """An option that nothing reads is a bug. (Writing all options to options.json does not count,
+    nor does checking them against each other.)"""
     examples = json.loads((reference / "data.json").read_text())[:2]
     (tmp_path / "data.json").write_text(json.dumps(examples))
     shutil.copy(reference / "passages.tsv", tmp_path)
@@ -238,7 +212,7 @@ def test_every_option_is_read_and_explained(script, reference, tmp_path, monkeyp
     for run_options in runs_of(script, reference, tmp_path):
         importlib.import_module(script).main([str(word) for word in run_options])
     actions = [action for action in SCRIPTS[script]()._actions if action.dest != "help"]
-    # A GPU's precision is looked at on a GPU alone.
+    # Read on a GPU only.
     unread = {action.dest for action in actions} - recorder.read - {"no_fp16"}
     assert not unread
     assert all(action.help for action in actions)
@@ -257,7 +231,7 @@ WRONG = {  # rules about several options, too
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_and_wrong_options_load_no_library(program):
-    """They are answered at once, also where rules about several options are broken."""
+    """They respond at once, also when a rule about several options is broken."""
     look = (
         "import atexit, runpy, sys\n"
         "libraries = {'torch', 'transformers', 'numpy', 'faiss', 'tqdm'}\n"
@@ -284,34 +258,13 @@ def test_help_and_wrong_options_load_no_library(program):
 
 def test_a_group_has_the_values_of_its_options():
     given = "--passages p --output_path o --model_path m --passages_embeddings e --plain_text "
-    given += "--n-subquantizers 16 --n-bits 4"
-    options = all_options.passage_retrieval_parser().parse_args(given.split())
+    options = all_options.passage_retrieval_parser().parse_args(
+        f"{given} --n-subquantizers 16 --n-bits 4".split()
+    )
     search = all_options.select(all_options.SearchOptions, options)
-    assert search.factory == "PQ16x4"
-    assert search.plain_text
-    assert not search.bm25
-    assert search.indexing_batch_size == 50000
-    # The conversation has no --n-subquantizers.
+    assert (search.factory, search.plain_text, search.bm25) == ("PQ16x4", True, False)
+    # The conversation has no --n-subquantizers, and other names for the retriever.
     given = "--question Who? --passages p --retriever_path m --passages_embeddings e "
-    given += "--index_factory SQ8"
-    options = all_options.test_reader_parser().parse_args(given.split())
-    assert all_options.select(all_options.SearchOptions, options).factory == "SQ8"
-    assert not all_options.select(all_options.ReadingOptions, options).no_title
-
-
-@pytest.mark.parametrize(
-    ("script", "kinds"),
-    [
-        ("train_reader", "ReadingOptions GenerationOptions OptimOptions LoopOptions"),
-        ("test_reader", "ReadingOptions GenerationOptions SearchOptions"),
-        ("train_retriever", "OptimOptions LoopOptions"),
-        ("passage_retrieval", "SearchOptions"),
-    ],
-)
-def test_scripts_have_the_options_of_their_groups(script, kinds):
-    parser = SCRIPTS[script]()
-    values = {action.dest: action.default for action in parser._actions}
-    for name in kinds.split():
-        group = all_options.select(vars(all_options)[name], argparse.Namespace(**values))
-        for field, value in vars(group).items():
-            assert values.get(field, value) == value
+    options = all_options.test_reader_parser().parse_args(f"{given} --index_factory SQ8".split())
+    search = all_options.conversation_search(options)
+    assert (search.factory, search.model_path) == ("SQ8", "m")

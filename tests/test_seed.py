@@ -141,6 +141,7 @@ def test_reader_commands(folder, monkeypatch, capsys):
     assert "exact match" in capsys.readouterr().out
 
 
+@pytest.mark.fast
 def test_retriever_commands(folder, monkeypatch, capsys):
     run(SCORES)
     data = json.loads((folder / "data.json").read_text())

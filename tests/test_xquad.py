@@ -47,6 +47,7 @@ def exact_matches(log: str) -> list[float]:
     return [float(value) for value in re.findall(r"exact_?\s?match ([\d.]+)", log)]
 
 
+@pytest.mark.slow  # minutes
 def test_a_reader_from_nothing_learns_real_questions(xquad, tmp_path):
     make_inputs(xquad, tmp_path)
     data = tmp_path / "questions.json"

@@ -118,7 +118,6 @@ class EmbeddingSearch:
         of = f"{len(exact):,} embeddings of size {exact.dimension} in {count(len(shards), 'shard')}"
         kind = options.factory or "exact"
         say(log, "search", "%s; %s search takes about %s of memory", of, kind, size(memory))
-        self._exact = exact
         self._embedder = self._load_retriever(device, log)
         self._index = _open_index(options, exact, device, log)
 

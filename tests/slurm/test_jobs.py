@@ -160,6 +160,7 @@ def test_asked_to_stop_by_usr1(cluster, undisturbed, tmp_path):
     assert_same_run(undisturbed, folder)
 
 
+@pytest.mark.fast
 def test_cancelled_by_the_user(cluster, tmp_path):
     """It saves, too, but stays away."""
     folder = tmp_path / "job"
