@@ -13,7 +13,6 @@ import json
 import os
 import random
 import re
-import socket
 import tempfile
 import time
 from pathlib import Path
@@ -21,12 +20,13 @@ from pathlib import Path
 import torch
 
 from tests.conftest import REFERENCE
-from tests.kill_and_resume import start
+from tests.forks import start
 
 BERT = ["--tokenizer", REFERENCE / "bert", "--model_path", REFERENCE / "legacy_retriever_mask_mean"]
 TRAIN = [
     "--per_gpu_batch_size", 1, "--n_context", 2, "--lr", 1e-3, "--total_steps", 6, "--save_freq", 2,
     "--eval_freq", 3, "--keep_checkpoints", 2, "--num_workers", 0, "--optim", "adamw",
+    "--accumulation_steps", 2, "--scheduler", "linear", "--warmup_steps", 2,
     "--train_data", "scored.json", "--eval_data", "scored.json",
 ]  # fmt: skip
 RUN = ["--checkpoint_dir", "out", "--name", "run"]
@@ -96,9 +96,6 @@ def differences(one: dict[str, object], other: dict[str, object]) -> list[str]:
 
 def begin(script: str, processes: int, number: int = 0, arm=lambda rank: None) -> list[int]:
     """Start a script's processes; what they print is in the files `N.err` of the parent folder."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
 
     def prepare(rank: int) -> None:
         with open(f"../{Path.cwd().name}.{number}.{rank}.err", "wb") as file:
@@ -107,11 +104,7 @@ def begin(script: str, processes: int, number: int = 0, arm=lambda rank: None) -
             os.dup2(file.fileno(), 1)
         arm(rank)
 
-    arguments = list(map(str, SCRIPTS[script]))
-    return [
-        start(script, arguments, rank, processes, port, lambda rank=rank: prepare(rank))
-        for rank in range(processes)
-    ]
+    return start(script, list(map(str, SCRIPTS[script])), processes, prepare)
 
 
 def end(children: list[int], number: int = 0) -> tuple[int, list[str]]:

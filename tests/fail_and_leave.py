@@ -3,20 +3,20 @@
     printf '%s' '[["train_reader", ["--train_data", ...], "torch.nn.utils:clip_grad_norm_", 3, 1,
         0], ...]' | python -m tests.fail_and_leave
 
-Each case is a script, its options, a module's (or its class's) function, the number of the call
-that fails, the number of processes, and which of them fails. Processes are copies of this one,
-which has the libraries already. Prints for each case the exit statuses, what went to standard
-error, and how many processes are left behind.
+Each case is a script, its options, a function (of a module or its class), the number of the call
+that fails, the number of processes, and which of them fails. Prints for each case the exit
+statuses, what went to standard error, and how many processes are left.
 """
 
 import importlib
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 from pathlib import Path
+
+from tests.forks import start
 
 
 def arm(function: str, number: int) -> None:
@@ -37,7 +37,7 @@ def arm(function: str, number: int) -> None:
 
 
 def left_behind(session: int) -> list[int]:
-    """The processes of a session, those that have ended apart."""
+    """The processes of a session that have not ended."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -53,26 +53,17 @@ def run(
     script: str, arguments: list[str], function: str, number: int, processes: int, victim: int
 ) -> tuple[list[int], str, int]:
     """A case in its processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
     with tempfile.TemporaryFile("w+") as errors:
-        for rank in range(processes):
-            child = os.fork()
-            if child == 0:
-                os.setsid()
-                signal.alarm(100)  # which ends it in any case
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                os.dup2(errors.fileno(), 2)
-                if processes > 1:
-                    place = {"RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-                    os.environ.update({name: str(value) for name, value in place.items()})
-                if rank == victim:
-                    arm(function, number)
-                importlib.import_module(script).main(arguments)
-                sys.exit()  # as a script ends: with what Python does at its exit
-            children.append(child)
+
+        def prepare(rank: int) -> None:
+            os.setsid()
+            signal.alarm(100)  # which ends it in any case
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(errors.fileno(), 2)
+            if rank == victim:
+                arm(function, number)
+
+        children = start(script, arguments, processes, prepare, cleans_up=True)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         left = [process for child in children for process in left_behind(child)]
         for process in left:
@@ -81,13 +72,8 @@ def run(
         return statuses, errors.read(), len(left)
 
 
-def main() -> None:
+if __name__ == "__main__":
     cases = json.load(sys.stdin)
     for script in {script for script, *_ in cases}:
         importlib.import_module(script)
-    results = [run(*case) for case in cases]
-    print(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()
+    print(json.dumps([run(*case) for case in cases]))

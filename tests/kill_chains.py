@@ -26,7 +26,7 @@ from tests.concurrent_pairs import (
     undisturbed,
     work_folder,
 )
-from tests.kill_and_resume import die_writing, wait
+from tests.forks import die_writing, wait
 
 
 def run_chain(
@@ -37,7 +37,7 @@ def run_chain(
     with work_folder(base):
         for number in range(draw.randrange(1, 5)):
             if number % 2 == seed % 2:
-                arm = functools.partial(die_writing, draw.randrange(1, 60), "")
+                arm = functools.partial(die_writing, draw.randrange(1, 60))
                 children = begin(script, processes, arm=lambda rank, arm=arm: rank or arm())
             else:
                 children = begin(script, processes)
@@ -67,7 +67,7 @@ def main() -> None:
                 kills += more
                 wrong |= {seed: differ} if differ else {}
             chains = f"{options.chains} chains, {kills} kills, {options.processes} process(es)"
-            print(f"{script}: {chains}: {len(wrong)} differ {wrong or ''}", flush=True)
+            print(f"{script}: {chains}: {len(wrong)} differ", *wrong.items(), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What becomes of each training option that has changed when a run is resumed."""
 
+import itertools
 import json
 import re
 import shutil
@@ -13,7 +14,10 @@ import pytest
 import train_reader
 import train_retriever
 from src import options as all_options
-from src.data.batches import training_batches
+from src.data.batches import RetrieverDataset, _passage_key, training_batches
+from src.data.examples import load_data
+from src.models.pretrained import load_tokenizer
+from src.training import run
 from tests.conftest import REFERENCE
 
 SCRIPTS = {"reader": train_reader, "retriever": train_retriever}
@@ -47,46 +51,51 @@ def begun(tmp_path_factory) -> Path:
     (folder / "data.json").write_text(json.dumps(examples[:9]))
     (folder / "other.json").write_text(json.dumps(examples[9:14]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train_reader.answer_questions", lambda *_, **__: iter(()))
+        patch.setattr("train_reader.answer_questions", lambda *_, **__: itertools.repeat([]))
         patch.setattr("src.training.metrics.Average.value", lambda self: 1.0)
         for kind, script in SCRIPTS.items():
             script.main(command(kind, folder / "data.json", folder / kind))
     return folder
 
 
-def resume(kind: str, begun: Path, folder: Path, monkeypatch, *more: object) -> SimpleNamespace:
+def resume(kind: str, begun: Path, folder: Path, *more: object) -> SimpleNamespace:
     """What the loop is given when the run is resumed with more options."""
     shutil.copytree(begun / kind, folder / kind, symlinks=True)
-    script, seen = SCRIPTS[kind], SimpleNamespace(compiled=False)
+    seen = SimpleNamespace(compiled=False, data=begun / "data.json")
 
     def train(state, loss_function, batches, learning_rate, checkpoints, *others, **_):
-        seen.state, seen.batches, seen.rate = state, batches, learning_rate
+        seen.state, seen.batch, seen.rate = state, next(batches), learning_rate
         seen.loss_function, seen.keep = loss_function, checkpoints._keep
         (*_, seen.settings, seen.evaluation) = others
         raise Reached
 
-    def compile_layers(layers) -> None:
-        seen.compiled = True
+    def tokenizer_files(tokenizer, checkpoint):
+        seen.cleans_up = tokenizer.clean_up_tokenization_spaces
+        return {}
 
     def make_loader(dataset, batches, collate, num_workers, pin):
         seen.n_workers = num_workers
         return original(dataset, batches, collate, 0, pin)
 
-    def start(launch, timeout):
-        seen.timeout = timeout
-
-    original = script.make_loader
-    monkeypatch.setattr(script, "train", train)
-    monkeypatch.setattr(script, "compile_layers", compile_layers)
-    monkeypatch.setattr(script, "make_loader", make_loader)
-    monkeypatch.setattr(script.distributed, "start", start)
-    words = command(kind, begun / "data.json", folder / kind)
-    with pytest.raises(Reached):
-        script.main([*words, "--total_steps", "12", *map(str, more)])
-    if kind == "reader":
-        seen.tokenizer = script.load_tokenizer(str(REFERENCE / "t5"), "none")
+    original = run.make_loader
+    words = [*command(kind, begun / "data.json", folder / kind), "--total_steps", "12"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "train", train)
+        patch.setattr(run, "compile_layers", lambda layers: setattr(seen, "compiled", True))
+        patch.setattr(run, "make_loader", make_loader)
+        patch.setattr(run, "_tokenizer_files", tokenizer_files)
+        patch.setattr(
+            run.distributed, "start", lambda _, timeout: setattr(seen, "timeout", timeout)
+        )
+        with pytest.raises(Reached):
+            SCRIPTS[kind].main([*words, *map(str, more)])
     assert seen.state.position.step == 2
     return seen
+
+
+@pytest.fixture(scope="module")
+def unchanged(begun, tmp_path_factory) -> dict[str, SimpleNamespace]:
+    return {kind: resume(kind, begun, tmp_path_factory.mktemp("same")) for kind in SCRIPTS}
 
 
 def group(seen: SimpleNamespace) -> dict[str, Any]:
@@ -95,7 +104,7 @@ def group(seen: SimpleNamespace) -> dict[str, Any]:
 
 
 def indexes(seen: SimpleNamespace) -> list[int]:
-    return next(seen.batches)["index"]
+    return seen.batch["index"]
 
 
 def expected(n: int, size: int, seed: int) -> list[int]:
@@ -104,25 +113,32 @@ def expected(n: int, size: int, seed: int) -> list[int]:
 
 def answering(seen: SimpleNamespace) -> tuple:
     """What the dev evaluation asks of generation."""
+    asked = []
+
+    def answer(*arguments, **more):
+        asked.extend([*arguments[-2:], more["decoder"]])
+        raise Reached
+
     with pytest.MonkeyPatch.context() as patch:
-        asked = []
-
-        def answer(*arguments):
-            asked.extend(arguments[-2:])
-            raise Reached
-
         patch.setattr("train_reader.answer_questions", answer)
         with pytest.raises(Reached):
             seen.evaluation.run()
-        return tuple(asked)
+    return tuple(asked)
 
 
-def texts(seen: SimpleNamespace) -> str:
-    return seen.tokenizer.decode(next(seen.batches)["input_ids"][0, 0])
+def has_title(seen: SimpleNamespace) -> bool:
+    tokenizer = load_tokenizer(str(REFERENCE / "t5"), "none")
+    return "title:" in tokenizer.decode(seen.batch["input_ids"][0, 0])
+
+
+def has_title_key(seen: SimpleNamespace) -> bool:
+    """Whether the first passage's key is that of its text with its title."""
+    item = RetrieverDataset(load_data(seen.data), 2)[0, indexes(seen)[0]]
+    return seen.batch["passage_keys"][0, 0].item() == _passage_key(item.passages[0])
 
 
 def dropouts(seen: SimpleNamespace) -> set[float]:
-    return {module.p for module in seen.state.model.modules() if hasattr(module, "p")}
+    return {module.p for module in seen.state.model.modules() if hasattr(module, "p")} - {0.0}
 
 
 # What an option becomes, and where it shows: (the new words, what is seen, its value with and
@@ -141,7 +157,7 @@ BOTH: dict[str, Change] = {
     "fixed_lr": ([], lambda seen: seen.rate(20), 1e-4, 0.0),
     "accumulation_steps": ([3], lambda seen: seen.settings.accumulation_steps, 3, 1),
     "clip": ([0.2], lambda seen: seen.settings.clip, 0.2, 1.0),
-    "dropout": ([0.4], lambda seen: dropouts(seen) - {0.0}, {0.4}, {0.1}),
+    "dropout": ([0.4], dropouts, {0.4}, {0.1}),
     "precision": (["fp16"], lambda seen: (seen.settings.precision,
                   seen.state.scaler.is_enabled()), ("fp16", True), ("fp32", False)),
     "eval_freq": ([7], lambda seen: seen.settings.eval_freq, 7, 9),
@@ -157,19 +173,20 @@ BOTH: dict[str, Change] = {
 }  # fmt: skip
 CHANGES: dict[str, dict[str, Change]] = {
     "reader": BOTH | {
-        "n_context": ([3], lambda seen: next(seen.batches)["input_ids"].shape[1], 3, 2),
-        "text_maxlength": ([40], lambda seen: next(seen.batches)["input_ids"].shape[2], 40, 32),
-        "answer_maxlength": ([9], lambda seen: next(seen.batches)["labels"].shape[1] == 9,
-                             True, False),
-        "no_title": ([], lambda seen: "title:" in texts(seen), False, True),
-        "num_beams": ([2], lambda seen: answering(seen)[1], 2, 1),
-        "generation_max_length": ([7], lambda seen: answering(seen)[0], 7, 50),
-        "use_checkpoint": ([], lambda seen: seen.state.model.use_checkpoint, True, False),
+        "n_context": ([3], lambda seen: seen.batch["input_ids"].shape[1], 3, 2),
+        "text_maxlength": ([40], lambda seen: seen.batch["input_ids"].shape[2], 40, 32),
+        "answer_maxlength": ([9], lambda seen: seen.batch["labels"].shape[1] == 9, True, False),
+        "no_title": ([], has_title, False, True),
+        "num_beams": ([2], answering, (50, 2, "fast"), (50, 1, "fast")),
+        "generation_max_length": ([7], answering, (7, 1, "fast"), (50, 1, "fast")),
+        "decoder": (["transformers"], answering, (50, 1, "transformers"), (50, 1, "fast")),
+        "no_clean_up": ([], lambda seen: seen.cleans_up, False, True),
+        "use_checkpoint": ([], lambda seen: seen.state.model.t5.encoder
+                           .is_gradient_checkpointing, True, False),
     },
     "retriever": BOTH | {
-        "n_context": ([3], lambda seen: next(seen.batches)["gold_scores"].shape[1], 3, 2),
-        "no_title": ([], lambda seen: next(seen.batches)["passage_keys"][0, 0].item()
-                     == title_key(seen), False, True),
+        "n_context": ([3], lambda seen: seen.batch["gold_scores"].shape[1], 3, 2),
+        "no_title": ([], has_title_key, False, True),
         "in_batch_negatives": ([], lambda seen: seen.loss_function.keywords["use_negatives"],
                                True, False),
     },
@@ -189,16 +206,6 @@ FIXED = {
 ELSEWHERE = {"help", "name", "checkpoint_dir", "local_rank"}  # where the run is
 
 
-def title_key(seen: SimpleNamespace) -> int:
-    """The key of the first passage, with its title, of the first batch with the seed 0."""
-    from src.data.batches import RetrieverDataset, _passage_key
-    from src.data.examples import load_data
-
-    data = load_data(seen.data)
-    (index,) = expected(9, 1, 0)
-    return _passage_key(RetrieverDataset(data, 2)[0, index].passages[0])
-
-
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_every_option_is_in_these_tables(kind):
     options = {action.dest for action in PARSERS[kind]()._actions}
@@ -208,14 +215,12 @@ def test_every_option_is_in_these_tables(kind):
 @pytest.mark.parametrize(
     ("kind", "name"), [(kind, name) for kind, names in CHANGES.items() for name in names]
 )
-def test_a_changed_option_is_used(kind, name, begun, tmp_path, monkeypatch, capsys):
-    words, see, changed, unchanged = CHANGES[kind][name]
+def test_a_changed_option_is_used(kind, name, begun, unchanged, tmp_path, capsys):
+    words, see, changed, before = CHANGES[kind][name]
     words = [begun / "other.json" if word == "OTHER" else word for word in words]
-    for more, value in (([], unchanged), ([f"--{name}", *words], changed)):
-        folder = tmp_path / str(len(more))
-        seen = resume(kind, begun, folder, monkeypatch, *more)
-        seen.data = begun / "data.json"
-        assert see(seen) == (pytest.approx(value) if isinstance(value, float) else value)
+    seen = resume(kind, begun, tmp_path, f"--{name}", *words)
+    for found, value in ((unchanged[kind], before), (seen, changed)):
+        assert see(found) == (pytest.approx(value) if isinstance(value, float) else value)
     assert f"since that checkpoint, {name} was" in capsys.readouterr().out
 
 
@@ -240,7 +245,7 @@ def test_an_option_that_cannot_change_is_refused(kind, name, begun, tmp_path, ca
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)
-def test_a_run_that_was_moved_resumes(kind, begun, tmp_path, monkeypatch):
+def test_a_run_that_was_moved_resumes(kind, begun, tmp_path):
     shutil.copytree(begun / kind / "run", tmp_path / "elsewhere" / kind / "moved", symlinks=True)
     more = ["--checkpoint_dir", tmp_path / "elsewhere" / kind, "--name", "moved"]
-    resume(kind, begun, tmp_path, monkeypatch, *more)
+    resume(kind, begun, tmp_path, *more)

@@ -1,8 +1,4 @@
-"""The process group, and collectives that take values and return values.
-
-Every function works in a single process too, where it does nothing; none needs an options object,
-because the process group knows who is who.
-"""
+"""The process group, and collectives on values. In a single process they do nothing."""
 
 import argparse
 import datetime
@@ -18,19 +14,14 @@ from src.runtime.errors import InputError
 from src.runtime.launch import Launch, detect_launch
 
 Value = TypeVar("Value")
-_patient_group: dist.ProcessGroup | None = None  # of all processes, see run_on_main
+_patient_group: dist.ProcessGroup | None = None  # for run_on_main
 
 
 def start(launch: Launch, timeout: float = 600.0) -> None:
-    """Meet the other processes (nothing to do when there is one).
-
-    Args:
-        timeout: seconds after which a process that waits for another gives up.
-    """
+    """Meet the other processes, if any. After `timeout` seconds, waiting for one is an error."""
     if launch.world_size == 1:
         return
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = launch.address, str(launch.port)
-    # Numbers that the CPU holds travel by gloo, tensors on a GPU by nccl.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         rank=launch.rank,
@@ -118,8 +109,7 @@ def all_gather(value: Value) -> list[Value]:
 
 def run_on_main(task: Callable[[], Value]) -> Value | None:
     """Run a task in the main process alone; returns its value there, None elsewhere. The others
-    wait for it, however long it takes: `start`'s timeout does not count. (Should the main process
-    die, its connections close, and the others end with an error.)
+    wait for it however long it takes, without the timeout of `start`; if it dies, they end too.
 
     Errors: an `InputError` of the task, in every process.
     """
@@ -138,16 +128,16 @@ def run_on_main(task: Callable[[], Value]) -> Value | None:
 
 
 def raise_on_all(task: Callable[[], Value]) -> Value:
-    """Run a task that may find bad input in every process. If any does, all raise its error: none
-    is left waiting for one that has gone."""
+    """Run a task in every process. An `InputError` in one is raised in all: none is left waiting
+    for another that has ended."""
+    if world_size() == 1:
+        return task()
     value, message = None, None
     try:
         value = task()
     except InputError as error:
-        if world_size() == 1:
-            raise
         message = str(error)
-    messages = [found for found in all_gather(message) if found is not None]
-    if messages:
-        raise InputError(messages[0])
+    for found in all_gather(message):
+        if found is not None:
+            raise InputError(found)
     return value

@@ -1,9 +1,8 @@
 """What a user can get wrong: one exception class, and how a script reports it.
 
 Everything that a user can cause (a missing file, a broken line, an impossible option) is raised as
-`InputError` with one line that names the file, the value and the remedy. A script prints that line
-and exits with status 2. Ctrl-C ends a script with one line too, and output that is closed early
-(`| head`) with none. Any other exception is a bug: it keeps its traceback.
+`InputError` with one line that names file, value and remedy; a script prints it and exits with
+status 2. Any other exception is a bug, and keeps its traceback.
 """
 
 import contextlib
@@ -43,15 +42,15 @@ _describe_resume: Callable[[], str]  # see on_interrupt
 
 
 def on_interrupt(describe: Callable[[], str]) -> None:
-    """From now on, Ctrl-C's line says that the same command does what `describe` returns, such as
+    """From now on, Ctrl-C's line ends with "the same command" and what `describe` returns, such as
     "resumes after the last finished batch"."""
     global _describe_resume
     _describe_resume = describe
 
 
 def reports_input_errors(main: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a script's `main` so that an `InputError` becomes one line and exit status 2, Ctrl-C one
-    line and status 130, and output that nobody reads any more status 141 (as shells have it)."""
+    """Wrap a script's `main`: an `InputError` becomes one line and exit status 2, Ctrl-C one line
+    and 130, and closed output (`| head`) 141, as in shells."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> None:
@@ -74,7 +73,7 @@ def _run(main: Callable[..., None], *args, **kwargs) -> None:
             raise
         sys.stdout.flush()
     except Exception as error:
-        # There is nothing left to save: signals may end whatever the way out still waits for.
+        # Nothing is left to save: signals may end whatever the exit still waits for.
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
         _report(error)
@@ -82,17 +81,14 @@ def _run(main: Callable[..., None], *args, **kwargs) -> None:
 
 
 def _leave_interrupted() -> NoReturn:
-    """End this process and its children at once: Python's own way out takes a second to put torch
-    away, and files are complete or absent at any moment."""
+    """End this process and its children at once: Python's own exit takes a second with torch, and
+    files are complete or absent at any moment."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_children()
     if process_number() == "0":
         beginning = "\n" if os.isatty(2) else ""  # after "^C" and perhaps a progress bar
-        print(
-            f"{beginning}stopped by Ctrl-C; the same command {_describe_resume()}",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"{beginning}stopped by Ctrl-C; the same command {_describe_resume()}"
+        print(line, file=sys.stderr, flush=True)
     os._exit(128 + signal.SIGINT)
 
 
@@ -109,24 +105,24 @@ def process_number() -> str:
 
 
 def _report(error: Exception) -> None:
-    """End with one line for what is no bug; return for anything else."""
+    """End with one line if it is not a bug."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         where = f"{error.filename}: " if error.filename else ""
         _end(f"{where}{error.strerror}; make room, and the same command resumes")
     if isinstance(error, BrokenPipeError) and drop_unread_output():
         sys.exit(128 + signal.SIGPIPE)
     if isinstance(error, InputError):
-        # A data-loading worker hands on its traceback; the message is on its last line.
+        # A data-loading worker passes on its traceback, with the message on the last line.
         _end(str(error).strip().split("\n")[-1].removeprefix("src.runtime.errors.InputError: "))
-    # PyTorch's errors of torch.distributed; what gloo raises is a plain RuntimeError.
+    # Errors of torch.distributed; gloo raises a plain RuntimeError.
     if type(error).__name__.startswith("Dist") or "/gloo/" in first_line(error):
-        why = first_line(error).split("] ", 1)[-1].split(". ")[0]  # without the place in its source
+        why = first_line(error).split("] ", 1)[-1].split(". ")[0]  # without its source line
         lost = f"lost contact with another process ({why}): the first error in the log may tell why"
         _end(f"{lost}; the same command resumes", status=1)
 
 
 def drop_unread_output() -> bool:
-    """If nobody reads what is printed any more, print to nowhere from now on, and return True."""
+    """If the output has been closed, print to nowhere from now on, and return True."""
     output = select.poll()
     output.register(_STDOUT, 0)
     if not any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0)):
@@ -138,9 +134,8 @@ def drop_unread_output() -> bool:
 
 
 def _end(message: str, status: int = 2) -> NoReturn:
-    # Under torchrun every process may meet the same error; the others give their rank.
-    rank = process_number()
+    rank = process_number()  # several processes may have the same error
     prefix = "error: " if rank == "0" else f"error (process {rank}): "
     print(prefix + message, file=sys.stderr, flush=True)
-    drop_unread_output()  # or Python ends with a status of its own for what is still to be printed
+    drop_unread_output()  # or Python's own exit status for unprinted output replaces ours
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""What the launcher says: torchrun, SLURM, or neither; and signals that ask a job to stop."""
+"""How this process was started (torchrun, SLURM or neither), and signals that ask it to stop."""
 
 import dataclasses
 import logging
@@ -15,10 +15,8 @@ from src.runtime.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """This process's place: `rank` of `world_size` in the job, `local_rank` on its machine.
-
-    `address` and `port` are where the processes meet; `launcher` is torchrun, slurm or none.
-    """
+    """This process is `rank` of `world_size` in the job, and `local_rank` on its machine; the
+    processes meet at `address` and `port`. `launcher`: torchrun, slurm or none."""
 
     rank: int = 0
     local_rank: int = 0
@@ -29,12 +27,9 @@ class Launch:
 
 
 def detect_launch(environ: Mapping[str, str], local_rank: int | None = None) -> Launch:
-    """Read the launcher's environment variables. Without a launcher there is one process, however
-    many GPUs the machine has, and also in a SLURM batch script that does not call srun.
-
-    Args:
-        local_rank: the value of `--local_rank`, which launchers before torchrun passed.
-    """
+    """Read the launcher's environment variables. Without a launcher there is one process, on any
+    number of GPUs, and in a SLURM batch script without srun. `local_rank`: the option of that name,
+    which launchers before torchrun passed."""
     try:
         if "RANK" in environ and "WORLD_SIZE" in environ:
             return Launch(
@@ -45,10 +40,10 @@ def detect_launch(environ: Mapping[str, str], local_rank: int | None = None) -> 
                 port=int(environ.get("MASTER_PORT", 29500)),
                 launcher="torchrun",
             )
-        # srun alone sets this one; a batch script has SLURM_NTASKS too, but runs only once.
+        # Only srun sets this one; a batch script has SLURM_NTASKS too, but runs once.
         tasks = int(environ.get("SLURM_STEP_NUM_TASKS", 1))
         if tasks > 1 and "SLURM_PROCID" in environ:
-            # All processes of a job step must find the same free port: made from the job's number.
+            # All processes need the same port: derived from the job's number.
             port = 15000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000
             return Launch(
                 rank=int(environ["SLURM_PROCID"]),
@@ -97,11 +92,11 @@ def _first_host(environ: Mapping[str, str]) -> str:
 
 
 class StopRequest:
-    """Set by SIGTERM or SIGUSR1 (pre-emption, the end of the time limit): the handler only raises a
-    flag, and the loop saves and leaves at its next good moment.
+    """Set by SIGTERM or SIGUSR1 (pre-emption, the end of the time limit): the handler only sets a
+    flag, and the loop saves and leaves when it can.
 
-    A second signal ends the process at once, unless it comes within `PATIENCE` seconds of the
-    first: launchers forward to their processes what these already got from SLURM.
+    A second signal ends the process at once, unless it comes within `PATIENCE` seconds: launchers
+    forward to their processes signals that these already got from SLURM.
     """
 
     PATIENCE = 2.0
@@ -119,8 +114,8 @@ class StopRequest:
             os._exit(128 + number)
 
     def finish(self) -> None:
-        """The work is done: signals have no effect any more. (Python drops its handlers when it
-        exits, and a signal at that moment would make a failure of a job that is complete.)"""
+        """Ignore signals from now on: the work is done. (While Python exits, a signal would make a
+        failure of a complete job.)"""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
 
@@ -131,17 +126,15 @@ class StopRequest:
         is_main: bool,
         meet: Callable[[], None] = lambda: None,
     ) -> NoReturn:
-        """End this process, whose work is saved but not done: with one line, and the exit status
-        that shells give a process ended by the signal, so that no script continues as if it were
-        done. Inside a SLURM job the main process first requeues the job.
+        """End this process, whose work is saved but not done: one line, and the exit status of a
+        process ended by the signal. In a SLURM job the main process first requeues the job.
 
         Args:
             where: how far the work is, for the line.
-            meet: waits for the other processes. A launcher ends all when one has left, and the
-                main one may still wait for an answer of SLURM's.
+            meet: waits for the other processes: a launcher ends all when one has left, even if the
+                main one is still waiting for SLURM.
         """
-        # A job that is requeued gets SIGTERM at once, and so do the commands it asks SLURM by.
-        self.finish()
+        self.finish()  # a requeued job gets SIGTERM at once, as do the commands it calls
         log.info("stopped by a signal %s; the same command resumes", where)
         if is_main:
             requeue(os.environ, log)
@@ -149,29 +142,23 @@ class StopRequest:
         sys.exit(128 + self._number)
 
 
-def requeue(environ: Mapping[str, str], log: logging.Logger) -> bool:
-    """Put the SLURM job that we run in, if any, back into the queue. (SLURM counts a pre-empted
-    job that ends by itself as completed, and would not run it again.)
-
-    A job that is being cancelled, or that may not be requeued, is left alone. Returns whether the
-    job was requeued.
-    """
+def requeue(environ: Mapping[str, str], log: logging.Logger) -> None:
+    """Requeue the SLURM job that we run in, if any, unless it is being cancelled. (SLURM counts a
+    pre-empted job that ends by itself as completed, and would not run it again.)"""
     job = environ.get("SLURM_JOB_ID")
     if job is None:
-        return False
+        return
     if "SLURM_ARRAY_TASK_ID" in environ:
         # The last task of an array has the array's own number, by which SLURM means all tasks.
         job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     state = _ask_slurm("squeue", "--noheader", "--format=%T", f"--jobs={job}")
     if state.stdout.strip() not in ("RUNNING", "PREEMPTED"):
         log.info("SLURM job %s is %s: not requeued", job, state.stdout.strip() or state.stderr)
-        return False
+        return
     done = _ask_slurm("scontrol", "requeue", job)
-    if done.returncode != 0:
-        log.info("SLURM job %s cannot be requeued: %s", job, done.stderr.strip())
-        return False
-    log.info("requeued SLURM job %s", job)
-    return True
+    failed = done.returncode != 0
+    text = f"SLURM job {job} cannot be requeued: {done.stderr.strip()}"
+    log.info("%s", text if failed else f"requeued SLURM job {job}")
 
 
 def _ask_slurm(*command: str) -> subprocess.CompletedProcess:

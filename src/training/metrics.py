@@ -1,4 +1,4 @@
-"""What a run says: log, progress bar, `metrics.jsonl`, TensorBoard, averages."""
+"""What a run reports: log, progress bars, `metrics.jsonl`, TensorBoard, averages."""
 
 import json
 import logging
@@ -21,8 +21,8 @@ _ELSEWHERE = "give another --checkpoint_dir or --name"
 
 
 class _BesideTheBar(logging.Handler):
-    """Prints log lines so that they do not tear a progress bar apart. A run goes on when they
-    cannot be printed: nobody reads them any more, or the disk that they go to is full."""
+    """Prints log lines without tearing a progress bar apart. A line that cannot be printed (closed
+    output, a full disk) does not stop the run."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -34,16 +34,14 @@ class _BesideTheBar(logging.Handler):
 
 
 def start_log(file: Path | None) -> logging.Logger:
-    """The log of the main process, on the screen and in a file; the other processes' says nothing.
+    """The log, which the main process alone writes: to the screen and to a file, `run.log`, if one
+    is given. The file's folder is made, and reserved until this command ends.
 
-    Args:
-        file: `run.log`, to append to, or None for the screen alone. It is also the lock of the
-            run's folder, which is made, and reserved until this command ends.
-    Errors: `InputError`, in every process, when another command writes there, or this one cannot.
+    Errors: `InputError`, in every process, when the folder cannot be written or reserved.
     """
     if file is not None:
         distributed.run_on_main(lambda: claim(file.parent, _ELSEWHERE, lock_file=file))
-    logging.raiseExceptions = False  # a log line that finds the disk full must not end a run
+    logging.raiseExceptions = False  # a full disk must not end a run here
     log = logging.getLogger("fid")
     for handler in list(log.handlers):
         log.removeHandler(handler)
@@ -52,10 +50,7 @@ def start_log(file: Path | None) -> logging.Logger:
     log.setLevel(logging.INFO if distributed.is_main() else logging.CRITICAL)
     if not distributed.is_main():
         return log
-    handlers: list[logging.Handler] = [_BesideTheBar()]
-    if file is not None:
-        handlers.append(logging.FileHandler(file))
-    for handler in handlers:
+    for handler in [_BesideTheBar(), *([logging.FileHandler(file)] if file else [])]:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
     return log
@@ -72,7 +67,7 @@ def announce(
 
 
 def write_options(folder: Path, options: dict[str, Any]) -> None:
-    """Keep what a run was started with in its folder's `options.json`."""
+    """Save a run's options, command and versions in its folder's `options.json`."""
     if not distributed.is_main():
         return
     versions = {"python": platform.python_version()}
@@ -92,11 +87,9 @@ def passing_bar(total: int, unit: str, what: str) -> tqdm:
 
 
 class Metrics:
-    """Numbers by step: a line of `metrics.jsonl` each, and TensorBoard curves.
-
-    What a resumed run will write again is taken out at the start: the lines after `step`, and,
-    with `evaluation_due`, the dev metrics of `step` itself.
-    """
+    """Numbers by step, in `metrics.jsonl` (a line each) and as TensorBoard curves. What a resumed
+    run will write again is removed first: lines after `step`, and, with `evaluation_due`, the dev
+    metrics of `step` itself."""
 
     def __init__(self, folder: Path, step: int, evaluation_due: bool = False):
         self._file = self._board = None
@@ -120,7 +113,7 @@ class Metrics:
         except OSError as error:
             raise InputError(
                 f"{self._file.name}: cannot be written ({error.strerror}); make room, and the "
-                "same command goes on from the last checkpoint"
+                "same command resumes from the last checkpoint"
             ) from error
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
@@ -144,12 +137,12 @@ def _keep_until(path: Path, step: int, evaluation_due: bool) -> None:
             if values["step"] <= (step - 1 if again else step):
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
-            continue  # the last line of a run that was killed while it wrote
+            continue  # cut off when the run was killed
     write_whole(path, kept, _ELSEWHERE)
 
 
 class Average:
-    """A weighted mean that grows by the piece, and can be taken over all processes."""
+    """A running weighted mean, which can be taken over all processes."""
 
     def __init__(self) -> None:
         self.total, self.weight = 0.0, 0.0
