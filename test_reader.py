@@ -69,10 +69,10 @@ def main(arguments: list[str] | None = None) -> None:
     collate = ReaderCollator(tokenizer, options.text_maxlength)
     pin, workers = device.type == "cuda", options.num_workers
     loader = make_loader(dataset, batches[n_finished:], collate, workers, pin)
+    on_interrupt(lambda: "resumes after the last finished batch")
     generation = options.generation_max_length, options.num_beams, with_scores, options.decoder
     new = answer_questions(reader, tokenizer, loader, device, precision, *generation, file)
     tally, done = Tally(data), 0
-    on_interrupt(lambda: "resumes after the last finished batch")
     with answer_file, metrics.progress_bar(len(batches), "batch", initial=n_finished) as bar:
         for done, answers in enumerate(itertools.chain(answer_file.finished, new), start=1):
             tally.add(answers)

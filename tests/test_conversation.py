@@ -196,11 +196,11 @@ BAD = {
     "no embeddings": (f"{ASK} --retriever_path x", "--passages_embeddings is missing, for example"),
     "results": (
         f"{ASK} --bm25 --write_results --write_crossattention_scores",
-        "--write_results and --write_crossattention_scores: for a file of questions",
+        "--write_results, --write_crossattention_scores: for a file of questions",
     ),
     "a search without a question": (
         "--passages {passages} --bm25 --no_fp16",
-        "--passages and --bm25 and --no_fp16: for a conversation; add --interactive",
+        "--passages, --bm25, --no_fp16: for a conversation; add --interactive",
     ),
     "a retriever without a tokenizer": (
         f"{ASK} --retriever_path {{retriever}} --passages_embeddings {{shards}}",

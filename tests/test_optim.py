@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from src.options import OptimOptions
 from src.training.optim import build_optimizer, build_schedule
 
 
 def learning_rates(scheduler: str, n: int, lr: float, **kwargs) -> list[float]:
-    learning_rate = build_schedule(scheduler, lr, **kwargs)
+    options = OptimOptions(optim="adam", lr=lr, weight_decay=0.0, scheduler=scheduler, **kwargs)
+    learning_rate = build_schedule(options)
     return [learning_rate(step) for step in range(n)]
 
 

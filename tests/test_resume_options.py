@@ -16,6 +16,7 @@ import train_retriever
 from src import options as all_options
 from src.data.batches import RetrieverDataset, _passage_key, training_batches
 from src.data.examples import load_data
+from src.models import reader
 from src.models.pretrained import load_tokenizer
 from src.training import run
 from tests.conftest import REFERENCE
@@ -81,7 +82,8 @@ def resume(kind: str, begun: Path, folder: Path, *more: object) -> SimpleNamespa
     words = [*command(kind, begun / "data.json", folder / kind), "--total_steps", "12"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "train", train)
-        patch.setattr(run, "compile_layers", lambda layers: setattr(seen, "compiled", True))
+        for module in (run, reader):  # each compiles one of the two models
+            patch.setattr(module, "compile_layers", lambda layers: setattr(seen, "compiled", True))
         patch.setattr(run, "make_loader", make_loader)
         patch.setattr(run, "_tokenizer_files", tokenizer_files)
         patch.setattr(

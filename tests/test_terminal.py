@@ -129,7 +129,7 @@ def test_the_circle_by_the_commands_that_scripts_end_with(reference, tmp_path, d
         "train", "device", "results", "data", "dev data", "model", "updates",
     ]  # fmt: skip
     assert said["model"] == f"0.1M parameters, embeddings of size 32, from {shape}"
-    assert re.match(r"2 updates in 0:\d\d:\d\d; the lowest loss on dev is", said["done"])
+    assert re.match(r"2 updates in 0:\d\d:\d\d; the best loss on dev is", said["done"])
 
     (embed,) = next_commands(printed)
     embed[embed.index("PASSAGES.tsv")] = passages
@@ -313,7 +313,7 @@ def test_ctrl_c_in_embedding_and_in_retrieval(reference, tmp_path, capsys):
     command = [*model, "--passages", passages, "--passages_embeddings", tmp_path / "x_00"]
     command += ["--data", data, "--output_path", tmp_path / "out.json", "--n-docs", 5]
     terminal = Terminal("passage_retrieval.py", *command)
-    terminal.read(until=" model ")
+    terminal.read(until=" search ")
     left = terminal.press_ctrl_c()
     assert_left_well(left, "^stopped by Ctrl-C; the same command starts again$")
     assert not list(tmp_path.glob("*out.json*"))
@@ -356,20 +356,20 @@ def ctrl_c_cases(reference: Path, folder: Path) -> dict[str, tuple[str, list, st
     embed = "generate_passage_embeddings"
     return {
         "checks data": ("train_reader", reader("a"), "src.data.examples:parse_example", again),
-        "loads a reader": ("train_reader", reader("b"), "train_reader:load_reader", again),
+        "loads a reader": ("train_reader", reader("b"), "train_reader:open_reader", again),
         "evaluates": ("train_reader", reader("d"), "train_reader:answer_questions", from_step_2),
         "trains a retriever": (
             "train_retriever", retriever("e"), "train_retriever:retriever_loss", again,
         ),
         "saves the first": ("train_retriever", retriever("f"), "torch:save", again),
         "evaluates a retriever": (
-            "train_retriever", [*retriever("g"), "--eval_freq", 3], "train_retriever:embed",
-            from_step_2,
+            "train_retriever", [*retriever("g"), "--eval_freq", 3],
+            "train_retriever:compare_to_reader", from_step_2,
         ),
         "answers": ("test_reader", answers, "test_reader:answer_questions", from_batch),
         "writes scores": ("test_reader", answers, "test_reader:write_scores", from_batch),
         "opens passages": (embed, [*bert, *collection, folder / "x"],
-                           "src.data.passages:open_source", again),
+                           "src.data.passages:unpack", again),
         "embeds": (embed, [*bert, *collection, folder / "y"],
                    "src.models.embedder:TextEmbedder.begin", from_block),
         "writes embeddings": (embed, [*bert, *collection, folder / "z"],

@@ -375,21 +375,21 @@ def open_reader(
     base = f"t5-{options.model_size}"
     path = options.model_path if options.model_path != "none" else base
     fallback = options.tokenizer if options.tokenizer != "none" else base
-    values = vars(options)  # the options of training are missing in a test
-    dropout, shape = values.get("dropout"), values.get("model_config", "none")
+    dropout = getattr(options, "dropout", None)  # (a test lacks the options of training)
+    shape = getattr(options, "model_config", "none")
     if newest is None and shape != "none":
         source, path = f"fresh weights of the shape in {shape}", fallback
         reader = new_reader(shape, dropout)
     else:
         source = path = str(newest or path)
-        table = newest is None and values.get("legacy_position_table", False)
+        table = newest is None and getattr(options, "legacy_position_table", False)
         reader = load_reader(path, dropout, table)
     tokenizer = load_tokenizer(path, fallback)
     check_vocabulary(reader.config, tokenizer)
     tokenizer.clean_up_tokenization_spaces = not options.no_clean_up
     if options.compile:
         compile_layers(parts_to_compile(reader.t5.encoder))
-    if values.get("use_checkpoint"):
+    if getattr(options, "use_checkpoint", False):
         reader.checkpoint_encoder()
     size = sum(p.numel() for p in reader.parameters()) / 1e6
     say(log, "model", "%.1fM parameters, from %s", size, source)
