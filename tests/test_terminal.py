@@ -91,7 +91,7 @@ def test_the_circle_by_the_commands_that_scripts_end_with(reference, tmp_path, d
     n = len(json.loads(data.read_text()))
     assert list(said) == [
         "train", "device", "results", "data", "dev data", "model", "updates", "done", "weights",
-        "next",
+        "done", "next",
     ]  # fmt: skip
     assert re.fullmatch(r"CPU, \d+ threads?; fp32; 1 process", said["device"])
     assert said["data"] == f"training on {n} of {n} examples of {data}, at most 2 passages each"
@@ -150,8 +150,8 @@ def test_the_circle_by_the_commands_that_scripts_end_with(reference, tmp_path, d
     printed = do([*search, "--n-docs", 4])
     said = facts(printed)
     assert list(said) == [
-        "retrieve", "device", "results", "data", "passages", "search", "model", "answers", "done",
-        "next",
+        "retrieve", "device", "results", "data", "passages", "search", "retriever", "answers",
+        "done", "next",
     ]  # fmt: skip
     assert said["data"] == f"{n} of {n} questions of {data}, 4 passages for each"
     assert re.match(
