@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import logging
 import math
 import tempfile
@@ -200,6 +201,12 @@ class State:
                 model, device_ids=devices, gradient_as_bucket_view=True
             )
 
+    def release(self) -> None:
+        """Let go of DDP, before the process group is left. If DDP is the last to hold the group,
+        freeing it waits for gloo's thread, which may be waiting for Python: a deadlock."""
+        self.wrapped = self.model
+        gc.collect()
+
     def averaging(self, is_last: bool) -> contextlib.AbstractContextManager:
         """The context of a micro-batch: gradients are averaged in the last one of an update."""
         skips = distributed.world_size() > 1 and not is_last
@@ -260,6 +267,7 @@ def fit(
         state.restore(run.resumed_from, options.seed)
     position, first = state.position, state.position.step
     if first >= options.total_steps and not (position.evaluation_due and evaluation):
+        state.release()
         distributed.stop()
         say(log, "done", "all %d updates are done; more needs --total_steps", first)
         say(log, "weights", "%s", run.weights())
@@ -293,6 +301,7 @@ def fit(
         should_stop=lambda: run.stop.requested,
     )
     metrics.close()
+    state.release()
     if position.step < options.total_steps or position.evaluation_due:
         where = f"after update {position.step}"
         run.stop.leave(log, where, rank == 0, distributed.stop_together)
