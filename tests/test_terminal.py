@@ -91,7 +91,7 @@ def test_the_circle_by_the_commands_that_scripts_end_with(reference, tmp_path, d
     n = len(json.loads(data.read_text()))
     assert list(said) == [
         "train", "device", "results", "data", "dev data", "model", "updates", "done", "weights",
-        "done", "next",
+        "next",
     ]  # fmt: skip
     assert re.fullmatch(r"CPU, \d+ threads?; fp32; 1 process", said["device"])
     assert said["data"] == f"training on {n} of {n} examples of {data}, at most 2 passages each"
