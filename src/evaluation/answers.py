@@ -67,8 +67,9 @@ def tokenize(text: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=1 << 12)  # the same answers are looked for in many passages
-def _tokenize_all(answers: tuple[str, ...]) -> list[list[str]]:
-    return list(map(tokenize, answers))
+def _tokenize_all(answers: tuple[str, ...]) -> list[tuple[str, list[str]]]:
+    """Each answer's longest token, which few texts contain, and all of its tokens."""
+    return [(max(tokens, key=len, default=""), tokens) for tokens in map(tokenize, answers)]
 
 
 def has_answer(answers: Sequence[str], text: str) -> bool:
@@ -82,8 +83,9 @@ def has_answer(answers: Sequence[str], text: str) -> bool:
         if "Σ" in text:  # whose lower case depends on what is before and after it
             text = _TOKEN.sub(lambda token: token[0].lower(), text)
     text = text.lower()
-    for tokens in _tokenize_all(tuple(answers)):
-        if all(token in text for token in tokens) and (not tokens or _has_run(tokens, text)):
+    for longest, tokens in _tokenize_all(tuple(answers)):
+        may_match = longest in text and all(token in text for token in tokens)
+        if may_match and (not tokens or _has_run(tokens, text)):
             return True
     return False
 
