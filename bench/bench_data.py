@@ -186,12 +186,12 @@ def _first_batch(path: str, pipe: Connection) -> None:
     before, began = anonymous_memory(), time.perf_counter()
     data = load_data(path, needs_target=True)
     dataset, collate = ReaderDataset(data, 100, True), ReaderCollator(tokenizer, 200)
-    places = training_batches(len(data), 1, 0, 1, 0, 0)
-    batches = iter(make_loader(dataset, places, collate, 2, False))
-    next(batches)
+    batches = training_batches(len(data), 1, 0, 1, 0, 0)
+    loaded = iter(make_loader(dataset, batches, collate, 2, False))
+    next(loaded)
     seconds = time.perf_counter() - began
     for _ in range(20):
-        next(batches)
+        next(loaded)
     pipe.send((seconds, anonymous_memory() - before))
 
 
@@ -203,8 +203,8 @@ def bench_examples(n_examples: int, folder: Path) -> None:
     with open(path, "w") as file:
         for number in range(n_examples):
             contexts = [
-                {"id": str(place), "title": f"Title {place}", "text": text, "score": -place}
-                for place, text in enumerate(rng.choices(texts, k=100))
+                {"id": str(n), "title": f"Title {n}", "text": text, "score": -n}
+                for n, text in enumerate(rng.choices(texts, k=100))
             ]
             example = {"question": f"who is {number}?", "target": "a b", "answers": ["a b"]}
             file.write(("[" if number == 0 else ",\n") + json.dumps({**example, "ctxs": contexts}))
