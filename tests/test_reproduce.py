@@ -282,7 +282,7 @@ def test_the_published_settings(recorded, tmp_path):
     done = run_job(RUN, "all", **recorded)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in (tmp_path / "commands").read_text().splitlines()]
-    assert [line[2] for line in lines if line[0] == "-m"] == ["examples.reproduce.verdict"] * 13
+    assert [line[1] for line in lines if line[0] == "-m"] == ["examples.reproduce.verdict"] * 13
     trained = {}
     for script, *given in lines:
         if script == "-m":
