@@ -118,7 +118,7 @@ def run_verdict(*arguments: str) -> int:
 
 
 # ----------------------------------------------------------------------------------------------
-# The whole, against a server
+# Every figure, against a server
 
 
 class World(NamedTuple):
@@ -304,7 +304,7 @@ def test_the_published_settings(recorded, tmp_path):
 
 @pytest.mark.parametrize("status", [0, 138])
 def test_under_slurm(status, recorded, tmp_path):
-    """Each command by srun; what is stopped requeues the job."""
+    """srun starts each command; a stopped one requeues the job."""
     for name, end in (("srun", status), ("scontrol", 0)):
         stub = f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/{name}; exit {end}\n'
         (tmp_path / "bin" / name).write_text(stub)

@@ -7,8 +7,8 @@
 #     GPUS=8 bash examples/reproduce/run.sh dpr_base       on eight GPUs
 #     sbatch examples/reproduce/job.sbatch dpr_base        under SLURM
 #
-# Why, and how long: README.md in this folder. Started again, it resumes; what is finished is only
-# compared. EXPECTED=50.1 (or 70/80/90) replaces the value in figures.tsv.
+# Why, and how long: README.md in this folder. Started again, it resumes; finished figures are
+# only compared. EXPECTED=50.1 (or 70/80/90) replaces the value in figures.tsv.
 # In:  what get-data.sh, get-model.sh and examples/dpr_passages.sh download into DATA and MODELS.
 # Out: OUT/FIGURE. The lines are on standard output, everything else on standard error. Status 0: all
 #      figures were reproduced; 3: some were not.
