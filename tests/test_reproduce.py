@@ -328,9 +328,10 @@ def test_wrong_figures(recorded, tmp_path):
     done = run_job(RUN, "dpr_base", "nq", **recorded)
     assert done.returncode == 2
     assert done.stderr.startswith("error: nq: no such figure; the figures are nq_reader_base nq_")
+    done = run_job(RUN, "all", **recorded, EXPECTED="50")
+    assert done.stderr == "error: EXPECTED is the value of one figure; name one\n"
     assert not (tmp_path / "commands").exists()
-    listed = run_job(RUN, **recorded)
-    assert listed.stdout == verdict.FIGURES.read_text()
+    assert run_job(RUN, **recorded).stdout == verdict.FIGURES.read_text()
 
 
 @pytest.mark.parametrize(

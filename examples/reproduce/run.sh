@@ -86,15 +86,17 @@ reproduce() {
     esac
 }
 
+fail() { echo "error: $*" >&2; exit 2; }
 known=$(tail -n +2 examples/reproduce/figures.tsv | cut -f 1)
-if [ $# = 0 ]; then cat examples/reproduce/figures.tsv; exit 0; fi
 only_fetch=no
-if [ "$1" = --fetch ]; then only_fetch=yes; shift; fi
+if [ "${1:-}" = --fetch ]; then only_fetch=yes; shift; fi
+if [ $# = 0 ]; then cat examples/reproduce/figures.tsv; exit 0; fi
 if [ "$*" = all ]; then set -- $known; fi
 for figure in "$@"; do
     grep -qxF -- "$figure" <<< "$known" ||
-        { echo "error: $figure: no such figure; the figures are" $known >&2; exit 2; }
+        fail "$figure: no such figure; the figures are" $known
 done
+if [ -n "${EXPECTED:-}" ] && [ $# -gt 1 ]; then fail "EXPECTED is the value of one figure; name one"; fi
 
 exec 3>&1 1>&2 # only verdicts are for standard output
 status=0
