@@ -12,18 +12,15 @@
 # Out: OUT/read_25 and OUT/read_100; the reader is OUT/read_100/checkpoint/best_dev.
 set -euo pipefail
 cd "$(dirname "$0")/.." # paths are relative to the repository
+source examples/common.sh # GPUS (1), ACCUMULATE (64 / GPUS), RUN
 
 TRAIN=${TRAIN:-open_domain_data/NQ/train.json}
 DEV=${DEV:-open_domain_data/NQ/dev.json}
 MODEL=${MODEL:-t5-base} # or another T5: a folder or hub name
 OUT=${OUT:-checkpoint}
-GPUS=${GPUS:-1}
-ACCUMULATE=${ACCUMULATE:-$((64 / GPUS))} # GPUS x ACCUMULATE questions per update: 64 in the paper
 FEW=${FEW:-25} MANY=${MANY:-100}
 FEW_STEPS=${FEW_STEPS:-10000} MANY_STEPS=${MANY_STEPS:-1000}
 
-run=(python)
-if [ "$GPUS" -gt 1 ]; then run=(torchrun --nproc_per_node="$GPUS"); fi
 # As in the paper: Adam at a constant 1e-4, dropout 0.1 (both are defaults), 250 tokens per passage.
 train=("${run[@]}" train_reader.py --train_data "$TRAIN" --eval_data "$DEV" --text_maxlength 250
     --per_gpu_batch_size 1 --accumulation_steps "$ACCUMULATE" --checkpoint_dir "$OUT")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.numpy
 from transformers import BertConfig, BertModel
 
 from src import options
@@ -25,6 +26,15 @@ SRUN = """#!/usr/bin/env bash
 while [[ "$1" == --* ]]; do shift; done
 exec "$@"
 """
+
+PARSERS = {
+    "train_reader.py": options.train_reader_parser,
+    "test_reader.py": options.test_reader_parser,
+    "train_retriever.py": options.train_retriever_parser,
+    "generate_passage_embeddings.py": options.passage_embeddings_parser,
+    "passage_retrieval.py": options.passage_retrieval_parser,
+    "src.tools.report": options.report_parser,
+}
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +160,92 @@ def test_rounds_of_distillation(environment, tmp_path):
     assert f"--model_path {one / 'runs/retriever' / best} " in lines[2]
 
 
+START_FILES = {"bm25": ("--bm25", 3), "bert": ("--passages_embeddings", 3), "dpr": ("", 0)}
+
+
+@pytest.mark.parametrize("start", START_FILES)
+@pytest.mark.parametrize("each_round", ["continue", "restart"])
+def test_the_rounds_commands(start, each_round, environment, tmp_path):
+    """Where the first passages come from, and what each round's models start from."""
+    out = tmp_path / "rounds"
+    recorded = {**environment, "PATH": commands_only(tmp_path)["PATH"], "OUT": str(out)}
+    chosen = {"START": start, "EACH_ROUND": each_round}
+    run_script("examples/iterate_distillation.sh", **recorded, **chosen)
+    lines = (tmp_path / "commands").read_text().splitlines()
+    commands = [line.split() for line in lines]
+    parsed = [
+        (command[0], vars(PARSERS[command[0]]().parse_args(command[1:])))
+        for command in commands[:-2]
+    ]
+    first = [script for script, _ in parsed].index("train_reader.py")
+    option, n_retrievals = START_FILES[start]
+    retrievals = [o for script, o in parsed[:first] if script == "passage_retrieval.py"]
+    assert len(retrievals) == n_retrievals
+    assert all(f" {option} " in line for line in lines[:first] if "retrieval" in line)
+    if start == "bert":  # embedded and searched with the model as it is
+        assert {o["model_path"] for _, o in parsed[:first]} == {environment["RETRIEVER"]}
+    # The reader and the scores of a round see its passages.
+    passages = [str(out / "round-0" / "train.jsonl"), str(out / "round-1" / "train.jsonl")]
+    if start == "dpr":
+        passages[0] = environment["TRAIN"]
+    readers = [options for script, options in parsed if script == "train_reader.py"]
+    assert [reader["train_data"] for reader in readers[:2]] == passages
+    scores = [options for _, options in parsed if options.get("name") == "scores_train"]
+    assert [options["eval_data"] for options in scores] == passages
+    assert commands[-2][2] == passages[0].replace("train.json", "test.json")
+    # Scores are those of the reader of the round before, whatever the next one starts from.
+    best = "checkpoint/best_dev"
+    trained = [str(out / f"round-{number}/runs/reader" / best) for number in (0, 1)]
+    assert [options["model_path"] for options in scores] == trained
+    retrievers = [options for script, options in parsed if script == "train_retriever.py"]
+    assert retrievers[0]["retriever_model"] == environment["RETRIEVER"]
+    if each_round == "continue":
+        assert [r["model_path"] for r in readers] == [environment["READER"], *trained]
+        assert retrievers[1]["model_path"] == str(out / "round-1/runs/retriever" / best)
+    else:
+        assert [r["model_path"] for r in readers] == 3 * [environment["READER"]]
+        assert retrievers[1]["retriever_model"] == environment["RETRIEVER"]
+        assert retrievers[1]["model_path"] == "none"
+
+
+@pytest.mark.parametrize("start", ["bert", "dpr"])
+def test_other_first_passages(start, environment, tmp_path):
+    """A round from them, on small models."""
+    out = tmp_path / "rounds"
+    small = {"OUT": str(out), "N": "3", "READER_STEPS": "2", "RETRIEVER_STEPS": "2", "ROUNDS": "1"}
+    small |= {"START": start, "EACH_ROUND": "restart"}
+    run_script("examples/iterate_distillation.sh", **environment, **small)
+    assert (out / "round-0/test.jsonl").exists() == (start == "bert")
+    first = options_of(out / "round-0/runs/test")["eval_data"]
+    assert first == (environment["TEST"] if start == "dpr" else str(out / "round-0/test.jsonl"))
+    assert len((out / "round-1/runs/test/final_output.txt").read_text().splitlines()) == 3
+    if start == "bert":  # no projection: embeddings have BERT's hidden size
+        shard = safetensors.numpy.load_file(out / "round-0/embeddings/wiki_00")
+        assert shard["embeddings"].shape == (120, 24)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"START": "bm42"}, "START=bm42: must be bm25, bert or dpr"),
+        ({"EACH_ROUND": "x"}, "EACH_ROUND=x: must be continue or restart"),
+        ({"START": "bert"}, "{out} was made with START=bm25 EACH_ROUND=continue; name another OUT"),
+    ],
+)
+def test_wrong_rounds(wrong, message, tmp_path):
+    """And rounds of one kind are not continued as another."""
+    out = tmp_path / "rounds"
+    out.mkdir()
+    (out / "settings").write_text("START=bm25 EACH_ROUND=continue\n")
+    done = subprocess.run(
+        ["bash", ROOT / "examples/iterate_distillation.sh"], capture_output=True, text=True,
+        env={**commands_only(tmp_path), "OUT": str(out), **wrong}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: " + message.format(out=out))
+    assert not (tmp_path / "commands").exists()
+
+
 def test_the_large_reader(environment, tmp_path):
     """It has the original's hyperparameters, and a job's own options override the file's."""
     (tmp_path / "srun").write_text(SRUN)
@@ -172,16 +268,6 @@ def test_the_large_reader(environment, tmp_path):
     assert {n: ours[n] for n in original if n not in own} == {
         n: value for n, value in original.items() if n not in own
     }
-
-
-PARSERS = {
-    "train_reader.py": options.train_reader_parser,
-    "test_reader.py": options.test_reader_parser,
-    "train_retriever.py": options.train_retriever_parser,
-    "generate_passage_embeddings.py": options.passage_embeddings_parser,
-    "passage_retrieval.py": options.passage_retrieval_parser,
-    "src.tools.report": options.report_parser,
-}
 
 
 @pytest.mark.parametrize("name", ["out", 'it\'s [1]="$(exit 3)" *'])

@@ -30,7 +30,7 @@ PAGES += sorted((ROOT / "examples").rglob("*.md"))
 PARSERS = [make for name, make in vars(options).items() if name.endswith("_parser")]
 # Options of other programs and of our shell scripts.
 OTHERS_OPTIONS = {"--nproc_per_node", "--help", "--only", "--fresh", "--seed", "--signal"}
-OTHERS_OPTIONS |= {"--kill-on-bad-exit", "--fast"}
+OTHERS_OPTIONS |= {"--kill-on-bad-exit", "--fast", "--fetch"}
 OTHERS_OPTIONS |= {"--gpus-per-node", "--ntasks-per-node", "--nodes", "--array", "--fast"}
 
 

@@ -175,6 +175,37 @@ def test_cancelled_by_the_user(cluster, tmp_path):
     assert json.loads(checkpoint.read_text())["step"] == step
 
 
+def test_a_published_figure(cluster, tmp_path):
+    """Trained, asked to stop in the middle, queued again, tested, and compared: one process a task
+    for training and testing, one for the whole job otherwise."""
+    (tmp_path / "DPR").mkdir()
+    for part in ("train", "dev", "test"):
+        (tmp_path / "DPR" / f"{part}.json").write_text((REFERENCE / "data.json").read_text())
+    values = {"DATA": tmp_path, "OUT": tmp_path / "out", "T5_BASE": REFERENCE / "t5", "N": 2}
+    values |= {"BASE_STEPS": TOTAL_STEPS, "ACCUMULATE": 2}
+    job = cluster.submit(
+        "--partition=low", "--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2",
+        "--cpus-per-task=1", f"--output={tmp_path}/job.log",
+        "--export=ALL," + ",".join(f"{name}={value}" for name, value in values.items()),
+        JOBS.parent / "reproduce" / "job.sbatch", "dpr_base", cwd=ROOT,
+    )  # fmt: skip
+    trained = tmp_path / "out" / "dpr_base" / "reader"
+    wait_for("an update", lambda: read_text(trained / "metrics.jsonl"), 120)
+    cluster.command("scancel", "--signal=USR1", job)
+    assert finish(cluster, job) == "FAILED"  # because the figure was not reproduced
+    assert cluster.show(job)["ExitCode"] == "3:0"
+    assert cluster.show(job)["Restarts"] == "1"
+    log = (tmp_path / "job.log").read_text()
+    line = r"dpr_base: exact match, expected 48\.2 ± 1\.0, got \S+ on 24 questions: NOT reproduced"
+    assert len(re.findall(line, log)) == 1
+    assert "resuming from" in (trained / "run.log").read_text()
+    assert (trained / "run.log").read_text().count("; 2 processes") == 2
+
+
+def read_text(file: Path) -> str:
+    return file.read_text() if file.exists() else ""
+
+
 # --- embedding: an array with a shard a job
 
 
