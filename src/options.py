@@ -195,8 +195,19 @@ class LoopOptions:
     precision: str
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BM25Options:
+    """How BM25 splits texts into words and weighs these. By default as is usual for Wikipedia's
+    passages of 100 words (Anserini, DPR)."""
+
+    bm25_k1: float = 0.9
+    bm25_b: float = 0.4
+    bm25_stemmer: str = "none"
+    bm25_stop_words: str = "none"
+
+
 @dataclasses.dataclass(frozen=True)
-class SearchOptions:
+class SearchOptions(BM25Options):
     """How passages are found."""
 
     bm25: bool
@@ -273,6 +284,10 @@ def _run(parser: _Parser) -> None:
 
 def _search(add: Add, new: Add) -> None:
     new("--bm25", bool, False, "search with BM25; needs no model")
+    new("--bm25_k1", number(float, at_least=0), 0.9, "BM25: how much repeated words count")
+    new("--bm25_b", number(float, at_least=0, at_most=1), 0.4, "BM25: how much length counts")
+    new("--bm25_stemmer", "LANGUAGE", "none", "BM25: compare stems (english: finds, finding)")
+    new("--bm25_stop_words", "LANGUAGE", "none", "BM25: leave out frequent words (english: the)")
     add("--passages_embeddings", "GLOB", "none", 'the embeddings, such as "folder/wiki_*"')
     new("--allow_mismatch", bool, False, "accept embeddings of another model, collection or run")
     add("--save_or_load_index", bool, False, "keep a compressed or BM25 index next to its source")
@@ -515,6 +530,9 @@ def _check_search(parser: _Parser, options: argparse.Namespace, model: str) -> N
         names = "passages_embeddings index_factory n_subquantizers"
         unused = "--bm25 uses neither embeddings nor an index of them: leave out {}"
         _error_if_given(parser, options, names, unused)
+        return
+    names = " ".join(field.name for field in dataclasses.fields(BM25Options))
+    _error_if_given(parser, options, names, "{}: for BM25; add --bm25, or leave this out")
 
 
 def _check_test_reader(parser: _Parser, options: argparse.Namespace) -> None:

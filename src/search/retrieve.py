@@ -20,7 +20,7 @@ from src.models.embedder import TextEmbedder
 from src.models.retriever import fingerprint, open_retriever
 from src.options import SearchOptions
 from src.runtime import distributed
-from src.runtime.terminal import count, has_bars, say, size
+from src.runtime.terminal import count, say, size
 from src.search import faiss_index
 from src.search.bm25 import BM25
 from src.search.embeddings import check_count, open_shards, require_same
@@ -77,7 +77,7 @@ class BM25Search:
     def __init__(self, options: SearchOptions, passages: Passages, log: logging.Logger):
         folder = Path(f"{passages.path}.bm25") if options.save_or_load_index else None
         self._index = distributed.run_on_main(
-            lambda: BM25.load_or_build(passages, folder, log, show_progress=has_bars())
+            lambda: BM25.load_or_build(passages, folder, log, options, passing_bar)
         )
         self.made_by = {"model": "bm25", "passages": passages.fingerprint()}
 
