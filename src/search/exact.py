@@ -261,9 +261,9 @@ class _Search:
 
     def __init__(self, queries: np.ndarray, best: Found, buffer: torch.Tensor):
         self._queries, self._best, self._k = queries, best, best.scores.shape[1]
-        self._tensor, self._lengths = torch.from_numpy(queries), _lengths(queries)
+        self._queries_t, self._lengths = torch.from_numpy(queries).T, _lengths(queries)
         self._buffer = buffer
-        self._pending: list[np.ndarray] = []  # pairs of a query's and a row's number, [n, 2]
+        self._pending: list[tuple[np.ndarray, np.ndarray]] = []  # numbers of queries and rows
         self._n_pending = 0  # the most that a query can have
 
     def add(self, block: np.ndarray, start: int, longest: float) -> None:
@@ -274,22 +274,22 @@ class _Search:
         # The sum of d products in float32 is wrong by at most d / 2^24 of the product of the
         # lengths, and two orders of summation differ by at most twice that.
         slack = 1.01 * block.shape[1] * 2.0**-23 * longest * self._lengths.astype(np.float64)
-        rows, n_queries = torch.from_numpy(block), len(self._queries)
+        embeddings, n_queries = torch.from_numpy(block), len(self._queries)
         for first in range(0, len(block), _TILE_ROWS):
-            tile = rows[first : first + _TILE_ROWS]
-            scores = self._buffer[: n_queries * len(tile)].view(n_queries, -1)
-            torch.mm(self._tensor, tile.T, out=scores)
+            tile = embeddings[first : first + _TILE_ROWS]
+            scores = self._buffer[: len(tile) * n_queries].view(-1, n_queries)
+            torch.mm(tile, self._queries_t, out=scores)
             floor = self._best.scores[:, -1] - slack  # an equal score comes too late
-            pairs = _at_least(scores, floor)
-            if len(pairs) > 4 * self._k * n_queries and self._k < len(tile):
+            found = _at_least(scores, floor)
+            if len(found) > 4 * self._k * n_queries and self._k < len(tile):
                 # The first rows, or ever better ones: only the best of them are possible.
-                last = scores.topk(self._k).values[:, -1].numpy()  # itself wrong by up to the slack
-                floor = np.maximum(floor, last - 2 * slack)
-                pairs = _at_least(scores, floor)
-            if len(pairs):
-                self._n_pending += int(np.bincount(pairs[:, 0]).max())
-                pairs[:, 1] += first
-                self._pending.append(pairs)
+                last = scores.T.contiguous().topk(self._k).values[:, -1].numpy()
+                floor = np.maximum(floor, last - 2 * slack)  # twice: the last is a guess, too
+                found = _at_least(scores, floor)
+            if len(found):
+                rows, numbers = np.divmod(found, n_queries)
+                self._n_pending += int(np.bincount(numbers).max())
+                self._pending.append((numbers, rows + first))
             if self._n_pending > max(2 * self._k, _LEAST_PENDING):
                 self._settle(block, start)
         self._settle(block, start)
@@ -298,24 +298,28 @@ class _Search:
         """Score the collected rows, and merge them into the best."""
         if not self._pending:
             return
-        pairs = np.concatenate(self._pending)
-        pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
-        numbers, rows = np.ascontiguousarray(pairs.T)
+        numbers, rows = map(np.concatenate, zip(*self._pending, strict=True))
+        order = np.argsort(numbers, kind="stable")
+        numbers, rows = numbers[order], rows[order]
         self._pending, self._n_pending = [], 0
-        scores = inner_products(self._queries, numbers, block, rows)
         changed, counts = np.unique(numbers, return_counts=True)
-        found = Found.empty(len(changed), int(counts.max()))
         filled = np.arange(counts.max()) < counts[:, None]
-        found.scores[filled], found.positions[filled] = scores, rows + start
-        before = Found(self._best.scores[changed], self._best.positions[changed])
-        joint = merge([before, found], self._k)
-        self._best.scores[changed], self._best.positions[changed] = joint
+        new = Found.empty(len(changed), int(counts.max()))
+        new.scores[filled] = inner_products(self._queries, numbers, block, rows)
+        new.positions[filled] = rows + start
+        best = self._best
+        scores = np.concatenate([best.scores[changed], new.scores], axis=1)
+        positions = np.concatenate([best.positions[changed], new.positions], axis=1)
+        # Positions ascend among the new, and those of the best come before.
+        order = np.argsort(-scores, axis=1, kind="stable")[:, : self._k]
+        best.scores[changed] = np.take_along_axis(scores, order, axis=1)
+        best.positions[changed] = np.take_along_axis(positions, order, axis=1)
 
 
 def _at_least(scores: torch.Tensor, floor: np.ndarray) -> np.ndarray:
-    """The pairs of a query and a row whose score [q, b] may reach the query's floor [q]: [n, 2]."""
+    """The indices in scores [b, q], flattened, of those that may reach a query's floor [q]."""
     lowest = np.nextafter(floor.astype(np.float32), np.float32(-np.inf))  # not rounded up
-    return scores.lt(torch.from_numpy(lowest)[:, None]).logical_not_().nonzero().numpy()
+    return np.flatnonzero(scores.ge(torch.from_numpy(lowest)).numpy())
 
 
 def inner_products(
