@@ -150,6 +150,9 @@ def _list(value: Any, problem: str) -> list:
     return value or []
 
 
+_OUR_FIELDS = frozenset(["id", "title", "text", "score", "hasanswer"])  # of a passage
+
+
 def _parse_passage(context: Any, position: int) -> Passage:
     try:
         if not isinstance(context, dict):
@@ -161,6 +164,7 @@ def _parse_passage(context: Any, position: int) -> Passage:
             text=_text(context.get("text"), '"text"'),
             score=None if score is None else _parse_score(score),
             position=position,
+            more={name: value for name, value in context.items() if name not in _OUR_FIELDS},
         )
     except BadValue as error:
         raise BadValue(f", passage {position + 1}{error}") from None
@@ -216,7 +220,7 @@ def load_data(
         return not needs_scores or any(passage.score is not None for passage in passages)
 
     size = examples.source.size // world_size  # of a process's share
-    n_processes = min(_cpus(), size // _BYTES_WORTH_A_PROCESS, 16)
+    n_processes = min(available_cpus(), size // _BYTES_WORTH_A_PROCESS, 16)
     indices = range(rank, len(examples), world_size)
     examples.unscored = _check_all(check, indices, n_processes, bar)
     return examples
@@ -290,7 +294,7 @@ def _start_checking(check: Callable[[int], bool]) -> None:
         signal.signal(number, signal.SIG_IGN)  # the waiting process answers them
 
 
-def _cpus() -> int:
+def available_cpus() -> int:
     """How many CPUs this process may use, as far as the system tells."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

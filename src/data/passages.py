@@ -12,10 +12,11 @@ import itertools
 import json
 import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,13 +35,15 @@ _NAMES = {
 
 class Passage(NamedTuple):
     """A passage of a collection, or of a question: then with its score, if it has one, and its
-    `position` in the question's `ctxs`. One without a title has ""."""
+    `position` in the question's `ctxs`. One without a title has "". `more` holds the other fields
+    of a line of JSONL that are not empty, such as `url`."""
 
     id: str
     title: str
     text: str
     score: float | None = None
     position: int = -1
+    more: Mapping[str, Any] = MappingProxyType({})
 
 
 class Passages(Sequence[Passage]):
@@ -186,6 +189,7 @@ def _reopen(path: str, source: Source) -> Passages:
 
 _PART = 1 << 14  # passages read at a time
 _DPR_PREFIX = "wiki:"  # in DPR's embeddings of Wikipedia, but not in its TSV
+_EMPTY = (None, "", {}, [])
 _NUMBER = re.compile("0|[1-9][0-9]{0,17}")  # as `str` writes them, within an int64
 
 
@@ -208,7 +212,9 @@ def _parse_json(line: str) -> Passage:
         raise BadValue(f'no text: "text" or "contents" must be text, not {shorten(text)}')
     if not isinstance(title, str | None):
         raise BadValue(f'"title" must be text, not {shorten(title)}')
-    return Passage(str(identity), title or "", text)
+    known = itertools.chain.from_iterable(_NAMES.values())
+    more = {name: raw[name] for name in raw.keys() - {*known} if raw[name] not in _EMPTY}
+    return Passage(str(identity), title or "", text, more=dict(sorted(more.items())))
 
 
 def _split_contents(contents: str) -> tuple[str, str]:
