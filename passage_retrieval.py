@@ -7,8 +7,9 @@
     python passage_retrieval.py --bm25 --passages psgs_w100.tsv --data data.json \\
         --output_path retrieved_data.json --n-docs 100
 
-(or --from_trec RUN, what another system found) Writes the questions with their passages as `ctxs`, the reader's input, or a TREC run; prints and
+Writes the questions with their passages as `ctxs`, the reader's input, or a TREC run; prints and
 writes recall: how many questions have an answer in their first 1, 5, 20 and 100 passages.
+`--from_trec RUN` takes the passages that another system found.
 """
 
 from src.options import SearchOptions, passage_retrieval_parser, select

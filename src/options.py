@@ -490,9 +490,10 @@ def fusion_parser() -> _Parser:
 
 def splitting_parser() -> _Parser:
     description = "Split documents into passages: a collection to search."
-    parser = _Parser(description, _check_splitting, "FILE ... -o FILE ", "-m src.tools.split_documents")
+    program = "-m src.tools.split_documents"
+    parser = _Parser(description, _check_splitting, "FILE ... -o FILE ", program)
     add, _ = parser.group("data")
-    add("files", "FILE", None, "documents (.txt, .md, .json, .jsonl, also .gz) or folders", nargs="+")
+    add("files", "FILE", None, "documents (.txt, .md, .json, .jsonl, .gz) or folders", nargs="+")
     add("-o --output", "FILE", None, "the collection to write: .tsv or .jsonl", required=True)
     add("--text_field", "NAME", None, "JSON's text; none: text, contents, body, ...")
     add("--title_field", "NAME", None, "JSON's title; none: title, page_title, ...")

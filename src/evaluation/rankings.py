@@ -93,7 +93,7 @@ def judge_retrieval(path: str, ks: Sequence[int]) -> tuple[str, dict[str, np.nda
     ranking = rank_answers(path)
     firsts = np.array([first for first in ranking.firsts if first is not None])
     depths = [k for k in ks if k <= ranking.depth]
-    return ranking.questions, {f"recall@{k}": (0 < firsts) & (firsts <= k) for k in depths}
+    return ranking.questions, {f"recall@{k}": (firsts > 0) & (firsts <= k) for k in depths}
 
 
 def measure_retrieval(path: str, ks: Sequence[int] = (1, 5, 20, 100)) -> dict[str, float]:

@@ -25,6 +25,9 @@ def load_run(path: str) -> Run:
     for index in range(len(data)):
         example, scores = read_example(data, index), {}
         for rank, passage in enumerate(example.passages):
+            if not passage.id:
+                where = f"{data.where(index)}, passage {passage.position + 1}"
+                raise InputError(f'{where}: an "id" is needed to tell passages apart; add one')
             scores.setdefault(passage.id, -rank if passage.score is None else passage.score)
         run[example.id] = scores
     return run

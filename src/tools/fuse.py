@@ -1,10 +1,10 @@
 """Fuse what several systems found into one ranking.
 
     python -m src.tools.fuse retrieved_bm25.json retrieved_round1.json -o fused.json
-    python -m src.tools.fuse lucene.trec retrieved_round1.json -o fused.trec --method sum --weights 1 2
+    python -m src.tools.fuse lucene.trec round1.json -o fused.trec --method sum --weights 1 2
 
-Data files with passages give a data file, which a reader reads; with a TREC run among them the result
-is a TREC run, and `passage_retrieval.py --from_trec` adds the texts.
+Data files with passages give a data file, which a reader reads; with a TREC run among them the
+result is a TREC run, and `passage_retrieval.py --from_trec` adds the texts.
 """
 
 from src.options import fusion_parser
