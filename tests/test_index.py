@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from src.runtime.errors import InputError
-from src.search import exact as module
+from src.search import tiles
 from src.search.embeddings import open_shards
 from src.search.exact import Found, Indexer, merge
 from src.search.shards import Shard, ShardWriter
@@ -75,7 +75,7 @@ def test_ties_and_all_equal_brute_force(block_rows, borders, dtype, k):
 @pytest.mark.parametrize("values", [1, 3, 40])
 def test_equal_passages_keep_their_order(values, tile_rows, monkeypatch):
     """Copies of few vectors have equal scores at any position, though not whole ones."""
-    monkeypatch.setattr(module, "_TILE_ROWS", tile_rows)
+    monkeypatch.setattr(tiles, "_TILE_ROWS", tile_rows)
     rows = np.random.default_rng(2).integers(0, values, 500)
     vectors, queries = random(values, 33)[rows], random(40, 33, seed=1)
     for block_rows in (50, 123, 500):
@@ -86,7 +86,7 @@ def test_equal_passages_keep_their_order(values, tile_rows, monkeypatch):
 @pytest.mark.parametrize("tile_rows", [1, 32, 2048])
 def test_scores_that_differ_by_rounding_alone(tile_rows, monkeypatch):
     """Passages so alike that a matrix product puts them in another order."""
-    monkeypatch.setattr(module, "_TILE_ROWS", tile_rows)
+    monkeypatch.setattr(tiles, "_TILE_ROWS", tile_rows)
     vectors = 100 * random(1, 64) + 1e-5 * random(400, 64, seed=1)
     queries = random(50, 64, seed=2)
     expected = plain_search(queries, vectors, 20)
@@ -108,8 +108,8 @@ def test_equals_the_flat_index(n_queries, k):
 
 def test_every_row_is_better_than_those_before(monkeypatch):
     """No row can be discarded at once, and few are collected before they are scored."""
-    monkeypatch.setattr(module, "_TILE_ROWS", 16)
-    monkeypatch.setattr(module, "_LEAST_PENDING", 8)
+    monkeypatch.setattr(tiles, "_TILE_ROWS", 16)
+    monkeypatch.setattr(tiles, "_LEAST_PENDING", 8)
     vectors = np.linspace(0.1, 1, 999, dtype=np.float32)[:, None] * np.ones(24, np.float32)
     queries = np.abs(random(20, 24, seed=1))
     for k in (1, 7, 100):
@@ -121,7 +121,7 @@ def test_every_row_is_better_than_those_before(monkeypatch):
 def test_more_queries_than_are_taken_at_once(monkeypatch):
     vectors, queries = random(300, 16), random(50, 16, seed=1)
     expected = Indexer(shards_of(vectors), 100).search(queries, 20)
-    monkeypatch.setattr(module, "_QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr(tiles, "_QUERIES_AT_ONCE", 7)
     assert_same(Indexer(shards_of(vectors), 100).search(queries, 20), expected)
 
 

@@ -1,4 +1,5 @@
 """From passages to retrieved data, from a shell: the reference's results, whatever the shards."""
+# ruff: noqa: RUF001 (characters that look like others)
 
 import itertools
 import json
@@ -338,13 +339,15 @@ def test_stems_and_stop_words(tmp_path):
     assert found.search(["rivers lake"], 3).scores[0, :2] == pytest.approx(
         [np.log(1 + 2.5 / 1.5)] * 2
     )
-    with pytest.raises(InputError, match="--bm25_stop_words klingon: must be none or one of .*eng"):
+    with pytest.raises(
+        InputError, match=r"--bm25_stop_words klingon: must be none or one of .*eng"
+    ):
         stop_words("klingon")
 
 
 def test_stemming_needs_a_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "Stemmer", None)
-    with pytest.raises(InputError, match="--bm25_stemmer english needs .*pip install PyStemmer"):
+    with pytest.raises(InputError, match=r"--bm25_stemmer english needs .*pip install PyStemmer"):
         open_stemmer("english")
     fake = SimpleNamespace(
         algorithms=lambda: ["english"],
@@ -352,7 +355,7 @@ def test_stemming_needs_a_package(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "Stemmer", fake)
     assert Words(BM25Options(bm25_stemmer="english"))("Rivers run") == ["river", "run"]
-    with pytest.raises(InputError, match="--bm25_stemmer latin: must be none or one of english"):
+    with pytest.raises(InputError, match=r"--bm25_stemmer latin: must be none or one of english"):
         open_stemmer("latin")
 
 
@@ -482,10 +485,10 @@ def test_a_run_of_another_system_becomes_data(passages, tmp_path, capsys):
     search(passages, again, "--from_trec", run)
     assert json.loads(again.read_text()) == json.loads(output.read_text())
     for line, said in (
-        ("0 Q0 nowhere 1 1.5 x", "no passage has the id 'nowhere'"),
+        ("r0 Q0 nowhere 1 1.5 x", "no passage has the id 'nowhere'"),
         ("unasked Q0 1 1 1.5 x", "none of the questions has passages in this run"),
         ("0 Q0 1 1", "line 1: .*a line of a run must be question Q0 passage rank score name"),
-        ("0 Q0 1 1 2 x\n0 Q0 1 2 1 x", "line 2: .*passage 1 is found twice for question 0"),
+        ("r0 Q0 1 1 2 x\nr0 Q0 1 2 1 x", "line 2: .*passage 1 is found twice for question r0"),
         ("", "the run is empty"),
     ):
         run.write_text(line)
@@ -511,7 +514,8 @@ def test_other_fields_of_passages_are_carried(tmp_path):
     search(tmp_path / "p.jsonl", tmp_path / "out.json", "--bm25", "--data", data)
     first, second = json.loads((tmp_path / "out.json").read_text())[0]["ctxs"]
     assert list(first) == ["id", "title", "text", "score", "hasanswer", "url"]
-    assert first["url"] == "https://example.org/a" and first["score"] < 9
+    assert first["url"] == "https://example.org/a"
+    assert first["score"] < 9
     assert second["metadata"] == {"page": 3}
     read = read_example(load_data(tmp_path / "out.json"), 0).passages
     assert [passage.more for passage in read] == [

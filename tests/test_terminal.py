@@ -377,7 +377,7 @@ def ctrl_c_cases(reference: Path, folder: Path) -> dict[str, tuple[str, list, st
         "embeds questions": (
             "passage_retrieval", search, "src.models.embedder:TextEmbedder.begin", again,
         ),
-        "searches": ("passage_retrieval", search, "src.search.exact:_Search.add", again),
+        "searches": ("passage_retrieval", search, "src.search.tiles:TileSearch.add", again),
         "builds an index": (
             "passage_retrieval", [*search, "--index_factory", "SQ8", "--save_or_load_index"],
             "src.search.faiss_index:CompressedIndexer.build", again,

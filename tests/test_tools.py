@@ -1,6 +1,7 @@
 """Evaluation by qrels, fusion and splitting, from a shell."""
 
 import gzip
+import itertools
 import json
 import random
 
@@ -100,7 +101,8 @@ def test_paired_bootstrap():
     error = 1.96 * differences.std() / 20
     assert mean == pytest.approx(differences.mean())
     assert [low, high] == pytest.approx([mean - error, mean + error], abs=0.004)
-    assert p < 0.001 and compare(after, before) == (mean, low, high, p)
+    assert p < 0.001
+    assert compare(after, before) == (mean, low, high, p)
     assert compare(before, rng.permutation(before))[3] > 0.05
 
 
@@ -176,7 +178,7 @@ def test_files_that_cannot_be_fused(run, tmp_path, capsys):
     (tmp_path / "c.json").write_text(json.dumps([{**row, "ctxs": [{"text": ""}]}]))
     for files, more, problem in (
         (["a.json", "run.trec"], [], "run.trec: a TREC run has no texts: fuse into a run"),
-        (["a.json", "b.json"], [], "b.json, line 1: not question q1 of"),
+        (["a.json", "b.json"], [], "b.json, example 1 (line 1): not question q1 of"),
         (["a.json", "c.json"], [], 'passage 1: an "id" is needed to tell passages apart'),
         (["a.json"], [], "give at least two files to fuse"),
         (["a.json", "a.json"], ["--weights", "1"], "--weights must be 2 numbers"),
@@ -198,11 +200,11 @@ def test_files_that_cannot_be_fused(run, tmp_path, capsys):
 def test_passages_are_windows_of_words(overlap, pieces):
     words = [f"w{n}" for n in range(103)]
     cuts = np.linspace(0, len(words), pieces + 1).astype(int)
-    text = [" \n".join(words[a:b]) + "\t" for a, b in zip(cuts, cuts[1:], strict=False)]
+    text = [" \n".join(words[a:b]) + "\t" for a, b in itertools.pairwise(cuts)]
     found = [passage.split() for passage in split_documents.split(text, 10, overlap)]
     step = 10 - overlap
     assert found == [words[n : n + 10] for n in range(0, len(words) - overlap, step)]
-    assert all(a[step:] == b[:overlap] for a, b in zip(found, found[1:], strict=False))
+    assert all(a[step:] == b[:overlap] for a, b in itertools.pairwise(found))
 
 
 def test_passages_end_with_sentences_where_one_ends():
@@ -287,5 +289,6 @@ def test_documents_that_cannot_be_split(name, content, more, problem, tmp_path, 
         split_documents.main([str(tmp_path / "docs" / name), "-o", str(output), *more])
     assert exited.value.code == 2
     error = capsys.readouterr().err
-    assert problem in error and error.count("\n") == 1
+    assert problem in error
+    assert error.count("\n") == 1
     assert not output.exists()

@@ -21,7 +21,9 @@ def read_run(path: str | Path) -> Run:
             value = float(score)
         except ValueError:
             shape = "question Q0 passage rank score name"
-            raise _error(path, number, f"a line of a run must be {shape}, not {line}") from None
+            raise _error(
+                path, number, f"a line of a run must be {shape}, not {shorten(line)}"
+            ) from None
         scores = run.setdefault(question, {})
         if passage in scores or not np.isfinite(value):
             problem = "is found twice" if passage in scores else f"has the score {score}"
@@ -45,7 +47,9 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
             qrels.setdefault(question, {})[passage] = int(relevance)
         except ValueError:
             shape = "question 0 passage relevance, or (BEIR) question, passage, relevance"
-            raise _error(path, number, f"a line of qrels must be {shape}, not {line}") from None
+            raise _error(
+                path, number, f"a line of qrels must be {shape}, not {shorten(line)}"
+            ) from None
     if not qrels:
         raise InputError(f"{path}: no passage is judged in this file; give qrels with some")
     return qrels
@@ -57,7 +61,7 @@ def _without_second(fields: list[str]) -> list[str]:
 
 
 def _error(path: str | Path, number: int, problem: str) -> InputError:
-    return InputError(f"{path}, line {number}: {shorten(problem, 160)}; correct it")
+    return InputError(f"{path}, line {number}: {problem}; correct it")
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:

@@ -198,10 +198,10 @@ def _from_wikiextractor(lines: Iterable[str]) -> Iterator[Document]:
 
 def _from_text(path: Path, name: str, file: io.BufferedReader, kind: str) -> Document:
     """The file as one document. One of several megabytes is read while it is split."""
-    pieces = _pieces(path, file)
-    some = list(itertools.islice(pieces, 2))
     title, is_markdown = Path(name.removesuffix(".gz")).stem, kind in (".md", ".markdown")
-    if is_markdown and some and (heading := _HEADING.search(some[0])):
+    pieces = _pieces(path, file, b"\n" if is_markdown else b"\n ")
+    some = list(itertools.islice(pieces, 2))
+    if is_markdown and (heading := _HEADING.search("".join(some))):
         title = heading[1]
     text = some if len(some) < 2 else itertools.chain(some, pieces)
     if is_markdown:
@@ -210,15 +210,16 @@ def _from_text(path: Path, name: str, file: io.BufferedReader, kind: str) -> Doc
     return Document(name, title, text or [""], {})
 
 
-def _pieces(path: Path, file: io.BufferedReader) -> Iterator[str]:
-    """A text in pieces that end between words."""
+def _pieces(path: Path, file: io.BufferedReader, ends: bytes) -> Iterator[str]:
+    """A text in pieces that end with one of these characters, so between words."""
     rest, start = b"", 0
     while chunk := file.read(_CHUNK):
         data = rest + chunk
-        end = max(data.rfind(b" "), data.rfind(b"\n")) + 1
+        end = max(data.rfind(bytes([character])) for character in ends) + 1
         if len(data) - end > 4 * _LONGEST_WORD:
             raise InputError(f"{path}: a word of {len(data) - end:,} bytes; is this text?")
-        yield _decode(path, data[:end], start)
+        if end:
+            yield _decode(path, data[:end], start)
         rest, start = data[end:], start + end
     if rest:
         yield _decode(path, rest, start)
@@ -239,7 +240,7 @@ def split(text: Iterable[str], n: int, overlap: int = 0, sentences: bool = False
         while len(words) - start > n:
             end = start + n
             if sentences:
-                candidates = range(end - 1, start + overlap, -1)
+                candidates = range(end - 1, start + overlap - 1, -1)
                 ends = (i + 1 for i in candidates if _SENTENCE_END.search(words[i][-3:]))
                 end = next(ends, end)
             yield " ".join(words[start:end])
