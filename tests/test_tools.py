@@ -116,7 +116,7 @@ def test_paired_bootstrap():
             "line 1: a line of a run must",
         ),
         ({"a": "q Q0 d 1 1 x", "b": "r 0 d 1"}, ["--qrels", "b"], "no question of the run is in"),
-        ({"a": "x"}, [], "a: give --qrels to judge a TREC run, or --data to judge answers"),
+        ({"a": "x"}, [], "a: to judge answers, --data must name"),
         ({"a": "x"}, ["--compare"], "--compare needs two files, not 1"),
         ({"a": "x"}, ["--k", "5,0"], "0 must be at least 1"),
     ],

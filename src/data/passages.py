@@ -12,10 +12,9 @@ import itertools
 import json
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,7 +42,7 @@ class Passage(NamedTuple):
     text: str
     score: float | None = None
     position: int = -1
-    more: Mapping[str, Any] = MappingProxyType({})
+    more: dict[str, Any] = {}
 
 
 class Passages(Sequence[Passage]):

@@ -62,7 +62,10 @@ def _judge(path: str, options: argparse.Namespace, qrels: dict | None) -> Judged
         return judge_retrieval(path, options.k)
     if options.data:
         return options.data, judge_answers(path, load_data(options.data))
-    raise InputError(f"{path}: give --qrels to judge a TREC run, or --data to judge answers")
+    how = (
+        "to judge answers, --data must name the questions' file; to judge a TREC run, give --qrels"
+    )
+    raise InputError(f"{path}: {how}")
 
 
 def _sorted(questions: list[str], values: Values) -> Values:

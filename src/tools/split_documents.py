@@ -250,8 +250,8 @@ def split(text: Iterable[str], n: int, overlap: int = 0, sentences: bool = False
         yield " ".join(words)
 
 
-def _split_all(documents: list[Document], options: argparse.Namespace) -> tuple[str, int]:
-    """The lines of the collection for some documents, and how many."""
+def _split_all(documents: list[Document], options: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """The lines of the collection for some documents, many at a time, and how many."""
     out, n = io.StringIO(), 0
     table = csv.writer(out, delimiter="\t", lineterminator="\n")
     for identity, title, text, more in documents:
@@ -265,11 +265,14 @@ def _split_all(documents: list[Document], options: argparse.Namespace) -> tuple[
                 row |= {name: value for name, value in more.items() if name not in row}
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
             n += 1
-    return out.getvalue(), n
+            if out.tell() > _BATCH:
+                yield out.getvalue(), n
+                n = out.truncate(out.seek(0))
+    yield out.getvalue(), n
 
 
 def _in_order(
-    task: Callable[[list[Document]], tuple[str, int]],
+    task: Callable[[list[Document]], Iterator[tuple[str, int]]],
     batches: Iterable[list[Document]],
     workers: int,
 ) -> Iterator[tuple[str, int]]:
@@ -285,22 +288,24 @@ def _in_order(
             if pool and all(isinstance(document.text, list) for document in batch):
                 waiting.append(pool.submit(_run, batch))
                 while len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
+                    yield from waiting.popleft().result()
                 continue
-            yield from (waiting.popleft().result() for _ in range(len(waiting)))
-            yield task(batch)
-        yield from (future.result() for future in waiting)
+            while waiting:
+                yield from waiting.popleft().result()
+            yield from task(batch)
+        for future in waiting:
+            yield from future.result()
 
 
-def _start(task: Callable[[list[Document]], tuple[str, int]]) -> None:
+def _start(task: Callable[[list[Document]], Iterator[tuple[str, int]]]) -> None:
     global _task
     _task = task
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the waiting process answers them
 
 
-def _run(batch: list[Document]) -> tuple[str, int]:
-    return _task(batch)
+def _run(batch: list[Document]) -> list[tuple[str, int]]:
+    return list(_task(batch))
 
 
 if __name__ == "__main__":
