@@ -42,7 +42,7 @@ class Passage(NamedTuple):
     text: str
     score: float | None = None
     position: int = -1
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {}  # noqa: RUF012 (nobody changes it)
 
 
 class Passages(Sequence[Passage]):
