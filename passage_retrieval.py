@@ -9,6 +9,7 @@
 
 Writes the questions with their passages as `ctxs`, the reader's input, or a TREC run; prints and
 writes recall: how many questions have an answer in their first 1, 5, 20 and 100 passages.
+`--from_trec RUN` takes the passages that another system found.
 """
 
 from src.options import SearchOptions, passage_retrieval_parser, select
@@ -22,7 +23,7 @@ import shlex
 import time
 from pathlib import Path
 
-from src.data.examples import load_data
+from src.data.examples import load_data, read_example
 from src.data.outputs import claim_output
 from src.data.passages import Passages
 from src.evaluation.results import MADE_BY, RECALL, check_trec_ids, write_recall, write_retrieved
@@ -45,7 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
     beside = (MADE_BY, RECALL)
     distributed.run_on_main(lambda: claim_output(options.output_path, beside=beside))
     log = start_log(None)
-    method = "BM25" if options.bm25 else "a retriever"
+    is_found = options.from_trec != "none"
+    method = options.from_trec if is_found else "BM25" if options.bm25 else "a retriever"
     say(log, "retrieve", "passages for questions, with %s", method)
     say(log, "device", "%s; %s", describe(device), count(part[1], "process", "processes"))
     say(log, "results", "%s", options.output_path)
@@ -62,7 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "passages", "%s of %s", count(len(passages), "passage"), options.passages)
     if options.output_format == "trec":
         distributed.raise_on_all(lambda: check_trec_ids(data, passages))
-    questions = [data[index]["question"] for index in range(len(data))]
+    examples = (read_example(data, index) for index in range(len(data)))
+    questions = [example.id if is_found else example.question for example in examples]
 
     # Search
     search = open_search(search_options, passages, device, log)

@@ -126,6 +126,10 @@ def _factory(text: str) -> str:
     return text
 
 
+def _counts(text: str) -> list[int]:
+    return sorted({COUNT(part) for part in text.split(",")})
+
+
 COUNT, COUNT_OR_ZERO = number(int, at_least=1), number(int, at_least=0)
 SECONDS = number(float, above=0, at_most=1e9)
 
@@ -195,8 +199,19 @@ class LoopOptions:
     precision: str
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BM25Options:
+    """How BM25 splits texts into words and weighs these. By default as is usual for Wikipedia's
+    passages of 100 words (Anserini, DPR)."""
+
+    bm25_k1: float = 0.9
+    bm25_b: float = 0.4
+    bm25_stemmer: str = "none"
+    bm25_stop_words: str = "none"
+
+
 @dataclasses.dataclass(frozen=True)
-class SearchOptions:
+class SearchOptions(BM25Options):
     """How passages are found."""
 
     bm25: bool
@@ -214,6 +229,7 @@ class SearchOptions:
     n_subquantizers: int = 0  # passage_retrieval.py alone has these two
     n_bits: int = 8
     tokenizer_option: str = "--tokenizer"  # for messages
+    from_trec: str = "none"
 
     @property
     def factory(self) -> str:
@@ -273,6 +289,10 @@ def _run(parser: _Parser) -> None:
 
 def _search(add: Add, new: Add) -> None:
     new("--bm25", bool, False, "search with BM25; needs no model")
+    new("--bm25_k1", number(float, at_least=0), 0.9, "BM25: how much repeated words count")
+    new("--bm25_b", number(float, at_least=0, at_most=1), 0.4, "BM25: how much length counts")
+    new("--bm25_stemmer", "LANGUAGE", "none", "BM25: compare stems (english: finds, finding)")
+    new("--bm25_stop_words", "LANGUAGE", "none", "BM25: leave out frequent words (english: the)")
     add("--passages_embeddings", "GLOB", "none", 'the embeddings, such as "folder/wiki_*"')
     new("--allow_mismatch", bool, False, "accept embeddings of another model, collection or run")
     add("--save_or_load_index", bool, False, "keep a compressed or BM25 index next to its source")
@@ -422,6 +442,7 @@ def passage_retrieval_parser() -> _Parser:
     new("--output_format", ["json", "trec"], "json", "trec: a run for trec_eval, without the texts")
     add("--n-docs", COUNT, 100, "passages for each question", also=["--n_docs"])
     add("--validation_workers", COUNT, 32, "maximum number of processes that look for answers")
+    new("--from_trec", "RUN", "none", "no search: the passages that this TREC run names")
     parser.group("retriever")
     add("--model_path", "MODEL", "none", _INDEXED)
     new("--tokenizer", "NAME", "none", _BERT)
@@ -442,10 +463,46 @@ def passage_retrieval_parser() -> _Parser:
 
 def evaluation_parser() -> _Parser:
     description = "Recall@k of data files with passages; exact match of files with answers."
-    parser = _Parser(description, None, "FILE ... ", "-m src.tools.evaluate")
+    parser = _Parser(description, _check_evaluation, "FILE ... ", "-m src.tools.evaluate")
     add, _ = parser.group("data")
-    add("files", "FILE", None, "data files with ctxs, or final_output.txt (with --data)", nargs="+")
+    add("files", "FILE", None, "data files with ctxs, TREC runs, or final_output.txt", nargs="+")
     add("--data", "FILE", None, "the questions that were answered, with their gold answers")
+    add("--qrels", "FILE", None, "judge by relevant passages, from TREC's qrels or BEIR's TSV")
+    parser.group("measures")
+    add("--k LIST", _counts, "1,5,20,100", "numbers of passages for recall, such as 1,5,20,50")
+    add("--compare", bool, False, "of two files: differences, 95 % intervals, p (bootstrap)")
+    return parser
+
+
+def fusion_parser() -> _Parser:
+    description = "Fuse the passages that several systems found into one ranking."
+    parser = _Parser(description, _check_fusion, "FILE FILE ... -o FILE ", "-m src.tools.fuse")
+    add, _ = parser.group("data")
+    add("files", "FILE", None, "data files with ctxs, or TREC runs", nargs="+")
+    add("-o --output", "FILE", None, "the result: .json or .jsonl, else a TREC run", required=True)
+    parser.group("fusion")
+    add("--method", ["rrf", "sum"], "rrf", "reciprocal ranks, or scores scaled to 0 ... 1")
+    add("--weights", number(float, at_least=0), None, "one for each file; none: 1", nargs="+")
+    add("--rrf_k", COUNT_OR_ZERO, 60, "added to each rank")
+    add("--n-docs", COUNT, 100, "passages for each question", also=["--n_docs"])
+    return parser
+
+
+def splitting_parser() -> _Parser:
+    description = "Split documents into passages: a collection to search."
+    program = "-m src.tools.split_documents"
+    parser = _Parser(description, _check_splitting, "FILE ... -o FILE ", program)
+    add, _ = parser.group("data")
+    add("files", "FILE", None, "documents (.txt, .md, .json, .jsonl, .gz) or folders", nargs="+")
+    add("-o --output", "FILE", None, "the collection to write: .tsv or .jsonl", required=True)
+    add("--text_field", "NAME", None, "JSON's text; none: text, contents, body, ...")
+    add("--title_field", "NAME", None, "JSON's title; none: title, page_title, ...")
+    add("--id_field", "NAME", None, "JSON's id; none: id, _id, docid, ...")
+    parser.group("passages")
+    add("--words", COUNT, 100, "most words of a passage")
+    add("--overlap", COUNT_OR_ZERO, 0, "words that a passage shares with the one before")
+    add("--sentences", bool, False, "end passages at ends of sentences where possible")
+    add("--workers", COUNT, None, "processes; none: one for each CPU, if there is enough to do")
     return parser
 
 
@@ -507,6 +564,10 @@ def _check_passage_retrieval(parser: _Parser, options: argparse.Namespace) -> No
 
 def _check_search(parser: _Parser, options: argparse.Namespace, model: str) -> None:
     """Refuse options that do not name exactly one way to search, and all it needs."""
+    if getattr(options, "from_trec", "none") != "none":
+        names = "bm25 model_path passages_embeddings index_factory n_subquantizers"
+        _error_if_given(parser, options, names, "--from_trec searches nothing: leave out {}")
+        return
     if options.bm25 == (getattr(options, model.removeprefix("--")) != "none"):
         parser.error(f"give either {model} and --passages_embeddings, or --bm25")
     if not options.bm25 and options.passages_embeddings == "none":
@@ -515,6 +576,29 @@ def _check_search(parser: _Parser, options: argparse.Namespace, model: str) -> N
         names = "passages_embeddings index_factory n_subquantizers"
         unused = "--bm25 uses neither embeddings nor an index of them: leave out {}"
         _error_if_given(parser, options, names, unused)
+        return
+    names = " ".join(field.name for field in dataclasses.fields(BM25Options))
+    _error_if_given(parser, options, names, "{}: for BM25; add --bm25, or leave this out")
+
+
+def _check_evaluation(parser: _Parser, options: argparse.Namespace) -> None:
+    if options.compare and len(set(options.files)) != 2:
+        parser.error(f"--compare needs two files, not {len(set(options.files))}")
+
+
+def _check_fusion(parser: _Parser, options: argparse.Namespace) -> None:
+    n, weights = len(options.files), options.weights
+    if n < 2:
+        parser.error("give at least two files to fuse")
+    if weights and (len(weights) != n or not any(weights)):
+        parser.error(f"--weights must be {n} numbers, one for each file, and not all 0")
+
+
+def _check_splitting(parser: _Parser, options: argparse.Namespace) -> None:
+    if options.overlap >= options.words:
+        parser.error(f"--overlap {options.overlap} must be less than --words {options.words}")
+    if not options.output.endswith((".tsv", ".jsonl")):
+        parser.error(f"-o {options.output}: its name must end in .tsv or .jsonl")
 
 
 def _check_test_reader(parser: _Parser, options: argparse.Namespace) -> None:

@@ -112,7 +112,12 @@ def test_passages(block):
         Passage("2", "Nile", 'It was called "the river" alone.'),
     ]
     assert list(Passages(block("corpus.jsonl"))) == [
-        Passage("MED-10", "Statins", "A study of statins.")
+        Passage(
+            "MED-10",
+            "Statins",
+            "A study of statins.",
+            more={"metadata": {"url": "http://example.org/10"}},
+        )
     ]
     assert list(Passages(block("contents.jsonl"))) == [
         Passage("3", "Nile", "The Nile is a river."),

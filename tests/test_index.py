@@ -9,9 +9,10 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
+import torch
 
 from src.runtime.errors import InputError
-from src.search import exact as module
+from src.search import tiles
 from src.search.embeddings import open_shards
 from src.search.exact import Found, Indexer, merge
 from src.search.shards import Shard, ShardWriter
@@ -70,11 +71,11 @@ def test_ties_and_all_equal_brute_force(block_rows, borders, dtype, k):
     assert_same(found, brute_force(queries, vectors, k))
 
 
-@pytest.mark.parametrize("spare_rows", [0, 1, 32])
+@pytest.mark.parametrize("tile_rows", [1, 32, 2048])
 @pytest.mark.parametrize("values", [1, 3, 40])
-def test_equal_passages_keep_their_order(values, spare_rows, monkeypatch):
+def test_equal_passages_keep_their_order(values, tile_rows, monkeypatch):
     """Copies of few vectors have equal scores at any position, though not whole ones."""
-    monkeypatch.setattr(module, "_SPARE_ROWS", spare_rows)
+    monkeypatch.setattr(tiles, "_TILE_ROWS", tile_rows)
     rows = np.random.default_rng(2).integers(0, values, 500)
     vectors, queries = random(values, 33)[rows], random(40, 33, seed=1)
     for block_rows in (50, 123, 500):
@@ -82,10 +83,10 @@ def test_equal_passages_keep_their_order(values, spare_rows, monkeypatch):
         assert_same(found, plain_search(queries, vectors, 60))
 
 
-@pytest.mark.parametrize("spare_rows", [0, 1, 32])
-def test_scores_that_differ_by_rounding_alone(spare_rows, monkeypatch):
+@pytest.mark.parametrize("tile_rows", [1, 32, 2048])
+def test_scores_that_differ_by_rounding_alone(tile_rows, monkeypatch):
     """Passages so alike that a matrix product puts them in another order."""
-    monkeypatch.setattr(module, "_SPARE_ROWS", spare_rows)
+    monkeypatch.setattr(tiles, "_TILE_ROWS", tile_rows)
     vectors = 100 * random(1, 64) + 1e-5 * random(400, 64, seed=1)
     queries = random(50, 64, seed=2)
     expected = plain_search(queries, vectors, 20)
@@ -105,10 +106,22 @@ def test_equals_the_flat_index(n_queries, k):
     assert_same(found, Found(*flat.search(queries, k)))
 
 
+def test_every_row_is_better_than_those_before(monkeypatch):
+    """No row can be discarded at once, and few are collected before they are scored."""
+    monkeypatch.setattr(tiles, "_TILE_ROWS", 16)
+    monkeypatch.setattr(tiles, "_LEAST_PENDING", 8)
+    vectors = np.linspace(0.1, 1, 999, dtype=np.float32)[:, None] * np.ones(24, np.float32)
+    queries = np.abs(random(20, 24, seed=1))
+    for k in (1, 7, 100):
+        assert_same(
+            Indexer(shards_of(vectors), 200).search(queries, k), plain_search(queries, vectors, k)
+        )
+
+
 def test_more_queries_than_are_taken_at_once(monkeypatch):
     vectors, queries = random(300, 16), random(50, 16, seed=1)
     expected = Indexer(shards_of(vectors), 100).search(queries, 20)
-    monkeypatch.setattr(module, "_QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr(tiles, "_QUERIES_AT_ONCE", 7)
     assert_same(Indexer(shards_of(vectors), 100).search(queries, 20), expected)
 
 
@@ -127,8 +140,10 @@ def test_the_number_of_threads_makes_no_difference():
     before, results = faiss.omp_get_max_threads(), []
     for threads in (1, 2, 3):
         faiss.omp_set_num_threads(threads)
+        torch.set_num_threads(threads)
         results.append(Indexer(shards_of(vectors), 1024).search(queries, 30))
     faiss.omp_set_num_threads(before)
+    torch.set_num_threads(before)
     for result in results[1:]:
         assert_same(result, results[0])
 
@@ -193,12 +208,6 @@ def test_embeddings_that_are_not_finite(value):
         Indexer(shards_of(vectors), 15).search(queries, 3)
 
 
-def test_faiss_settings_are_restored():
-    before = faiss.cvar.distance_compute_blas_threshold
-    Indexer(shards_of(random(7, 4))).search(random(3, 4), 5)
-    assert faiss.cvar.distance_compute_blas_threshold == before
-
-
 def test_taking_rows_out():
     vectors = random(50, 4).astype(np.float16)
     indexer = Indexer(shards_of(vectors, 0, 20, 20, 21))
@@ -212,9 +221,9 @@ def test_blocks_are_all_rows_in_order_once():
     told = []
     blocks = Indexer(shards_of(vectors, 20), 8).blocks(on_rows=told.append)
     copies = [(start, block.copy()) for start, block in blocks]
-    assert [start for start, _ in copies] == list(range(0, 50, 8))
+    assert [start for start, _ in copies] == list(range(0, 50, 4))
     assert np.array_equal(np.concatenate([block for _, block in copies]), vectors)
-    assert told == [8] * 6 + [2]
+    assert told == [4] * 12 + [2]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

@@ -1,23 +1,32 @@
 """From passages to retrieved data, from a shell: the reference's results, whatever the shards."""
+# ruff: noqa: RUF001 (characters that look like others)
 
+import itertools
 import json
 import logging
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import bm25s
 import numpy as np
 import pytest
 
 import generate_passage_embeddings
 import passage_retrieval
+from src.data.examples import load_data, read_example
 from src.data.passages import Passages
 from src.evaluation import results
 from src.models import embedder
+from src.options import BM25Options
 from src.runtime.errors import InputError
+from src.search import bm25 as bm25_module
 from src.search import retrieve as retrieve_module
 from src.search.bm25 import BM25
 from src.search.embeddings import open_shards
+from src.search.words import Words, open_stemmer, split_words, stop_words
 from tests.conftest import REFERENCE, ROOT, run_well
 
 N_DOCS = 10
@@ -267,16 +276,87 @@ def test_a_trec_run(passages, tmp_path):
 
 def bm25_by_hand(question: str, texts: list[str]) -> np.ndarray:
     """Lucene's BM25 with k1 0.9 and b 0.4, from its formula."""
-    documents = [re.findall(r"(?u)\b\w\w+\b", text.lower()) for text in texts]
+    documents = [re.findall(r"\w+", text.lower()) for text in texts]
     mean = np.mean([len(document) for document in documents])
     scores = np.zeros(len(texts))
-    for word in re.findall(r"(?u)\b\w\w+\b", question.lower()):
+    for word in re.findall(r"\w+", question.lower()):
         holding = sum(word in document for document in documents)
         weight = np.log(1 + (len(texts) - holding + 0.5) / (holding + 0.5))
         for row, document in enumerate(documents):
             count = document.count(word)
             scores[row] += weight * count / (count + 0.9 * (0.6 + 0.4 * len(document) / mean))
     return scores
+
+
+@pytest.mark.parametrize("part", [7, 1 << 13])
+def test_the_index_is_bm25s(part, passages, tmp_path, monkeypatch):
+    """Built as a stream, it holds the bytes that bm25s computes from the same words."""
+    monkeypatch.setattr(bm25_module, "_PART", part)
+    collection = Passages(passages)
+    words = [split_words(f"{passage.title} {passage.text}") for passage in collection]
+    vocabulary = {word: n for n, word in enumerate(dict.fromkeys(itertools.chain(*words)))}
+    theirs = bm25s.BM25(k1=0.9, b=0.4)
+    ids = [[vocabulary[word] for word in text] for text in words]
+    theirs.index((ids, vocabulary), create_empty_token=False, show_progress=False)
+    BM25.load_or_build(collection, tmp_path / "index", LOG)
+    ours = bm25s.BM25.load(tmp_path / "index")
+    assert ours.vocab_dict == theirs.vocab_dict
+    for name in ("data", "indices", "indptr"):
+        assert np.array_equal(ours.scores[name], theirs.scores[name]), name
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Model T, vitamin C: x_1!", ["model", "t", "vitamin", "c", "x_1"]),
+        (
+            "caf\u00e9 cafe\u0301 \ufb01n STRASSE stra\u00dfe",
+            ["caf\u00e9"] * 2 + ["fin"] + ["strasse"] * 2,
+        ),
+        ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),  # vowels are combining marks
+        ("co\u00adop می\u200cخواهم", ["coop", "میخواهم"]),
+        ("東京タワーgo", ["東京", "京タ", "タワ", "ワー", "go"]),
+        ("\uff21\uff29 水", ["ai", "水"]),
+        ("กินข้าว", ["กิน"[:2] + "น", "นข้", "ข้า", "าว"]),
+        ("", []),
+    ],
+)
+def test_words_of_any_script(text, words):
+    assert split_words(text) == words
+
+
+def test_stems_and_stop_words(tmp_path):
+    collection = write_collection(
+        tmp_path / "p.tsv", ["the running of rivers", "a lake", "the the"]
+    )
+    question = ["The river runs"]
+    plain = BM25.load_or_build(collection, tmp_path / "index", LOG).search(question, 3)
+    assert sorted(plain.rows()[0]) == [0, 2]
+    options = BM25Options(bm25_stop_words="english", bm25_k1=0.0)
+    for _ in range(2):  # an index with other options is built again, then loaded
+        found = BM25.load_or_build(collection, tmp_path / "index", LOG, options)
+        assert found.search([*question, "lake"], 3).rows() == [[], [1]]
+    assert found.search(["rivers lake"], 3).scores[0, :2] == pytest.approx(
+        [np.log(1 + 2.5 / 1.5)] * 2
+    )
+    with pytest.raises(
+        InputError, match=r"--bm25_stop_words klingon: must be none or one of .*eng"
+    ):
+        stop_words("klingon")
+
+
+def test_stemming_needs_a_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "Stemmer", None)
+    with pytest.raises(InputError, match=r"--bm25_stemmer english needs .*pip install PyStemmer"):
+        open_stemmer("english")
+    fake = SimpleNamespace(
+        algorithms=lambda: ["english"],
+        Stemmer=lambda language: SimpleNamespace(stemWord=lambda word: word.removesuffix("s")),
+    )
+    monkeypatch.setitem(sys.modules, "Stemmer", fake)
+    assert Words(BM25Options(bm25_stemmer="english"))("Rivers run") == ["river", "run"]
+    with pytest.raises(InputError, match=r"--bm25_stemmer latin: must be none or one of english"):
+        open_stemmer("latin")
 
 
 def test_bm25_scores_are_bm25s(passages):
@@ -320,8 +400,8 @@ def test_bm25_lists_begin_every_longer_one(tmp_path):
 
 
 def test_a_collection_without_words(tmp_path):
-    collection = write_collection(tmp_path / "p.tsv", ["a", "? !", ""])
-    with pytest.raises(InputError, match=r"p\.tsv: no passage has a word of two letters"):
+    collection = write_collection(tmp_path / "p.tsv", ["-", "? !", ""])
+    with pytest.raises(InputError, match=r"p\.tsv: no passage has a word, so"):
         BM25.load_or_build(collection, tmp_path / "index", LOG)
     assert not (tmp_path / "index").exists()
 
@@ -346,7 +426,7 @@ def test_a_bm25_index_that_was_altered_is_built_again(tmp_path, caplog):
             file.unlink() if wrong is None else file.write_bytes(wrong)
             caplog.clear()
             assert found() == expected
-            assert "altered or of another collection: building it again" in caplog.text
+            assert "made with other options: building it again" in caplog.text
     caplog.clear()
     assert found() == expected
     assert caplog.messages == [f"loaded {folder}"]
@@ -383,11 +463,62 @@ def test_questions_that_share_no_word(output_format, tmp_path, capsys):
     assert recall == {"recall@1": 0.25, "questions": 4}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pairs", [1, 10_000_000])
 def test_one_process_or_many_look_for_answers(pairs, reference, monkeypatch):
     data = json.loads((reference / "retrieved.json").read_text())["retrieved"]
     tasks = [(row["answers"], [c["text"] for c in row["ctxs"]]) for row in data]
     expected = [(True, [c["hasanswer"] for c in row["ctxs"]]) for row in data]
-    monkeypatch.setattr(results.os, "cpu_count", lambda: 2)
-    assert list(results._find_answers(iter(tasks), len(tasks), pairs, 32)) == expected
+    monkeypatch.setattr(results, "available_cpus", lambda: 2)
+    assert list(results._find_answers(tasks.__getitem__, len(tasks), pairs, 32)) == expected
+
+
+# ----------------------------------------------------------------------------------------------
+# What other systems found, and other fields
+
+
+def test_a_run_of_another_system_becomes_data(passages, tmp_path, capsys):
+    """BM25's data and the data made from its run are the same; passages of other collections and
+    other questions are refused."""
+    output, run, again = (tmp_path / name for name in ("a.json", "run.trec", "b.json"))
+    search(passages, output, "--bm25")
+    search(passages, run, "--bm25", "--output_format", "trec")
+    search(passages, again, "--from_trec", run)
+    assert json.loads(again.read_text()) == json.loads(output.read_text())
+    for line, said in (
+        ("r0 Q0 nowhere 1 1.5 x", "no passage has the id 'nowhere'"),
+        ("unasked Q0 1 1 1.5 x", "none of the questions has passages in this run"),
+        ("0 Q0 1 1", "line 1: .*a line of a run must be question Q0 passage rank score name"),
+        ("r0 Q0 1 1 2 x\nr0 Q0 1 2 1 x", "line 2: .*passage 1 is found twice for question r0"),
+        ("", "the run is empty"),
+    ):
+        run.write_text(line)
+        with pytest.raises(SystemExit):
+            search(passages, again, "--from_trec", run)
+        assert re.search(said, capsys.readouterr().err)
+
+
+def test_other_fields_of_passages_are_carried(tmp_path):
+    rows = [
+        {
+            "id": "a",
+            "text": "a red river",
+            "url": "https://example.org/a",
+            "score": 9,
+            "metadata": {},
+        },
+        {"_id": "b", "text": "a red lake", "title": "Lake", "metadata": {"page": 3}},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"question": "red river", "answers": ["river"]}]))
+    search(tmp_path / "p.jsonl", tmp_path / "out.json", "--bm25", "--data", data)
+    first, second = json.loads((tmp_path / "out.json").read_text())[0]["ctxs"]
+    assert list(first) == ["id", "title", "text", "score", "hasanswer", "url"]
+    assert first["url"] == "https://example.org/a"
+    assert first["score"] < 9
+    assert second["metadata"] == {"page": 3}
+    read = read_example(load_data(tmp_path / "out.json"), 0).passages
+    assert [passage.more for passage in read] == [
+        {"url": "https://example.org/a"},
+        {"metadata": {"page": 3}},
+    ]

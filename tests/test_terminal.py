@@ -377,14 +377,14 @@ def ctrl_c_cases(reference: Path, folder: Path) -> dict[str, tuple[str, list, st
         "embeds questions": (
             "passage_retrieval", search, "src.models.embedder:TextEmbedder.begin", again,
         ),
-        "searches": ("passage_retrieval", search, "src.search.exact:_search_block", again),
+        "searches": ("passage_retrieval", search, "src.search.tiles:TileSearch.add", again),
         "builds an index": (
             "passage_retrieval", [*search, "--index_factory", "SQ8", "--save_or_load_index"],
             "src.search.faiss_index:CompressedIndexer.build", again,
         ),
         "builds BM25": (
             "passage_retrieval", ["--bm25", "--data", scored, *collection, folder / "words.json"],
-            "bm25s:tokenize", again,
+            "src.search.bm25:_count", again,
         ),
         "looks for answers": (
             "passage_retrieval", search, "passage_retrieval:write_retrieved", again,

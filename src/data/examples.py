@@ -150,6 +150,11 @@ def _list(value: Any, problem: str) -> list:
     return value or []
 
 
+_OUR_FIELDS = frozenset(  # of a passage
+    "id title text score hasanswer scores token_log_probs attribution".split()
+)
+
+
 def _parse_passage(context: Any, position: int) -> Passage:
     # (Files have millions: a call for each field would take half as long again.)
     if not isinstance(context, dict):
@@ -168,7 +173,10 @@ def _parse_passage(context: Any, position: int) -> Passage:
         name = "title" if isinstance(text, str) else "text"
         problem = f'"{name}" must be text, not {shorten(context.get(name))}'
         raise BadValue(f", passage {position + 1}: {problem}")
-    return Passage(str(context.get("id", "")), title or "", text, score, position)
+    more = {}
+    if not context.keys() <= _OUR_FIELDS:
+        more = {name: value for name, value in context.items() if name not in _OUR_FIELDS}
+    return Passage(str(context.get("id", "")), title or "", text, score, position, more)
 
 
 def read_example(examples: Examples, index: int) -> Example:
@@ -209,7 +217,7 @@ def load_data(
         return not needs_scores or any(passage.score is not None for passage in passages)
 
     size = examples.source.size // world_size  # of a process's share
-    n_processes = min(_cpus(), size // _BYTES_WORTH_A_PROCESS, 16)
+    n_processes = min(available_cpus(), size // _BYTES_WORTH_A_PROCESS, 16)
     indices = range(rank, len(examples), world_size)
     examples.unscored = _check_all(check, indices, n_processes, bar)
     return examples
@@ -283,7 +291,7 @@ def _start_checking(check: Callable[[int], bool]) -> None:
         signal.signal(number, signal.SIG_IGN)  # the waiting process answers them
 
 
-def _cpus() -> int:
+def available_cpus() -> int:
     """How many CPUs this process may use, as far as the system tells."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from src.runtime.errors import InputError, shorten
 from src.runtime.terminal import Bar, no_bar
 
 # Names of the columns of a TSV and of the fields of JSONL, as their authors have them.
-_NAMES = {
+FIELD_NAMES = {
     "id": ("id", "_id", "pid", "docid", "doc_id", "docno", "passage_id", "document_id"),
     "text": ("text", "contents", "content", "passage", "passage_text", "body"),
     "title": ("title", "page_title", "doc_title", "document_title"),
@@ -34,13 +34,15 @@ _NAMES = {
 
 class Passage(NamedTuple):
     """A passage of a collection, or of a question: then with its score, if it has one, and its
-    `position` in the question's `ctxs`. One without a title has ""."""
+    `position` in the question's `ctxs`. One without a title has "". `more` holds the other fields
+    of a line of JSONL that are not empty, such as `url`."""
 
     id: str
     title: str
     text: str
     score: float | None = None
     position: int = -1
+    more: dict[str, Any] = {}  # noqa: RUF012 (nobody changes it)
 
 
 class Passages(Sequence[Passage]):
@@ -186,6 +188,7 @@ def _reopen(path: str, source: Source) -> Passages:
 
 _PART = 1 << 14  # passages read at a time
 _DPR_PREFIX = "wiki:"  # in DPR's embeddings of Wikipedia, but not in its TSV
+_EMPTY = (None, "", {}, [])
 _NUMBER = re.compile("0|[1-9][0-9]{0,17}")  # as `str` writes them, within an int64
 
 
@@ -197,7 +200,7 @@ def _parse_json(line: str) -> Passage:
     if not isinstance(raw, dict):
         raise BadValue(f'a passage must be an object like {{"id": ...}}, not {shorten(raw)}')
     identity, text, title = (
-        next((raw[name] for name in _NAMES[field] if name in raw), None)
+        next((raw[name] for name in FIELD_NAMES[field] if name in raw), None)
         for field in ("id", "text", "title")
     )
     if "text" not in raw and "contents" in raw and title is None and isinstance(text, str):
@@ -208,7 +211,9 @@ def _parse_json(line: str) -> Passage:
         raise BadValue(f'no text: "text" or "contents" must be text, not {shorten(text)}')
     if not isinstance(title, str | None):
         raise BadValue(f'"title" must be text, not {shorten(title)}')
-    return Passage(str(identity), title or "", text)
+    known = itertools.chain.from_iterable(FIELD_NAMES.values())
+    more = {name: raw[name] for name in raw.keys() - {*known} if raw[name] not in _EMPTY}
+    return Passage(str(identity), title or "", text, more=dict(sorted(more.items())))
 
 
 def _split_contents(contents: str) -> tuple[str, str]:
@@ -301,7 +306,7 @@ def _find_columns(source: Source, position: int, row: list[str]) -> tuple[list[i
     that is a header. Errors: `InputError` for names that we do not know."""
     cells = [cell.encode("latin-1").decode(errors="replace") for cell in row]
     names = [re.sub(r"[\s-]", "_", cell.strip().lstrip("#").lower()) for cell in cells]
-    found = [[i for i, name in enumerate(names) if name in known] for known in _NAMES.values()]
+    found = [[i for i, name in enumerate(names) if name in known] for known in FIELD_NAMES.values()]
     counts = list(map(len, found))
     if counts == [1, 1, 1] or (counts == [1, 1, 0] and len(list(filter(None, names))) == 2):
         return [*(columns[0] if columns else -1 for columns in found), len(row)], True

@@ -192,9 +192,9 @@ def read_answers(path: str, data: Examples) -> list[str]:
     return answers
 
 
-def measure_answers(path: str, data: Examples) -> dict[str, float]:
-    """Exact match and F1, in percent, of a file of answers (see `read_answers`) over the questions
-    that have gold answers. Errors: `InputError` also when there are none."""
+def judge_answers(path: str, data: Examples) -> dict[str, list[float]]:
+    """Exact match and F1, in [0, 1], of a file of answers (see `read_answers`) to each question
+    that has gold answers. Errors: `InputError` also when there are none."""
     examples = [read_example(data, index) for index in range(len(data))]
     pairs = zip(read_answers(path, data), examples, strict=True)
     judged = [judge(answer, example.answers) for answer, example in pairs if example.answers]
@@ -202,5 +202,11 @@ def measure_answers(path: str, data: Examples) -> dict[str, float]:
         raise InputError(
             f"{data.path}: no question in this file has answers; give --data that has some"
         )
-    match, overlap = (100 * sum(values) / len(judged) for values in zip(*judged, strict=True))
-    return {"questions": len(judged), "exact match": match, "F1": overlap}
+    return dict(zip(("exact match", "F1"), map(list, zip(*judged, strict=True)), strict=True))
+
+
+def measure_answers(path: str, data: Examples) -> dict[str, float]:
+    """The means of `judge_answers` in percent, and the number of questions."""
+    judged = judge_answers(path, data)
+    means = {name: 100 * sum(values) / len(values) for name, values in judged.items()}
+    return {"questions": len(judged["F1"]), **means}

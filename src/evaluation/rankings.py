@@ -5,6 +5,8 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from src.data.examples import Example, load_data, read_example
 from src.evaluation.answers import find_answers
 from src.runtime.errors import InputError
@@ -85,9 +87,17 @@ def rank_answers(path: str, name: str = "") -> Ranking:
     return ranking
 
 
-def measure_retrieval(path: str) -> dict[str, float]:
-    """Recall at 1, 5, 20 and 100 (up to its number of passages), in percent, over the questions of
-    a data file that have answers. Errors: those of `rank_answers`."""
+def judge_retrieval(path: str, ks: Sequence[int]) -> tuple[str, dict[str, np.ndarray]]:
+    """A digest of the questions, and for those with answers whether the first k passages have one,
+    for each k up to the number of passages, [n]. Errors: those of `rank_answers`."""
     ranking = rank_answers(path)
-    recalls = {f"recall@{k}": ranking.recall(k) for k in (1, 5, 20, 100) if k <= ranking.depth}
+    firsts = np.array([first for first in ranking.firsts if first is not None])
+    depths = [k for k in ks if k <= ranking.depth]
+    return ranking.questions, {f"recall@{k}": (firsts > 0) & (firsts <= k) for k in depths}
+
+
+def measure_retrieval(path: str, ks: Sequence[int] = (1, 5, 20, 100)) -> dict[str, float]:
+    """Recall@k in percent over the questions of a data file that have answers."""
+    ranking = rank_answers(path)
+    recalls = {f"recall@{k}": ranking.recall(k) for k in ks if k <= ranking.depth}
     return {"questions": ranking.n_judged, **recalls}

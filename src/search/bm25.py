@@ -1,19 +1,26 @@
 """BM25 search with the library bm25s: needs no model, and finds a reader's first passages."""
 
 import contextlib
+import dataclasses
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import bm25s
 import numpy as np
 
 from src.data.passages import Passages
+from src.options import BM25Options
 from src.runtime.errors import InputError
+from src.runtime.terminal import Bar, no_bar
 from src.search import saved_index
 from src.search.exact import Found
+from src.search.words import Vocabulary, Words, split_words
 
-_K1, _B = 0.9, 0.4  # as is usual for Wikipedia's passages of 100 words (Anserini, DPR)
+_PART = 1 << 13  # passages whose words are counted at a time
 _FILES = {"vocab.index.json", "params.index.json"} | {
     f"{name}.csc.index.npy" for name in ("data", "indices", "indptr")
 }
@@ -22,8 +29,9 @@ _FILES = {"vocab.index.json", "params.index.json"} | {
 class BM25:
     """Passages scored by the words they share with a question; titles count as text."""
 
-    def __init__(self, index: bm25s.BM25, passages: Passages):
-        self._index, self._passages = index, passages
+    def __init__(self, index: bm25s.BM25, passages: Passages, options: BM25Options):
+        self._index, self._passages, self._options = index, passages, options
+        self._words = Words(options)
 
     @classmethod
     def load_or_build(
@@ -31,39 +39,33 @@ class BM25:
         passages: Passages,
         folder: Path | None,
         log: logging.Logger,
-        show_progress: bool = False,
+        options: BM25Options = BM25Options(),  # noqa: B008 (it is frozen)
+        bar: Bar = no_bar,
     ) -> "BM25":
         """Open the index in a folder, or build it and save it there.
 
-        Args: see `saved_index.load_or_build`; show_progress: bars while building.
-        Errors: `InputError` when no passage has a word, or the folder cannot be written.
+        Args: see `saved_index.load_or_build`; an index with other options is built again.
+        Errors: `InputError` when no passage has a word, the folder cannot be written, or a language
+        is unknown.
         """
+        made_from = _made_from(passages, options)
 
         def load() -> BM25 | None:
             description = saved_index.read_description(folder)
-            if description and description.get("passages") == passages.fingerprint():
+            if description and {name: description.get(name) for name in made_from} == made_from:
                 with contextlib.suppress(OSError, ValueError, KeyError):
-                    return cls(bm25s.BM25.load(folder, mmap=True), passages)
+                    return cls(bm25s.BM25.load(folder, mmap=True), passages, options)
             return None
 
         def build() -> BM25:
             log.info("building the BM25 index of %d passages", len(passages))
-            words = _words(_Texts(passages), show_progress=show_progress)
-            if not words.vocab:
-                raise InputError(
-                    f"{passages.path}: no passage has a word of two letters, so BM25 can find "
-                    "none; check that the file is a collection"
-                )
-            index = bm25s.BM25(k1=_K1, b=_B)
-            index.index(words, show_progress=show_progress)
-            return cls(index, passages)
+            return cls(_build(passages, options, bar), passages, options)
 
         return saved_index.load_or_build(folder, _FILES, load, build, log)
 
     def save(self, folder: Path) -> None:
-        made_from = {"passages": self._passages.fingerprint()}
         write = lambda partial: self._index.save(partial, show_progress=False)  # noqa: E731
-        saved_index.save_index(folder, made_from, write)
+        saved_index.save_index(folder, _made_from(self._passages, self._options), write)
 
     def search(
         self, questions: list[str], k: int, on_questions: Callable[[int], object] = lambda n: None
@@ -73,8 +75,8 @@ class BM25:
         Args: on_questions: called with the number of questions just answered.
         """
         found = Found.empty(len(questions), min(k, len(self._passages)))
-        for row, words in enumerate(_words(questions, return_ids=False, show_progress=False)):
-            scores = self._index.get_scores_from_ids(self._index.get_tokens_ids(words))
+        for row, terms in enumerate(map(self._words, questions)):
+            scores = self._index.get_scores_from_ids(self._index.get_tokens_ids(terms))
             positions = np.flatnonzero(scores)  # a shared word always adds something (Lucene's idf)
             scores = scores[positions]
             if len(positions) > k:  # sorting all would take longer than finding the best
@@ -89,19 +91,87 @@ class BM25:
         return found
 
 
-class _Texts(Sequence[str]):
-    """The texts of passages, each read when it is needed."""
-
-    def __init__(self, passages: Passages):
-        self._passages = passages
-
-    def __len__(self) -> int:
-        return len(self._passages)
-
-    def __getitem__(self, index: int) -> str:
-        passage = self._passages[index]
-        return f"{passage.title} {passage.text}"
+def _made_from(passages: Passages, options: BM25Options) -> dict[str, object]:
+    names = [field.name for field in dataclasses.fields(BM25Options)]
+    return {
+        "passages": passages.fingerprint(),
+        "words": 2,  # changes with what `split_words` does
+        **{name: getattr(options, name) for name in names},
+    }
 
 
-def _words(texts: Sequence[str], **options: bool) -> "bm25s.tokenization.Tokenized | list":
-    return bm25s.tokenize(texts, stopwords=None, **options)
+# ----------------------------------------------------------------------------------------------
+# Building the index. bm25s keeps every word of the collection as a Python object until the end;
+# this takes a part of the passages at a time, and 16 bytes for each word of a passage.
+
+
+class _Counts(NamedTuple):
+    """How often terms occur in a part of the passages, by term, then by row, [n] each."""
+
+    terms: np.ndarray
+    rows: np.ndarray  # in the part
+    counts: np.ndarray
+
+
+def _build(passages: Passages, options: BM25Options, bar: Bar) -> bm25s.BM25:
+    vocabulary = Vocabulary(Words(options))
+    with bar(len(passages), "passage", "building the index") as shown:
+        parts, lengths = deque(), []
+        texts = (f"{passage.title} {passage.text}" for passage in passages)
+        while part := list(itertools.islice(texts, _PART)):
+            counted, length = _count(part, vocabulary)
+            parts.append(counted)
+            lengths.append(length)
+            shown.update(len(part))
+    if not vocabulary.terms:
+        raise InputError(
+            f"{passages.path}: no passage has a word, so BM25 can find none; check that the file "
+            "is a collection"
+        )
+    index = bm25s.BM25(k1=options.bm25_k1, b=options.bm25_b)
+    index.vocab_dict = vocabulary.terms
+    index.unique_token_ids_set = set(vocabulary.terms.values())
+    vocabulary.clear()
+    index.nonoccurrence_array = None
+    index.scores = _scores(parts, lengths, len(index.vocab_dict), options)
+    return index
+
+
+def _count(texts: list[str], vocabulary: Vocabulary) -> tuple[_Counts, np.ndarray]:
+    """How often terms occur in some passages, and how many each passage has."""
+    found = [list(map(vocabulary.__getitem__, split_words(text))) for text in texts]
+    numbers = np.fromiter(itertools.chain.from_iterable(found), np.int64)
+    rows = np.repeat(np.arange(len(texts)), list(map(len, found)))
+    rows, numbers = rows[numbers >= 0], numbers[numbers >= 0]
+    pairs, counts = np.unique(numbers * _PART + rows, return_counts=True)
+    terms, rows_of = (pairs // _PART).astype(np.int32), (pairs % _PART).astype(np.uint16)
+    counts = np.minimum(counts, np.iinfo(np.uint16).max).astype(np.uint16)
+    return _Counts(terms, rows_of, counts), np.bincount(rows, minlength=len(texts))
+
+
+def _scores(
+    parts: "deque[_Counts]", lengths: list[np.ndarray], n_terms: int, options: BM25Options
+) -> dict[str, object]:
+    """The scores as bm25s holds them, in compressed sparse columns: a column for each term, with
+    Lucene's variant of BM25 (Kamphuis et al., 2020) in the rows of the passages that have it.
+
+    Empties `parts`, so that they make room for the result.
+    """
+    n_passages = sum(map(len, lengths))
+    mean = sum(int(length.sum()) for length in lengths) / n_passages
+    holding = sum(np.bincount(part.terms, minlength=n_terms) for part in parts)
+    weights = np.log(1 + (n_passages - holding + 0.5) / (holding + 0.5)).astype(np.float32)
+    starts = np.concatenate([[0], np.cumsum(holding)])
+    data, indices = np.empty(starts[-1], np.float32), np.empty(starts[-1], np.int32)
+    free = starts[:-1].copy()  # where the next part continues each column
+    k1, b, first = options.bm25_k1, options.bm25_b, 0
+    for length in lengths:
+        terms, rows, counts = parts.popleft()
+        present, begins, sizes = np.unique(terms, return_index=True, return_counts=True)
+        positions = np.repeat(free[present] - begins, sizes) + np.arange(len(terms))
+        penalties = k1 * ((1 - b) + b * length / mean)
+        data[positions] = weights[terms] * (counts / (penalties[rows] + counts))
+        indices[positions] = rows + np.int32(first)
+        free[present] += sizes
+        first += len(length)
+    return {"data": data, "indices": indices, "indptr": starts, "num_docs": n_passages}

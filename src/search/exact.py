@@ -9,9 +9,9 @@ whatever the batch of questions, the block size and the number of processes.
 """
 
 import bisect
-import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import faiss
@@ -20,8 +20,6 @@ import numpy as np
 from src.runtime.errors import InputError, shorten
 from src.search.shards import Shard
 
-_QUERIES_AT_ONCE = 4096  # bounds the memory for a block's scores and their merging
-_SPARE_ROWS = 32  # candidates beyond k, because rounding may reorder them
 _NARROWEST = 256  # the width of the first search in `stable_search`
 
 
@@ -121,7 +119,7 @@ def merge(parts: Sequence[Found], k: int) -> Found:
 
 
 class Indexer:
-    """Exact search over opened shards, with one block of embeddings in memory at a time.
+    """Exact search over opened shards, with two half blocks of embeddings in memory.
 
     Args: shards: from `open_shards`; block_rows: rows in a block (`--indexing_batch_size`).
     """
@@ -154,12 +152,13 @@ class Indexer:
         """
         queries, k = check_request(queries, k, self, self.shards[0].path)
         best = Found.empty(len(queries), k)
-        for start, block in self.blocks(part, on_rows) if len(queries) else ():
+        from src.search.tiles import tile_searches  # only a search needs torch
+
+        searches = tile_searches(queries, best)
+        for start, block in self.blocks(part, on_rows) if searches else ():
             longest = self._longest_row(start, block)
-            for first in range(0, len(queries), _QUERIES_AT_ONCE):
-                group = slice(first, first + _QUERIES_AT_ONCE)
-                so_far = Found(best.scores[group], best.positions[group])
-                _search_block(queries[group], block, start, longest, so_far)
+            for search in searches:
+                search.add(block, start, longest)
         return best
 
     def ids(self, positions: np.ndarray) -> list[list[str]]:
@@ -177,22 +176,41 @@ class Indexer:
     ) -> Iterator[tuple[int, np.ndarray]]:
         """The blocks in order: the first row's position, and the rows [b, d] as float32.
 
-        Blocks cross the borders of shards, whose number therefore makes no difference. Each block
-        overwrites the one before.
+        They cross the borders of shards, whose number therefore makes no difference. Each has half
+        of `block_rows`: a thread reads the next one while the caller uses this one, which is then
+        overwritten.
         """
+        from src.models.lengths import prefetch_one
+
         index, count = part
-        buffer = np.empty((min(self._block_rows, len(self)), self.dimension), np.float32)
-        for start in range(index * self._block_rows, len(self), count * self._block_rows):
-            stop = min(start + self._block_rows, len(self))
-            block, done = buffer[: stop - start], 0
-            while done < len(block):
-                shard, row = self._shard_of(start + done)
-                piece = block[done : done + len(shard) - row]
-                shard.read(row, piece)
-                done += len(piece)
-            yield start, block
-            if on_rows:
-                on_rows(stop - start)
+        half = -(-min(self._block_rows, len(self)) // 2)
+        buffers = np.empty((2, half, self.dimension), np.float32)
+
+        def spans() -> Iterator[tuple[int, int]]:
+            for start in range(index * self._block_rows, len(self), count * self._block_rows):
+                stop = min(start + self._block_rows, len(self))
+                yield from ((first, min(first + half, stop)) for first in range(start, stop, half))
+
+        with ThreadPoolExecutor(1) as thread:
+            reads = (
+                thread.submit(self._read, *span, buffers[number % 2])
+                for number, span in enumerate(spans())
+            )
+            for read in prefetch_one(reads):
+                start, block = read.result()
+                yield start, block
+                if on_rows:
+                    on_rows(len(block))
+
+    def _read(self, start: int, stop: int, buffer: np.ndarray) -> tuple[int, np.ndarray]:
+        """The rows from `start` to `stop` in the buffer, after the first one's position."""
+        block, done = buffer[: stop - start], 0
+        while done < len(block):
+            shard, row = self._shard_of(start + done)
+            piece = block[done : done + len(shard) - row]
+            shard.read(row, piece)
+            done += len(piece)
+        return start, block
 
     def take(self, positions: np.ndarray) -> np.ndarray:
         """The embeddings at ascending positions [n], as float32 [n, d]."""
@@ -206,7 +224,7 @@ class Indexer:
         return rows
 
     def _longest_row(self, start: int, block: np.ndarray) -> float:
-        lengths = _lengths(block)
+        lengths = vector_lengths(block)
         if not np.isfinite(lengths).all():
             shard, row = self._shard_of(start + int(np.isfinite(lengths).argmin()))
             raise InputError(
@@ -220,54 +238,6 @@ class Indexer:
         return self.shards[number], position - self._starts[number]
 
 
-def _search_block(
-    queries: np.ndarray, block: np.ndarray, start: int, longest: float, best: Found
-) -> None:
-    """Merge rows of a block [b, d] into the best so far.
-
-    A matrix product is ten times as fast as single inner products, but its rounding depends on the
-    number of threads and on the row's position in the block. So it only proposes rows. Those that
-    could be among the best k, whatever the rounding, get the score of a plain inner product, which
-    depends on the two vectors alone: results are the same for any blocks, shards, processes and
-    threads, and equal passages get equal scores.
-
-    Args:
-        start: the position of the block's first row.
-        longest: the largest length (2-norm) of a row.
-        best: for these queries; changed in place.
-    """
-    k, n_rows = best.scores.shape[1], len(block)
-    width = min(k + _SPARE_ROWS, n_rows)
-    with _matrix_products():
-        guesses, rows = faiss.knn(queries, block, width, faiss.METRIC_INNER_PRODUCT)
-    # The sum of d products in float32 is wrong by at most d / 2^24 of the product of the lengths,
-    # and two orders of summation differ by at most twice that.
-    slack = 1.01 * block.shape[1] * 2.0**-23 * longest * _lengths(queries)
-    floor = best.scores[:, -1].astype(np.float64)  # an equal score comes too late
-    if k <= n_rows:
-        floor = np.maximum(floor, guesses[:, k - 1] - slack)
-    possible = guesses + slack[:, None] >= floor[:, None]
-    # If even the last proposed row is possible, rows that were not proposed may be, too.
-    too_narrow = possible[:, -1] & (width < n_rows)
-    possible[too_narrow] = False
-    numbers = np.nonzero(possible)[0]
-    scores = np.full(guesses.shape, -np.inf, np.float32)
-    scores[possible] = inner_products(queries, numbers, block, rows[possible])
-    changed = np.flatnonzero(possible.any(axis=1))
-    positions = np.where(possible, rows + start, -1)
-    _insert(best, changed, Found(scores[changed], positions[changed]))
-    every = np.arange(n_rows)
-    for number in np.flatnonzero(too_narrow):
-        scores = inner_products(queries, np.full(n_rows, number), block, every)
-        _insert(best, np.array([number]), Found(scores[None], every[None] + start))
-
-
-def _insert(best: Found, numbers: np.ndarray, found: Found) -> None:
-    """Merge what was found for the queries with these numbers into the best so far."""
-    before = Found(best.scores[numbers], best.positions[numbers])
-    best.scores[numbers], best.positions[numbers] = merge([before, found], best.scores.shape[1])
-
-
 def inner_products(
     queries: np.ndarray, numbers: np.ndarray, block: np.ndarray, rows: np.ndarray
 ) -> np.ndarray:
@@ -279,22 +249,11 @@ def inner_products(
     return products
 
 
-def _lengths(vectors: np.ndarray) -> np.ndarray:
+def vector_lengths(vectors: np.ndarray) -> np.ndarray:
     """The length (2-norm) of each vector [n, d], contiguous float32."""
     lengths, (n, d) = np.empty(len(vectors), np.float32), vectors.shape
     faiss.fvec_norms_L2(faiss.swig_ptr(lengths), faiss.swig_ptr(vectors), d, n)
     return lengths
-
-
-@contextlib.contextmanager
-def _matrix_products() -> Iterator[None]:
-    """Makes FAISS use matrix products, which it otherwise does for large searches only."""
-    before = faiss.cvar.distance_compute_blas_threshold
-    faiss.cvar.distance_compute_blas_threshold = 1
-    try:
-        yield
-    finally:
-        faiss.cvar.distance_compute_blas_threshold = before
 
 
 def check_request(queries: np.ndarray, k: int, index: Any, path: str) -> tuple[np.ndarray, int]:

@@ -16,11 +16,13 @@ import torch
 
 from src.data.batches import question_text
 from src.data.passages import Passages
+from src.data.trec import read_run
 from src.models.embedder import TextEmbedder
 from src.models.retriever import fingerprint, open_retriever
 from src.options import SearchOptions
 from src.runtime import distributed
-from src.runtime.terminal import count, has_bars, say, size
+from src.runtime.errors import InputError, shorten
+from src.runtime.terminal import count, say, size
 from src.search import faiss_index
 from src.search.bm25 import BM25
 from src.search.embeddings import check_count, open_shards, require_same
@@ -34,8 +36,10 @@ _RECALL_SAMPLE = 100  # questions on which an approximate index is compared with
 
 def open_search(
     options: SearchOptions, passages: Passages, device: torch.device, log: logging.Logger
-) -> "BM25Search | EmbeddingSearch":
+) -> "BM25Search | EmbeddingSearch | FoundElsewhere":
     """The search that the options ask for. Every process must call its methods."""
+    if options.from_trec != "none":
+        return FoundElsewhere(options.from_trec, passages)
     if options.bm25:
         return BM25Search(options, passages, log)
     return EmbeddingSearch(options, passages, device, log)
@@ -77,7 +81,7 @@ class BM25Search:
     def __init__(self, options: SearchOptions, passages: Passages, log: logging.Logger):
         folder = Path(f"{passages.path}.bm25") if options.save_or_load_index else None
         self._index = distributed.run_on_main(
-            lambda: BM25.load_or_build(passages, folder, log, show_progress=has_bars())
+            lambda: BM25.load_or_build(passages, folder, log, options, passing_bar)
         )
         self.made_by = {"model": "bm25", "passages": passages.fingerprint()}
 
@@ -90,6 +94,35 @@ class BM25Search:
                 return self._index.search(questions, k, bar.update)
 
         return _from_main(find)
+
+
+class FoundElsewhere:
+    """The passages that a TREC run names: `search` takes the questions' ids.
+
+    Attributes: made_by: everything the results depend on, as JSON values.
+    """
+
+    def __init__(self, path: str, passages: Passages):
+        self._path, self._passages, self._run = path, passages, read_run(path)
+        self.made_by = {"model": "from_trec", "passages": passages.fingerprint()}
+
+    def search(self, questions: list[str], k: int) -> Found:
+        """The first k passages of each question by score; equal scores keep the run's order.
+
+        Errors: `InputError` for passages of another collection, or when no question is in the run.
+        """
+        if not any(question in self._run for question in questions):
+            raise InputError(
+                f"{self._path}: none of the questions has passages in this run (the first is "
+                f"{shorten(questions[0])}); give the --data that was searched for"
+            )
+        found = Found.empty(len(questions), k)
+        for row, question in enumerate(questions):
+            scores = self._run.get(question, {})
+            best = sorted(scores, key=scores.get, reverse=True)[:k]
+            found.positions[row, : len(best)] = self._passages.find(best)
+            found.scores[row, : len(best)] = [scores[name] for name in best]
+        return found
 
 
 class EmbeddingSearch:

@@ -38,7 +38,7 @@ def load_or_build(
             return index
         if folder.exists():
             _check_replaceable(folder, names)
-            damage = "incomplete, altered or of another collection"
+            damage = "incomplete, altered, of another collection or made with other options"
             log.info("%s is %s: building it again", folder, damage)
     index = build()
     if folder is not None:

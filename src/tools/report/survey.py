@@ -138,6 +138,9 @@ def survey(
     return found
 
 
+_MOST_VALUES, _LONGEST_VALUE = 8, 300  # of a passage's other fields
+
+
 def _evidence(
     example: Example, flags: list[bool], n_read: int, passages_shown: int
 ) -> dict[str, Any]:
@@ -151,7 +154,8 @@ def _evidence(
         spans = answer_spans(example.answers, passage.text) if flags[rank] else []
         parts, hidden = excerpt(passage.text, spans)
         row = {"k": rank, "found": passage.position + 1, "title": passage.title}
-        shown.append(row | {"parts": parts, "hidden": hidden})
+        more = [[name, str(value)[:_LONGEST_VALUE]] for name, value in passage.more.items()]
+        shown.append(row | {"parts": parts, "hidden": hidden, "more": more[:_MOST_VALUES]})
     return {
         "right": example.answers[:MOST_ANSWERS],
         "more": max(0, len(example.answers) - MOST_ANSWERS),

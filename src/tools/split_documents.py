@@ -1,0 +1,312 @@
+"""Split documents into passages, a collection to search.
+
+    python -m src.tools.split_documents notes/ articles.jsonl.gz -o passages.jsonl
+    python -m src.tools.split_documents wikiextractor_output/ -o passages.tsv --sentences
+
+Reads text, Markdown, JSON, JSONL and wikiextractor's files, gzipped or not, and folders of these. A
+passage's id is its document's, a dash and its number: a file's name stands for a missing id.
+"""
+
+from src.options import splitting_parser
+from src.runtime.errors import InputError, reports_input_errors
+
+if __name__ == "__main__":
+    reports_input_errors(splitting_parser().parse_args)()  # answers --help at once
+
+import argparse
+import contextlib
+import csv
+import gzip
+import html
+import io
+import itertools
+import json
+import multiprocessing
+import re
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from src.data.examples import available_cpus
+from src.data.json_files import JsonItems
+from src.data.outputs import claim_output, write_whole
+from src.data.passages import FIELD_NAMES
+from src.runtime.errors import shorten
+from src.runtime.terminal import count, progress_bar
+
+_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".json", ".jsonl")
+_WORTH_A_PROCESS, _BATCH, _CHUNK = 1 << 24, 1 << 20, 1 << 20  # bytes
+_LONGEST_WORD = 100_000  # characters
+_SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f][\"'\u201d\u2019)\]]*")
+_HEADING = re.compile(r"^#{1,6}[ \t]+(.*?)[ \t#]*$", re.MULTILINE)
+_DOC = re.compile(r'<doc id="([^"]*)" url="([^"]*)" title="(.*)">\s*$')
+
+
+class Document(NamedTuple):
+    """A document: `text` in pieces that end between words."""
+
+    id: str
+    title: str
+    text: Iterable[str]
+    more: dict[str, Any]
+
+
+@reports_input_errors
+def main(arguments: list[str] | None = None) -> None:
+    options = splitting_parser().parse_args(arguments)
+    claim_output(options.output, "--output")
+    files = [pair for name in options.files for pair in _find_files(Path(name), options.output)]
+    total = sum(path.stat().st_size for path, _ in files)
+    workers = min(options.workers or available_cpus(), max(1, total // _WORTH_A_PROCESS))
+    n_passages = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal n_passages
+        if options.output.endswith(".tsv"):
+            yield "id\ttext\ttitle\n"
+        with progress_bar(total, "B", unit_scale=True) as bar:
+            batches = (batch for file in files for batch in _batches(*file, options, bar.update))
+            for text, n in _in_order(lambda batch: _split_all(batch, options), batches, workers):
+                n_passages += n
+                yield text
+        if not n_passages:
+            raise InputError(f"{', '.join(options.files)}: no text in these files; give some")
+
+    write_whole(Path(options.output), lines())
+    print(f"{options.output}: {count(n_passages, 'passage')} of {count(len(files), 'file')}")
+
+
+def _find_files(path: Path, output: str) -> list[tuple[Path, str]]:
+    """A file, or a folder's that can be read, by name, each with the name that ids begin with."""
+    if not path.is_dir():
+        return [(path, path.name)] if path.is_file() else _missing(path)
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name[0] != "."]
+    names = {file: file.name.removesuffix(".gz") for file in files}
+    kept = [f for f in files if names[f].endswith(_SUFFIXES) or re.fullmatch(r"wiki_\d+", names[f])]
+    kept = [file for file in kept if file.resolve() != Path(output).resolve()]
+    if not kept:
+        raise InputError(f"{path}: no documents ({', '.join(_SUFFIXES)} or wiki_00) in this folder")
+    if len(kept) < len(files):
+        print(f"{path}: skipped {count(len(files) - len(kept), 'file')} of other kinds")
+    return [(file, str(file.relative_to(path))) for file in kept]
+
+
+def _missing(path: Path) -> list:
+    raise InputError(f"{path}: there is no such file or folder; check the path")
+
+
+# ----------------------------------------------------------------------------------------------
+# Reading documents
+
+
+def _batches(
+    path: Path, name: str, options: argparse.Namespace, update: Callable[[int], object]
+) -> Iterator[list[Document]]:
+    """A file's documents, about a megabyte at a time."""
+    batch, size = [], 0
+    kind = Path(name.removesuffix(".gz")).suffix
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            is_wiki = file.peek(5)[:5] == b"<doc "
+            if kind == ".jsonl" or (kind == "" and file.peek(1)[:1] == b"{"):
+                found = (
+                    _from_json(*numbered, name, options) for numbered in _json_lines(path, file)
+                )
+            elif kind == ".json":
+                found = (
+                    _from_json(d, str(n), name, options) for n, d in enumerate(JsonItems(path))
+                )
+            elif is_wiki:
+                found = _from_wikiextractor(_lines(path, file))
+            else:
+                found = iter([_from_text(path, name, file, kind)])
+            for document in found:
+                batch.append(document)
+                size += len(document.text[0]) if isinstance(document.text, list) else 0
+                if size > _BATCH:
+                    yield batch
+                    batch, size = [], 0
+            yield batch
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({reason}); check the file") from None
+    update(path.stat().st_size)
+
+
+def _decode(path: Path, data: bytes, start: int) -> str:
+    if 0 in data:
+        raise InputError(
+            f"{path}: byte {start + data.index(0)} is 0; not a text file, leave it out"
+        )
+    try:
+        return data.decode("utf-8-sig" if start == 0 else "utf-8")
+    except UnicodeDecodeError as error:
+        problem = f"byte {start + error.start} is not UTF-8 text"
+        raise InputError(f"{path}: {problem}; re-encode the file, or leave it out") from None
+
+
+def _lines(path: Path, file: Iterable[bytes]) -> Iterator[str]:
+    start = 0
+    for line in file:
+        yield _decode(path, line, start)
+        start += len(line)
+
+
+def _json_lines(path: Path, file: Iterable[bytes]) -> Iterator[tuple[Any, str]]:
+    for number, line in enumerate(_lines(path, file)):
+        if line.strip():
+            try:
+                yield json.loads(line), str(number)
+            except ValueError:
+                problem = f"not JSON: {shorten(line)}"
+                raise InputError(f"{path}, line {number + 1}: {problem}; correct it") from None
+
+
+def _from_json(raw: Any, number: str, name: str, options: argparse.Namespace) -> Document:
+    where = f"{name}, object {number} (from 0)"
+    if not isinstance(raw, dict):
+        raise InputError(f"{where}: must be an object with a text, not {shorten(raw)}")
+    fields = {}
+    for field, names in FIELD_NAMES.items():
+        given = getattr(options, f"{field}_field")
+        fields[field] = given or next((known for known in names if known in raw), field)
+    identity, title, text = (raw.get(fields[field]) for field in ("id", "title", "text"))
+    if not isinstance(text, str) or not isinstance(title or "", str):
+        problem = f"its {fields['text']} and title must be texts, not {shorten(text)}"
+        raise InputError(f"{where}: {problem}; see --text_field and --title_field")
+    more = {key: value for key, value in raw.items() if key not in fields.values()}
+    identity = f"{name}-{number}" if identity is None else str(identity)
+    return Document(identity, title or "", [text], more)
+
+
+def _from_wikiextractor(lines: Iterable[str]) -> Iterator[Document]:
+    head, text = None, []
+    for line in lines:
+        if start := _DOC.match(line):
+            head, text = [html.unescape(value) for value in start.groups()], []
+        elif line.startswith("</doc>") and head:
+            identity, url, title = head
+            body = "".join(text).strip()
+            yield Document(identity, title, [body.removeprefix(f"{title}\n")], {"url": url})
+            head = None
+        else:
+            text.append(line)
+
+
+def _from_text(path: Path, name: str, file: io.BufferedReader, kind: str) -> Document:
+    """The file as one document. One of several megabytes is read while it is split."""
+    title, is_markdown = Path(name.removesuffix(".gz")).stem, kind in (".md", ".markdown")
+    pieces = _pieces(path, file, b"\n" if is_markdown else b"\n ")
+    some = list(itertools.islice(pieces, 2))
+    if is_markdown and (heading := _HEADING.search("".join(some))):
+        title = heading[1]
+    text = some if len(some) < 2 else itertools.chain(some, pieces)
+    if is_markdown:
+        clean = lambda piece: _HEADING.sub(r"\1", piece)  # noqa: E731
+        text = list(map(clean, text)) if isinstance(text, list) else map(clean, text)
+    return Document(name, title, text or [""], {})
+
+
+def _pieces(path: Path, file: io.BufferedReader, ends: bytes) -> Iterator[str]:
+    """A text in pieces that end with one of these characters, so between words."""
+    rest, start = b"", 0
+    while chunk := file.read(_CHUNK):
+        data = rest + chunk
+        end = max(data.rfind(bytes([character])) for character in ends) + 1
+        if len(data) - end > 4 * _LONGEST_WORD:
+            raise InputError(f"{path}: a word of {len(data) - end:,} bytes; is this text?")
+        if end:
+            yield _decode(path, data[:end], start)
+        rest, start = data[end:], start + end
+    if rest:
+        yield _decode(path, rest, start)
+
+
+# ----------------------------------------------------------------------------------------------
+# Splitting
+
+
+def split(text: Iterable[str], n: int, overlap: int = 0, sentences: bool = False) -> Iterator[str]:
+    """Passages of at most n words of a text in pieces, with single spaces between words. Each
+    begins with the last `overlap` words of the one before; with `sentences`, it ends with a
+    sentence if one ends in it."""
+    words: list[str] = []
+    for piece in text:
+        words += piece.split()
+        start = 0
+        while len(words) - start > n:
+            end = start + n
+            if sentences:
+                candidates = range(end - 1, start + overlap - 1, -1)
+                ends = (i + 1 for i in candidates if _SENTENCE_END.search(words[i][-3:]))
+                end = next(ends, end)
+            yield " ".join(words[start:end])
+            start = end - overlap
+        words = words[start:]
+    if words:
+        yield " ".join(words)
+
+
+def _split_all(documents: list[Document], options: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """The lines of the collection for some documents, many at a time, and how many."""
+    out, n = io.StringIO(), 0
+    table = csv.writer(out, delimiter="\t", lineterminator="\n")
+    for identity, title, text, more in documents:
+        identity, title = " ".join(identity.split()), " ".join(title.split())
+        passages = split(text, options.words, options.overlap, options.sentences)
+        for number, passage in enumerate(passages):
+            row = {"id": f"{identity}-{number}", "text": passage, "title": title}
+            if options.output.endswith(".tsv"):
+                table.writerow(row.values())
+            else:
+                row |= {name: value for name, value in more.items() if name not in row}
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            n += 1
+            if out.tell() > _BATCH:
+                yield out.getvalue(), n
+                n = out.truncate(out.seek(0))
+    yield out.getvalue(), n
+
+
+def _in_order(
+    task: Callable[[list[Document]], Iterator[tuple[str, int]]],
+    batches: Iterable[list[Document]],
+    workers: int,
+) -> Iterator[tuple[str, int]]:
+    """The results for batches in their order, by several processes, a few batches ahead. A text
+    that is still being read is split here."""
+    with contextlib.ExitStack() as stack:
+        pool = None
+        if workers > 1:
+            context = multiprocessing.get_context("fork")
+            pool = stack.enter_context(ProcessPoolExecutor(workers, context, _start, (task,)))
+        waiting: deque = deque()
+        for batch in batches:
+            if pool and all(isinstance(document.text, list) for document in batch):
+                waiting.append(pool.submit(_run, batch))
+                while len(waiting) > 2 * workers:
+                    yield from waiting.popleft().result()
+                continue
+            while waiting:
+                yield from waiting.popleft().result()
+            yield from task(batch)
+        for future in waiting:
+            yield from future.result()
+
+
+def _start(task: Callable[[list[Document]], Iterator[tuple[str, int]]]) -> None:
+    global _task
+    _task = task
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the waiting process answers them
+
+
+def _run(batch: list[Document]) -> list[tuple[str, int]]:
+    return list(_task(batch))
+
+
+if __name__ == "__main__":
+    main()
