@@ -7,7 +7,7 @@ Writes the answers (final_output.txt) and the data with passage scores (dataset_
 `--checkpoint_dir/--name`. `--interactive` or `--question`: a conversation (src/tools/ask.py).
 """
 
-from src.options import changed, test_reader_parser
+from src.options import GenerationOptions, changed, select, test_reader_parser
 from src.runtime.errors import on_interrupt, reports_input_errors
 
 if __name__ == "__main__":
@@ -20,9 +20,10 @@ from pathlib import Path
 from src.data.batches import ReaderCollator, ReaderDataset, evaluation_batches, make_loader
 from src.data.examples import describe_passages, load_data
 from src.evaluation import results
-from src.evaluation.results import AnswerFile, Tally, write_scores
+from src.evaluation.results import AnswerFile, Tally
+from src.models.answering import answer_questions
 from src.models.pretrained import digest
-from src.models.reader import answer_questions, open_reader
+from src.models.reader import open_reader
 from src.runtime import distributed
 from src.runtime.device import resolve_precision
 from src.runtime.launch import StopRequest
@@ -70,8 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
     pin, workers = device.type == "cuda", options.num_workers
     loader = make_loader(dataset, batches[n_finished:], collate, workers, pin)
     on_interrupt(lambda: "resumes after the last finished batch")
-    generation = options.generation_max_length, options.num_beams, with_scores, options.decoder
-    new = answer_questions(reader, tokenizer, loader, device, precision, *generation, file)
+    generation = select(GenerationOptions, options)
+    how = device, precision, generation, with_scores, file
+    new = answer_questions(reader, tokenizer, loader, *how)
     tally, done = Tally(data), 0
     with answer_file, metrics.progress_bar(len(batches), "batch", initial=n_finished) as bar:
         for done, answers in enumerate(itertools.chain(answer_file.finished, new), start=1):
@@ -90,16 +92,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Files, results, next step
     distributed.barrier()
-    if rank == 0 and options.write_results:
-        say(log, "answers", "%s", results.write_answers(run, data, world_size))
-    if rank == 0 and with_scores:
-        with passing_bar(len(data), "question", "writing scores") as bar:
-            path = write_scores(run, data, world_size, options.n_context, made_by, bar.update)
-        say(log, "scores", "%s", path)
+    if rank == 0:
+        results.write_files(run, data, world_size, options, made_by, log)
     distributed.barrier()
     stop_request.finish()
     distributed.run_on_main(lambda: results.remove_parts(run))
-    say(log, "judged", "%s", tally.over_all())
+    joint = tally.over_all(generation.contexts)
+    say(log, "judged", "%s", joint)
+    if generation.contexts and rank == 0:
+        say(log, "curve", "exact match by passages read: %s", results.write_curve(run, joint))
     distributed.stop()
     took = duration(time.perf_counter() - started)
     say(log, "done", "%s in %s: %s", count(len(data), "question"), took, run)

@@ -126,6 +126,11 @@ def _factory(text: str) -> str:
     return text
 
 
+def _counts(text: str) -> str:
+    counts = {COUNT(part) for part in text.split(",")} if text else ()
+    return ",".join(map(str, sorted(counts)))
+
+
 COUNT, COUNT_OR_ZERO = number(int, at_least=1), number(int, at_least=0)
 SECONDS = number(float, above=0, at_most=1e9)
 
@@ -160,12 +165,18 @@ class ReadingOptions:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationOptions:
-    """How answers are generated."""
+    """How answers are generated. `n_context_curve`: numbers of passages to answer with as well."""
 
-    generation_max_length: int
-    num_beams: int
+    generation_max_length: int = 50
+    num_beams: int = 1
     decoder: str = "fast"
-    no_clean_up: bool = False
+    n_best: int = 1
+    n_context_curve: str = ""
+
+    @property
+    def contexts(self) -> list[int]:
+        """The numbers in `n_context_curve`."""
+        return [int(part) for part in filter(None, self.n_context_curve.split(","))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,6 +359,10 @@ def test_reader_parser() -> _Parser:
     add("--write_crossattention_scores", bool, False,
         "write the data with passage scores to dataset_wscores.json")
     add("--eval_print_freq", COUNT, 1000, "batches between intermediate results")
+    new("--n_best", COUNT, 1, "answers per question in answers.jsonl (at most --num_beams)")
+    new("--n_context_curve N,N,...", _counts, "", "judge answers from the first N passages as well")
+    new("--abstain_below P", number(float, at_least=0, at_most=1), 0.0,
+        "write an empty answer if its probability is lower")
     _reader(parser, "the reader: a checkpoint folder or hub name; none: t5-SIZE")
     parser.group("conversation")
     new("--interactive", bool, False, "answer questions typed at a prompt or piped in")
@@ -519,6 +534,12 @@ def _check_search(parser: _Parser, options: argparse.Namespace, model: str) -> N
 
 def _check_test_reader(parser: _Parser, options: argparse.Namespace) -> None:
     """Refuse options of a conversation in a test, and the other way round."""
+    if options.n_best > options.num_beams:
+        beams = f"--num_beams {options.num_beams}"
+        parser.error(f"--n_best {options.n_best} needs as many beams, not {beams}")
+    if max(select(GenerationOptions, options).contexts, default=0) > options.n_context:
+        curve = f"--n_context_curve {options.n_context_curve}"
+        parser.error(f"{curve} goes beyond --n_context {options.n_context}; raise that")
     if not options.interactive and options.question is None:
         needed = "{}: for a conversation; add --interactive, or --question TEXT"
         _error_if_given(parser, options, " ".join(parser.names[_CONVERSATION]), needed)
@@ -530,6 +551,7 @@ def _check_test_reader(parser: _Parser, options: argparse.Namespace) -> None:
     if options.passages == "none":
         parser.error("--passages is missing: the collection to find passages in")
     unused = "{}: for a file of questions; leave this out of a conversation"
-    names = "eval_data write_results write_crossattention_scores"
+    names = "eval_data write_results write_crossattention_scores n_best n_context_curve"
+    names += " abstain_below"
     _error_if_given(parser, options, names, unused)
     _check_search(parser, options, "--retriever_path")

@@ -367,7 +367,9 @@ def ctrl_c_cases(reference: Path, folder: Path) -> dict[str, tuple[str, list, st
             "train_retriever:compare_to_reader", from_step_2,
         ),
         "answers": ("test_reader", answers, "test_reader:answer_questions", from_batch),
-        "writes scores": ("test_reader", answers, "test_reader:write_scores", from_batch),
+        "writes scores": (
+            "test_reader", answers, "src.evaluation.results:write_scores", from_batch,
+        ),
         "opens passages": (embed, [*bert, *collection, folder / "x"],
                            "src.data.passages:unpack", again),
         "embeds": (embed, [*bert, *collection, folder / "y"],

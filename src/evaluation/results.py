@@ -5,10 +5,12 @@ processes in turn, so reading the parts in turn gives the input's order, with no
 """
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,22 @@ from src.data.examples import Examples, parse_example, read_example
 from src.data.json_files import json_list
 from src.data.outputs import require_regular, write_whole, writing
 from src.data.passages import Passages
-from src.evaluation.answers import ANSWERS, SCORES, Task, judge, match
+from src.evaluation.answers import ANSWERS, SCORES, Task, exact_match, judge, match
 from src.evaluation.rankings import recall_at_k
-from src.models.reader import Answer
+from src.models.answering import Answer
 from src.runtime.errors import InputError, shorten
-from src.training.metrics import Average
+from src.runtime.terminal import say
+from src.training.metrics import Average, passing_bar
 
 OnExamples = Callable[[int], object]  # called with the number of examples just written
+ANSWER_RECORDS, CURVE = "answers.jsonl", "n_context_curve.json"
 MADE_BY, RECALL = ".made_by.json", ".recall.json"  # appended to the name of the file they describe
 
 
 def check_results(folder: Path) -> None:
     """Errors: `InputError`, before hours of work, if a result would replace anything but a file."""
-    for path in (folder / ANSWERS, folder / SCORES, _beside(folder / SCORES, MADE_BY)):
+    names = ANSWERS, SCORES, f"{SCORES}{MADE_BY}", ANSWER_RECORDS, CURVE
+    for path in (folder / name for name in names):
         with writing(path, "remove it, or use another --name"):
             require_regular(path)
 
@@ -40,8 +45,8 @@ def _part(folder: Path, rank: int) -> Path:
 
 
 class AnswerFile:
-    """One process's part: a line with what made it, then a line for each batch, a list of
-    [index, answer, scores].
+    """One process's part: a line with what made it, then a line for each batch, a list of the
+    fields of its answers.
 
     A part that the same command left unfinished is continued, any other is replaced. `finished`
     holds its answers, batch by batch.
@@ -68,7 +73,7 @@ class AnswerFile:
         return self
 
     def write(self, answers: list[Answer]) -> None:
-        rows = [[answer.index, answer.text, answer.scores] for answer in answers]
+        rows = [list(vars(answer).values()) for answer in answers]
         with writing(self.path, "make room, and the same command resumes after the last batch"):
             self._file.write(json.dumps(rows) + "\n")
             self._file.flush()
@@ -78,24 +83,38 @@ class AnswerFile:
 
 
 class Tally:
-    """Mean exact match and F1, in percent, of answers to a file's questions."""
+    """Mean exact match and F1, in percent, of answers to a file's questions, and of those from the
+    first n passages alone in `by_context`."""
 
     def __init__(self, data: Examples):
         self._data = data
         self.exact_match, self.f1 = Average(), Average()
+        self.by_context: dict[str, Tally] = {}
 
     def add(self, answers: list[Answer]) -> None:
         for answer in answers:
-            if gold := read_example(self._data, answer.index).answers:
-                match, overlap = judge(answer.text, gold)
-                self.exact_match.add(100.0 * match)
-                self.f1.add(100.0 * overlap)
+            gold = read_example(self._data, answer.index).answers
+            self._add(answer.text, gold)
+            for n, text in answer.by_context.items():
+                self.by_context.setdefault(n, Tally(self._data))._add(text, gold)
 
-    def over_all(self) -> "Tally":
-        """The tally over what every process added."""
+    def _add(self, text: str, gold: list[str]) -> None:
+        if gold:
+            match, overlap = judge(text, gold)
+            self.exact_match.add(100.0 * match)
+            self.f1.add(100.0 * overlap)
+
+    def over_all(self, contexts: Sequence[int] = ()) -> "Tally":
+        """The tally over what every process added, also from these numbers of passages."""
         joint = Tally(self._data)
         joint.exact_match, joint.f1 = self.exact_match.over_all(), self.f1.over_all()
+        for n in map(str, contexts):  # a process may have had no batch
+            joint.by_context[n] = self.by_context.get(n, Tally(self._data)).over_all()
         return joint
+
+    def values(self) -> dict[str, float | None]:
+        mean, n = self.exact_match, round(self.exact_match.weight)
+        return {"exact_match": mean.value(), "f1": self.f1.value(), "questions": n}
 
     def __str__(self) -> str:
         n = round(self.exact_match.weight)
@@ -106,6 +125,15 @@ class Tally:
         )
 
 
+def write_curve(folder: Path, tally: Tally) -> str:
+    """Write `n_context_curve.json`: exact match and F1 by number of passages read. Returns it as
+    text for the log."""
+    values = {n: part.values() for n, part in tally.by_context.items()}
+    write_whole(folder / CURVE, [json.dumps(values, indent=1) + "\n"])
+    shown = [(n, part["exact_match"]) for n, part in values.items()]
+    return ", ".join(f"{n}: {'-' if match is None else f'{match:.2f}'}" for n, match in shown)
+
+
 def remove_parts(folder: Path) -> None:
     """Remove the parts of this run's processes, and of an earlier run with more of them."""
     for path in folder.glob(_part(folder, 0).name.replace("0", "*")):
@@ -113,7 +141,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def _read_batch(line: str) -> list[Answer]:
-    return [Answer(index, text, scores) for index, text, scores in json.loads(line)]
+    return [Answer(*row) for row in json.loads(line)]
 
 
 def read_parts(folder: Path, world_size: int) -> Iterator[Answer]:
@@ -131,17 +159,57 @@ def read_parts(folder: Path, world_size: int) -> Iterator[Answer]:
             file.close()
 
 
-def write_answers(folder: Path, data: Examples, world_size: int) -> Path:
+def write_files(
+    folder: Path,
+    data: Examples,
+    world_size: int,
+    options: Namespace,
+    made_by: dict[str, Any],
+    log: logging.Logger,
+) -> None:
+    """Write what the options of test_reader.py ask for, from the parts of all processes."""
+    if options.write_results:
+        path = write_answers(folder, data, world_size, options.abstain_below)
+        say(log, "answers", "%s", path)
+    if options.write_crossattention_scores:
+        with passing_bar(len(data), "question", "writing scores") as bar:
+            path = write_scores(folder, data, world_size, options.n_context, made_by, bar.update)
+        say(log, "scores", "%s", path)
+
+
+def _probability(log_probability: float, n_tokens: int) -> dict[str, float]:
+    mean = log_probability / max(1, n_tokens)
+    names = "log_probability", "mean_log_probability", "n_tokens"
+    return dict(zip(names, (log_probability, mean, n_tokens), strict=True))
+
+
+def write_answers(
+    folder: Path, data: Examples, world_size: int, abstain_below: float = 0.0
+) -> Path:
     """Write `final_output.txt`: a line `id<TAB>answer` for each example, any whitespace in either
-    replaced by single spaces. Returns its path."""
+    replaced by single spaces; and `answers.jsonl`, which has the answers' probabilities. Returns
+    the path of the first.
 
-    def lines() -> Iterator[str]:
+    Args: abstain_below: the answer is empty where its probability is lower.
+    """
+
+    def lines() -> Iterator[tuple[str, str]]:
         for answer in read_parts(folder, world_size):
-            identity = data[answer.index].get("id")
-            identity = answer.index if identity is None else identity
-            yield f"{' '.join(str(identity).split())}\t{' '.join(answer.text.split())}\n"
+            example = read_example(data, answer.index)
+            text = "" if answer.probability < abstain_below else answer.text
+            identity = example.id
+            record = {"id": identity, "answer": text}
+            record |= _probability(answer.log_probability, answer.n_tokens)
+            if example.answers:
+                record["correct"] = exact_match(text, example.answers)
+            if answer.alternatives:
+                others = [{"answer": a[0], **_probability(*a[1:])} for a in answer.alternatives]
+                record["alternatives"] = others
+            yield f"{' '.join(identity.split())}\t{' '.join(text.split())}\n", json.dumps(record)
 
-    return write_whole(folder / ANSWERS, lines())
+    records = (f"{record}\n" for _, record in lines())
+    write_whole(folder / ANSWER_RECORDS, records)
+    return write_whole(folder / ANSWERS, (line for line, _ in lines()))
 
 
 def write_scores(
