@@ -85,7 +85,7 @@ def test_unfinished_answers_continue_alone(reference, monkeypatch):
     assert [row.index(1) for row in tokens.tolist()] == ends
     assert all(set(row[end + 1 :]) <= {0} for row, end in zip(tokens.tolist(), ends, strict=True))
     assert tokens.shape[1] == 6
-    assert [len(query) for query in queries] == [6] * len(decoder._layers)
+    assert [len(query) for query in queries] == [6] * len(decoder.layers)
 
     def never_ending(self, *arguments):
         logits, queries = step(self, *arguments)

@@ -67,7 +67,7 @@ PositionBias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Cache = tuple[torch.Tensor, torch.Tensor]
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
     """One layer of the decoder. Matrices are [in, out]; `qkv` holds three side by side, `wi` one
     or, where the activation is gated, two."""
 
@@ -81,6 +81,14 @@ class _Layer(NamedTuple):
     wi: list[torch.Tensor]
     activation: nn.Module
     wo: torch.Tensor
+
+    def feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the last part of the layer adds to states [..., D]."""
+        normed = fused_norm(self.norms[2], hidden)
+        inner = self.activation(normed @ self.wi[0])
+        for gate in self.wi[1:]:
+            inner = inner * (normed @ gate)
+        return _multiply(inner, self.wo)
 
 
 class _Passages:
@@ -147,25 +155,25 @@ class GreedyDecoder:
         self, t5: T5ForConditionalGeneration, position_bias: PositionBias | None, dtype: torch.dtype
     ):
         config = t5.config
-        self._config, self._embed = config, t5.decoder.embed_tokens
-        self._position_bias, self._dtype = position_bias, dtype
-        self._heads = config.num_heads, config.d_kv
+        self.config, self.embed = config, t5.decoder.embed_tokens
+        self.position_bias, self._dtype = position_bias, dtype
+        self.heads = config.num_heads, config.d_kv
         self._first_attention = t5.decoder.block[0].layer[0].SelfAttention  # has the position bias
         self._final_norm = t5.decoder.final_layer_norm
         self._scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
-        self._layers = [self._lay_out_layer(block) for block in t5.decoder.block]
+        self.layers = [self._lay_out_layer(block) for block in t5.decoder.block]
         self._head = _lay_out(torch.float32, t5.lm_head)
 
-    def _lay_out_layer(self, block: nn.Module) -> _Layer:
+    def _lay_out_layer(self, block: nn.Module) -> Layer:
         dtype = self._dtype
         attention, across = block.layer[0].SelfAttention, block.layer[1].EncDecAttention
         dense = block.layer[2].DenseReluDense
 
         def by_head(linear: nn.Linear) -> torch.Tensor:
             """[H * K, D] -> [H, K, D]"""
-            return linear.weight.detach().to(dtype).unflatten(0, self._heads)
+            return linear.weight.detach().to(dtype).unflatten(0, self.heads)
 
-        return _Layer(
+        return Layer(
             norms=[layer.layer_norm for layer in block.layer],
             qkv=_lay_out(dtype, attention.q, attention.k, attention.v),
             self_out=_lay_out(dtype, attention.o),
@@ -189,18 +197,18 @@ class GreedyDecoder:
             views: masks [B, V, S] of the tokens to answer from; None: once, from all that are real.
         Returns: as many answers for each question as there are views.
         """
-        config, device = self._config, encoded.hidden.device
+        config, device = self.config, encoded.hidden.device
         views = encoded.mask[:, None] if views is None else views
         n_views = views.shape[1]
         B = len(encoded.hidden) * n_views
         n_parts = torch.get_num_threads() if device.type == "cpu" else 1
         passages = _Passages(encoded, views, n_parts, self._dtype)
-        shape, kind = (B, *self._heads, max_length), {"dtype": self._dtype, "device": device}
+        shape, kind = (B, *self.heads, max_length), {"dtype": self._dtype, "device": device}
         caches = [
             (torch.zeros(shape, **kind), torch.zeros(shape, **kind).mT.contiguous())
-            for _ in self._layers
+            for _ in self.layers
         ]
-        own_bias = self._first_attention.compute_bias(max_length, max_length, device)
+        own_bias = self.own_bias(max_length)
 
         tokens = torch.full((B, max_length), config.pad_token_id, device=device)
         tokens[:, 0] = config.decoder_start_token_id
@@ -210,7 +218,7 @@ class GreedyDecoder:
         log_probs = torch.zeros(B, device=device)
         first_queries: list[torch.Tensor] = []
         for step in range(max_length - 1):
-            bias = passages.bias(step, self._position_bias)
+            bias = passages.bias(step, self.position_bias)
             own = own_bias[:, :, step, : step + 1]
             logits, queries = self._step(tokens[rows, step], step, caches, passages, own, bias)
             first_queries = first_queries or queries
@@ -243,10 +251,10 @@ class GreedyDecoder:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The answers' tokens [B] at this step -> logits [B, V] of the next ones, in float32, and
         each layer's cross-attention query [B, H * K]."""
-        hidden = self._embed(tokens)  # [B, D]
-        heads = (len(tokens), *self._heads)
+        hidden = self.embed(tokens)  # [B, D]
+        heads = (len(tokens), *self.heads)
         queries = []
-        for layer, (keys, values) in zip(self._layers, caches, strict=True):
+        for layer, (keys, values) in zip(self.layers, caches, strict=True):
             query, key, value = (fused_norm(layer.norms[0], hidden) @ layer.qkv).chunk(3, dim=1)
             keys[..., step], values[:, :, step] = key.view(heads), value.view(heads)
             scores = query.view(heads)[:, :, None] @ keys[..., : step + 1]
@@ -262,13 +270,17 @@ class GreedyDecoder:
             mixed = passages.mix(weights).transpose(0, 1) @ layer.value  # [H, B, K]
             hidden = hidden + mixed.transpose(0, 1).flatten(1) @ layer.cross_out
 
-            normed = fused_norm(layer.norms[2], hidden)
-            inner = layer.activation(normed @ layer.wi[0])
-            for gate in layer.wi[1:]:
-                inner = inner * (normed @ gate)
-            hidden = hidden + _multiply(inner, layer.wo)
-        hidden = fused_norm(self._final_norm, hidden) * self._scale
-        return _multiply(hidden, self._head), queries
+            hidden = hidden + layer.feed_forward(hidden)
+        return self.logits(hidden), queries
+
+    def own_bias(self, length: int) -> torch.Tensor:
+        """The position bias of self-attention [1, H, length, length]."""
+        device = self.embed.weight.device
+        return self._first_attention.compute_bias(length, length, device)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The last layer's states [..., D] -> logits [..., V] in float32."""
+        return _multiply(fused_norm(self._final_norm, hidden) * self._scale, self._head)
 
 
 def _lay_out(dtype: torch.dtype, *linears: nn.Linear) -> torch.Tensor:
