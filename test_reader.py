@@ -7,7 +7,7 @@ Writes the answers (final_output.txt) and the data with passage scores (dataset_
 `--checkpoint_dir/--name`. `--interactive` or `--question`: a conversation (src/tools/ask.py).
 """
 
-from src.options import GenerationOptions, changed, select, test_reader_parser
+from src.options import GenerationOptions, TargetOptions, changed, select, test_reader_parser
 from src.runtime.errors import on_interrupt, reports_input_errors
 
 if __name__ == "__main__":
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     stop_request, device = StopRequest(), distributed.join(options)
     precision = resolve_precision(options.precision, device)
     rank, world_size = distributed.rank(), distributed.world_size()
-    run = Path(options.checkpoint_dir) / options.name
+    run, pin = Path(options.checkpoint_dir) / options.name, device.type == "cuda"
     results.check_results(run)
     log = metrics.start_log(run / "run.log")
     metrics.write_options(run, vars(options))
@@ -68,11 +68,10 @@ def main(arguments: list[str] | None = None) -> None:
         log.info("resuming after %d of %d batches", n_finished, len(batches))
     dataset = ReaderDataset(data, options.n_context, not options.no_title)
     collate = ReaderCollator(tokenizer, options.text_maxlength)
-    pin, workers = device.type == "cuda", options.num_workers
-    loader = make_loader(dataset, batches[n_finished:], collate, workers, pin)
+    loader = make_loader(dataset, batches[n_finished:], collate, options.num_workers, pin)
     on_interrupt(lambda: "resumes after the last finished batch")
-    generation = select(GenerationOptions, options)
-    how = device, precision, generation, with_scores, file
+    generation, targets = select(GenerationOptions, options), select(TargetOptions, options)
+    how = device, precision, generation, with_scores, file, targets, results.right_answer(data)
     new = answer_questions(reader, tokenizer, loader, *how)
     tally, done = Tally(data), 0
     with answer_file, metrics.progress_bar(len(batches), "batch", initial=n_finished) as bar:
@@ -105,8 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
     took = duration(time.perf_counter() - started)
     say(log, "done", "%s in %s: %s", count(len(data), "question"), took, run)
     if with_scores:
-        command = ["train_retriever.py", "--train_data", run / results.SCORES, "--eval_data"]
-        command += ["DEV_WSCORES.json", "--name", f"{options.name}_retriever"]
+        command = ["train_retriever.py", "--train_data", run / results.SCORES]
+        command += ["--eval_data", "DEV_WSCORES.json", "--name", f"{options.name}_retriever"]
         command += changed(parser, vars(options), ["n_context", "no_title", "checkpoint_dir"])
         say_next(log, "train a retriever on the scores", command)
     elif options.write_results:

@@ -126,6 +126,13 @@ def _factory(text: str) -> str:
     return text
 
 
+def _targets(text: str) -> str:
+    names = text.split(",")
+    if wrong := [name for name in names if name not in TARGETS]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not one of {', '.join(TARGETS)}")
+    return ",".join(dict.fromkeys(names))
+
+
 def _counts(text: str) -> str:
     counts = {COUNT(part) for part in text.split(",")} if text else ()
     return ",".join(map(str, sorted(counts)))
@@ -177,6 +184,53 @@ class GenerationOptions:
     def contexts(self) -> list[int]:
         """The numbers in `n_context_curve`."""
         return [int(part) for part in filter(None, self.n_context_curve.split(","))]
+
+
+# What passages are scored by (src/models/targets.py, scores.py, evaluation/answers.py), and losses
+# (src/models/losses.py).
+TARGETS = (
+    "attention",
+    *(f"attention_{name}" for name in ("all", "max_heads", "max_layers", "max_tokens")),
+    *(f"attention_{name}" for name in ("first_layer", "last_layer", "mass", "mass_all", "norm")),
+    *("perplexity", "leave_one_out", "has_answer"),
+)
+LOSSES = (
+    "kl",
+    "mse",
+    "margin",
+    "emdr2",
+    "emdr2_sequence",
+    "contrastive",
+)  # of src/models/losses.py
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetOptions:
+    """What passages are scored by, and the answer that the reader is given for it."""
+
+    targets: str = "attention"
+    target_sum: bool = False
+    score_own_answer: bool = False
+    token_log_probs: bool = False
+    attribution: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        return self.targets.split(",")
+
+    @property
+    def needs_answer(self) -> bool:
+        return bool(set(self.names) - {"attention", "has_answer"})
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """The loss of a retriever."""
+
+    loss: str = "kl"
+    temperature: float = 1.0
+    target_temperature: float = 1.0
+    margin: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,6 +413,11 @@ def test_reader_parser() -> _Parser:
     add("--write_crossattention_scores", bool, False,
         "write the data with passage scores to dataset_wscores.json")
     add("--eval_print_freq", COUNT, 1000, "batches between intermediate results")
+    new("--targets NAME,NAME,...", _targets, "attention", "what passages are scored by")
+    new("--target_sum", bool, False, "perplexity: the sum of the tokens' log-likelihoods")
+    new("--score_own_answer", bool, False, "score by the reader's answer where the data has none")
+    new("--token_log_probs", bool, False, "perplexity: write them token by token, too")
+    new("--attribution", bool, False, "score passages by what the answer loses without each")
     new("--n_best", COUNT, 1, "answers per question in answers.jsonl (at most --num_beams)")
     new("--n_context_curve N,N,...", _counts, "", "judge answers from the first N passages as well")
     new("--abstain_below P", number(float, at_least=0, at_most=1), 0.0,
@@ -534,6 +593,11 @@ def _check_search(parser: _Parser, options: argparse.Namespace, model: str) -> N
 
 def _check_test_reader(parser: _Parser, options: argparse.Namespace) -> None:
     """Refuse options of a conversation in a test, and the other way round."""
+    if options.token_log_probs and "perplexity" not in options.targets.split(","):
+        parser.error("--token_log_probs: add perplexity to --targets")
+    if not options.write_crossattention_scores:
+        names = "targets target_sum score_own_answer token_log_probs attribution"
+        _error_if_given(parser, options, names, "{}: add --write_crossattention_scores")
     if options.n_best > options.num_beams:
         beams = f"--num_beams {options.num_beams}"
         parser.error(f"--n_best {options.n_best} needs as many beams, not {beams}")

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from src.models.reader import load_reader
-from src.models.targets import AGGREGATES, cross_attention, questions, score_passages, without
+from src.models.scores import SCORES
+from src.models.targets import (
+    AGGREGATES,
+    attribution,
+    cross_attention,
+    questions,
+    score_passages,
+)
+from src.options import TARGETS, GenerationOptions
 from tests.conftest import REFERENCE
 
 FOLDER = REFERENCE.parent / "reference_targets"
@@ -37,7 +45,7 @@ def numbers(request):
 
 
 def real_labels(numbers) -> list[torch.Tensor]:
-    return [torch.tensor(row[row != -100]) for row in numbers["labels"]]
+    return [torch.tensor(row[row != -100]).long() for row in numbers["labels"]]
 
 
 def targets(reader, numbers, n_passages: int, batch_size: int) -> dict[str, np.ndarray]:
@@ -71,3 +79,61 @@ def test_targets_equal_the_reference(n_passages, batch_size, reader, numbers):
         assert np.allclose(found[name], expected, rtol=1e-4, atol=1e-5), name
     scaled = numbers["norms_sum" if n_passages == 3 else "two_norms_sum"]  # Atlas divides by 256
     assert np.allclose(found["attention_norm"] / 256, scaled, rtol=1e-4, atol=1e-7)
+
+
+def test_leave_one_out_equals_reading_without_the_passage(reader, numbers):
+    """Attribution, too; by readings that never see the passage."""
+    ids, mask = torch.tensor(numbers["input_ids"]), torch.tensor(numbers["attention_mask"]).bool()
+    with torch.no_grad():
+        found = questions(reader.encode(ids, mask), mask)
+    for row, (question, answer) in enumerate(zip(found, real_labels(numbers), strict=True)):
+        names = ["leave_one_out"]
+        losses = score_passages(reader.decoder(), question, answer, names)["leave_one_out"]
+        drops = attribution(reader.decoder(), question, answer)
+        with torch.no_grad():
+            loss, _ = reader(ids[row : row + 1], mask[row : row + 1], answer[None])
+            for n in range(3):
+                rest = [other for other in range(3) if other != n]
+                without, _ = reader(
+                    ids[row : row + 1, rest], mask[row : row + 1, rest], answer[None]
+                )
+                assert losses[n].item() == pytest.approx(without.item(), abs=1e-5)
+                assert drops[n].item() == pytest.approx(
+                    len(answer) * (without - loss).item(), abs=1e-4
+                )
+
+
+def test_a_question_with_one_passage(reader, numbers):
+    ids = torch.tensor(numbers["input_ids"][:1, :1])
+    mask = torch.tensor(numbers["attention_mask"][:1, :1]).bool()
+    with torch.no_grad():
+        (question,) = questions(reader.encode(ids, mask), mask)
+    names = [*AGGREGATES, "perplexity", "leave_one_out"]
+    found = score_passages(reader.decoder(), question, real_labels(numbers)[0], names)
+    assert all(values.isfinite().all() for values in found.values())
+    assert found["attention_mass"].item() == pytest.approx(1)
+
+
+def test_the_position_table_counts(numbers):
+    """Of a legacy reader: `perplexity` equals the loss on the passage alone."""
+    reader = load_reader(str(REFERENCE / "t5"), use_position_table=True).eval()
+    ids, mask = torch.tensor(numbers["input_ids"]), torch.tensor(numbers["attention_mask"]).bool()
+    with torch.no_grad():
+        encoded = reader.encode(ids, mask)
+        expected = reader.answer(ids, mask, GenerationOptions(4), score="attention").scores
+    answers = real_labels(numbers)
+    for row, question in enumerate(questions(encoded, mask)):
+        names = ["attention_mass", "perplexity", "leave_one_out"]
+        found = score_passages(reader.decoder(), question, answers[row], names)
+        a = cross_attention(reader.decoder(), question, answers[row], False)
+        first = a.mean(a.scores[:, :, 0]).mean(dim=(0, 1))
+        assert torch.allclose(first, expected[row], atol=1e-4)
+        for n in range(3):
+            one = slice(row, row + 1), slice(n, n + 1)
+            with torch.no_grad():
+                loss, _ = reader(ids[one], mask[one], answers[row][None])
+            assert found["perplexity"][n].item() == pytest.approx(-loss.item(), abs=1e-5)
+
+
+def test_the_tables_have_the_names_of_the_options():
+    assert set(TARGETS) == {*SCORES, *AGGREGATES, "perplexity", "leave_one_out", "has_answer"}

@@ -20,9 +20,10 @@ from src.data.examples import Examples, parse_example, read_example
 from src.data.json_files import json_list
 from src.data.outputs import require_regular, write_whole, writing
 from src.data.passages import Passages
-from src.evaluation.answers import ANSWERS, SCORES, Task, exact_match, judge, match
+from src.evaluation.answers import ANSWERS, SCORES, Task, exact_match, find_answers, judge, match
 from src.evaluation.rankings import recall_at_k
 from src.models.answering import Answer
+from src.options import TargetOptions, select
 from src.runtime.errors import InputError, shorten
 from src.runtime.terminal import say
 from src.training.metrics import Average, passing_bar
@@ -80,6 +81,17 @@ class AnswerFile:
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
+
+
+def right_answer(data: Examples) -> Callable[[int], str | None]:
+    """The text that an example's passages are scored by: its target, or else its first answer."""
+
+    def find(index: int) -> str | None:
+        example = read_example(data, index)
+        answers = [example.target] if example.target is not None else example.answers
+        return answers[0] if answers else None
+
+    return find
 
 
 class Tally:
@@ -173,7 +185,8 @@ def write_files(
         say(log, "answers", "%s", path)
     if options.write_crossattention_scores:
         with passing_bar(len(data), "question", "writing scores") as bar:
-            path = write_scores(folder, data, world_size, options.n_context, made_by, bar.update)
+            n, targets = options.n_context, select(TargetOptions, options)
+            path = write_scores(folder, data, world_size, n, made_by, targets, bar.update)
         say(log, "scores", "%s", path)
 
 
@@ -218,6 +231,7 @@ def write_scores(
     world_size: int,
     n_context: int,
     made_by: dict[str, Any],
+    targets: TargetOptions = TargetOptions(),  # noqa: B008 (frozen)
     on_examples: OnExamples = lambda n: None,
 ) -> Path:
     """Write `dataset_wscores.json`, the data with the reader's score of each passage it read, and
@@ -229,7 +243,7 @@ def write_scores(
 
     def examples() -> Iterator[dict[str, Any]]:
         for answer in read_parts(folder, world_size):
-            yield _scored_example(data[answer.index], answer, n_context)
+            yield _scored_example(data[answer.index], answer, n_context, targets)
             on_examples(1)
 
     _beside(folder / SCORES, MADE_BY).unlink(missing_ok=True)
@@ -238,15 +252,27 @@ def write_scores(
     return path
 
 
-def _scored_example(raw: dict[str, Any], answer: Answer, n_context: int) -> dict[str, Any]:
+def _scored_example(
+    raw: dict[str, Any], answer: Answer, n_context: int, targets: TargetOptions
+) -> dict[str, Any]:
     """The example with its passages in reading order and the answer's scores on the first ones."""
-    passages = parse_example(raw, answer.index, "").passages
+    example = parse_example(raw, answer.index, "")
+    values = dict(answer.targets) or {"attention": answer.scores}
+    if "has_answer" in targets.names:
+        texts = (passage.text for passage in example.passages)
+        values["has_answer"] = [float(has) for has in find_answers(example.answers, texts)]
     contexts = []
-    for number, passage in enumerate(passages):
+    for number, passage in enumerate(example.passages):
         context = dict(raw["ctxs"][passage.position])
         context.pop("score", None)
         if number < n_context:
-            context["score"] = answer.scores[number]
+            scores = {name: values[name][number] for name in targets.names}
+            context["score"] = scores[targets.names[0]]
+            if targets.targets != "attention":
+                context["scores"] = scores
+            for name in ("token_log_probs", "attribution"):
+                if name in values:
+                    context[name] = values[name][number]
         contexts.append(context)
     return {**raw, "ctxs": contexts} if contexts else raw
 

@@ -62,6 +62,7 @@ class Generated(NamedTuple):
     log_probs: torch.Tensor
     by_context: dict[int, torch.Tensor]
     n_best: int
+    encoded: Encoded
 
 
 class CrossAttentionPositions(nn.Module):
@@ -254,7 +255,9 @@ class FiDT5(nn.Module):
         """Also a flag [B]: whether a question's logits and scores are finite."""
         decoder = decoder or self.decoder()
         decoded, by_context = self._decode(encoded, attention_mask.shape[2], options, decoder)
-        found = Generated(decoded.tokens, None, decoded.log_probs, by_context, options.n_best)
+        found = Generated(
+            decoded.tokens, None, decoded.log_probs, by_context, options.n_best, encoded
+        )
         if score is None:
             return found, decoded.finite
         if isinstance(decoder, TransformersDecoder):

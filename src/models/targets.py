@@ -52,8 +52,8 @@ class CrossAttention:
         return spread.amax(dim=-1)
 
 
-# The aggregates of Izacard and Grave, 2021 (https://arxiv.org/abs/2012.04584), sections 3.2 and 4.3,
-# at the first token unless named otherwise.
+# The aggregates of Izacard and Grave, 2021 (https://arxiv.org/abs/2012.04584), sections 3.2 and
+# 4.3; at the first token unless named otherwise.
 
 
 def attention_all(a: CrossAttention) -> torch.Tensor:
@@ -138,7 +138,7 @@ Cross = Callable[[Layer, torch.Tensor], torch.Tensor]  # queries [R, T, H * K] -
 
 
 def _force(decoder: GreedyDecoder, answer: torch.Tensor, R: int, cross: Cross) -> torch.Tensor:
-    """Give an answer [T] to the decoder, R times. Returns the states [R, T, D] behind its tokens."""
+    """Give an answer [T] to the decoder, R times. Returns the last layer's states [R, T, D]."""
     config, T = decoder.config, len(answer)
     tokens = torch.cat([answer.new_full((1,), config.decoder_start_token_id), answer[:-1]])
     hidden = decoder.embed(tokens).float().expand(R, -1, -1)
@@ -219,7 +219,7 @@ def cross_attention(
 
 def alone(decoder: GreedyDecoder, question: Question, answer: torch.Tensor) -> torch.Tensor:
     """The log-probabilities [N, T] of the answer's tokens given each passage as the only one."""
-    N, (S, D) = len(question.of_passage), question.hidden.shape
+    N, D = len(question.of_passage), question.hidden.shape[1]
     rows, columns = question.positions // question.L, question.positions % question.L
     W = int(columns.max()) + 1
     index = rows * W + columns
@@ -263,6 +263,15 @@ def without(decoder: GreedyDecoder, question: Question, answer: torch.Tensor) ->
         hidden = _force(decoder, answer, R, cross)
         parts.append(_log_likelihoods(decoder, hidden, answer))
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def attribution(decoder: GreedyDecoder, question: Question, answer: torch.Tensor) -> torch.Tensor:
+    """How much the log-probability of an answer [T] drops when each passage is left out [N]."""
+    with full_precision(answer.device):
+        everything = question._replace(of_passage=torch.zeros_like(question.of_passage[:1]))
+        with_all = without(decoder, everything, answer).sum(dim=1)
+        return with_all - without(decoder, question, answer).sum(dim=1)
 
 
 @torch.no_grad()
