@@ -437,7 +437,8 @@ def test_reader_parser() -> _Parser:
 
 
 def train_retriever_parser() -> _Parser:
-    parser = _Parser("Train a retriever on the passage scores of a reader.", _check_fresh_weights)
+    description = "Train a retriever on the passage scores of a reader."
+    parser = _Parser(description, _check_train_retriever)
     add, new = parser.group("data")
     add("--train_data", "FILE", "train_data.json", "scored passages, such as dataset_wscores.json")
     add("--eval_data", "FILE", "eval_data.json", "file of the same kind to evaluate on, or none")
@@ -448,6 +449,12 @@ def train_retriever_parser() -> _Parser:
     new("--tokenizer", "NAME", "none", _BERT)
     add("--no_title", bool, False, "embed passages without their titles")
     new("--in_batch_negatives", bool, False, "use other questions' passages as negatives")
+    new("--target", list(TARGETS), None, "score to learn from; none: the first of the data's")
+    new("--loss", list(LOSSES), "kl", "contrastive: data with hasanswer, or DPR's")
+    new("--temperature", number(float, above=0), 1.0, "divides the similarities")
+    new("--target_temperature", number(float, above=0), 1.0, "divides the target (kl)")
+    new("--margin", number(float, at_least=0), 0.1, "margin between two passages (margin)")
+    new("--best_by", ["loss", "inversions", "avg_top1"], "loss", "dev metric that picks best_dev")
     parser.group("a new retriever (an existing one keeps its own settings)")
     new("--retriever_model", "MODEL", "bert-base-uncased", "the BERT to start from")
     new("--model_config", "FILE", "none", f"BERT {_FRESH}")
@@ -561,6 +568,20 @@ def _check_fresh_weights(parser: _Parser, options: argparse.Namespace) -> None:
     if options.model_config != "none":
         start = f"--model_config {options.model_config} starts from fresh weights: leave out {{}}"
         _error_if_given(parser, options, "model_path legacy_position_table", start)
+
+
+def _check_train_retriever(parser: _Parser, options: argparse.Namespace) -> None:
+    _check_fresh_weights(parser, options)
+    loss = options.loss
+    if options.in_batch_negatives and loss not in ("kl", "contrastive"):
+        parser.error(f"--loss {loss} has no in-batch negatives: leave out --in_batch_negatives")
+    if loss == "contrastive" and options.target not in (None, "has_answer"):
+        parser.error("--loss contrastive learns from has_answer: leave out --target")
+    unused = {"temperature": ("mse", "margin"), "margin": [n for n in LOSSES if n != "margin"]}
+    unused["target_temperature"] = [name for name in LOSSES if name != "kl"]
+    for name, losses in unused.items():
+        if loss in losses:
+            _error_if_given(parser, options, name, f"--loss {loss} does not use {{}}: leave it out")
 
 
 def _check_passage_embeddings(parser: _Parser, options: argparse.Namespace) -> None:
