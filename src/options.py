@@ -530,6 +530,14 @@ def evaluation_parser() -> _Parser:
     return parser
 
 
+def targets_parser() -> _Parser:
+    description = "Recall by each target in scored data, and how targets agree."
+    parser = _Parser(description, None, "FILE ... ", "-m src.tools.targets")
+    add, _ = parser.group("data")
+    add("files", "FILE", None, "dataset_wscores.json written with --targets", nargs="+")
+    return parser
+
+
 def report_parser() -> _Parser:
     description = "Show a run as a page for a browser: curves, recall, questions and passages."
     parser = _Parser(description, None, "FOLDER ", "-m src.tools.report")

@@ -1,9 +1,15 @@
 """Targets equal the numbers that Atlas computed, or that their definitions give in float64."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+import test_reader
+from src.evaluation.answers import has_answer
+from src.models.answering import answer_questions
+from src.models.pretrained import load_tokenizer
 from src.models.reader import load_reader
 from src.models.scores import SCORES
 from src.models.targets import (
@@ -13,7 +19,9 @@ from src.models.targets import (
     questions,
     score_passages,
 )
-from src.options import TARGETS, GenerationOptions
+from src.options import TARGETS, GenerationOptions, TargetOptions
+from src.runtime.errors import InputError
+from src.tools import targets as targets_tool
 from tests.conftest import REFERENCE
 
 FOLDER = REFERENCE.parent / "reference_targets"
@@ -137,3 +145,80 @@ def test_the_position_table_counts(numbers):
 
 def test_the_tables_have_the_names_of_the_options():
     assert set(TARGETS) == {*SCORES, *AGGREGATES, "perplexity", "leave_one_out", "has_answer"}
+
+
+# --- files
+
+
+def test_scored_data(tmp_path, capsys):
+    """By two processes' batches or one's: the same file; and what the tool makes of it."""
+    names = "has_answer,attention,attention_norm,perplexity,leave_one_out"
+    command = ["--eval_data", REFERENCE / "data.json", "--model_path", REFERENCE / "t5",
+               "--n_context", 3, "--text_maxlength", 48, "--generation_max_length", 4,
+               "--write_crossattention_scores", "--checkpoint_dir", tmp_path, "--num_workers", 0,
+               "--targets", names, "--token_log_probs", "--attribution"]  # fmt: skip
+    for size in (1, 5):
+        more = ["--name", f"by-{size}", "--per_gpu_batch_size", size]
+        test_reader.main([str(word) for word in [*command, *more]])
+    files = [tmp_path / f"by-{size}" / "dataset_wscores.json" for size in (1, 5)]
+    one, five = (json.loads(file.read_text()) for file in files)
+    examples = json.loads((REFERENCE / "data.json").read_text())
+    read = 0
+    for a, b, example in zip(one, five, examples, strict=True):
+        for x, y in zip(a.get("ctxs", []), b.get("ctxs", []), strict=True):
+            if "score" not in x:
+                assert "scores" not in x
+                continue
+            read += 1
+            assert list(x["scores"]) == names.split(",")
+            assert x["score"] == x["scores"]["has_answer"]
+            assert x["score"] == float(has_answer(example["answers"], x["text"]))
+            found, expected = ([*v["scores"].values(), v["attribution"]] for v in (x, y))
+            assert np.allclose(found, expected, rtol=1e-3, atol=1e-4)
+            assert np.mean(x["token_log_probs"]) == pytest.approx(x["scores"]["perplexity"], 1e-4)
+    assert read > 40
+    capsys.readouterr()
+    targets_tool.main([str(files[0])])
+    table = capsys.readouterr().out
+    flags = [[c["score"] for c in row["ctxs"] if "score" in c] for row in one if row.get("ctxs")]
+    judged = [row for row in flags if row]
+    share = 100 * np.mean([max(row) for row in judged])
+    (line,) = (line for line in table.splitlines() if "has_answer" in line)
+    assert line.split()[2] == f"{share:.1f}"  # an oracle: what can be found comes first
+    assert line.split()[5] == "0.0"
+
+
+def test_rank_correlation_by_counting():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        a, b = rng.integers(0, 4, (2, 6)).astype(float)
+        ranks = [[(v > w).sum() + (v == w).sum() / 2 for v in w] for w in (a, b)]
+        expected = np.corrcoef(ranks)[0, 1]
+        assert targets_tool.correlation(a, b) == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_changed_decoder_is_refused():
+    reader = load_reader(str(REFERENCE / "t5"))
+    reader.t5.decoder.block[0].register_forward_hook(lambda *call: None)
+    tokenizer = load_tokenizer(str(REFERENCE / "t5"), "none")
+    options = TargetOptions("attention_norm")
+    with pytest.raises(InputError, match="only attention can be computed"):
+        next(
+            answer_questions(
+                reader, tokenizer, [], torch.device("cpu"), with_scores=True, targets=options
+            )
+        )
+
+
+def test_an_example_without_answers(tmp_path, capsys):
+    (tmp_path / "data.json").write_text('[{"question": "who?", "ctxs": [{"text": "he"}]}]')
+    command = ["--eval_data", tmp_path / "data.json", "--model_path", REFERENCE / "t5",
+               "--write_crossattention_scores", "--targets", "perplexity", "--num_workers", 0,
+               "--checkpoint_dir", tmp_path, "--name", "r"]  # fmt: skip
+    command = [str(word) for word in command]
+    with pytest.raises(SystemExit, match="2"):
+        test_reader.main(command)
+    assert "example 0 (the first is 0): no target and no answers" in capsys.readouterr().err
+    test_reader.main([*command, "--score_own_answer"])
+    (row,) = json.loads((tmp_path / "r" / "dataset_wscores.json").read_text())
+    assert np.isfinite(row["ctxs"][0]["scores"]["perplexity"])

@@ -546,6 +546,7 @@ PARSERS = {
     "passage_retrieval.py": all_options.passage_retrieval_parser,
     "-m src.tools.evaluate": all_options.evaluation_parser,
     "-m src.tools.report": all_options.report_parser,
+    "-m src.tools.targets": all_options.targets_parser,
     "-m src.tools.preprocess": all_options.preprocess_parser,
 }
 
