@@ -2,9 +2,9 @@
 
     python -m src.tools.targets checkpoint/my_test/dataset_wscores.json
 
-For each target in the files (test_reader.py --targets): recall@k when passages are sorted by it; how
-often the first passage has no answer although another has one ("misses"); and the rank correlation
-with the other targets (Spearman's, averaged over questions).
+For each target in the files (test_reader.py --targets): recall@k when passages are sorted by it;
+how often the first passage has no answer although another has one ("misses"); and the rank
+correlation with the other targets (Spearman's, averaged over questions).
 """
 
 from src.options import targets_parser
