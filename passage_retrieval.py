@@ -26,7 +26,7 @@ from pathlib import Path
 from src.data.examples import load_data, read_example
 from src.data.outputs import claim_output
 from src.data.passages import Passages
-from src.evaluation.results import MADE_BY, RECALL, check_trec_ids, write_recall, write_retrieved
+from src.evaluation import retrieved
 from src.runtime import distributed
 from src.runtime.device import describe
 from src.runtime.terminal import count, duration, say, say_next
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Environment
     device = distributed.join(options)
     part = distributed.rank(), distributed.world_size()
-    beside = (MADE_BY, RECALL)
+    beside = (retrieved.MADE_BY, retrieved.RECALL)
     distributed.run_on_main(lambda: claim_output(options.output_path, beside=beside))
     log = start_log(None)
     is_found = options.from_trec != "none"
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     passages = Passages(options.passages, passing_bar)
     say(log, "passages", "%s of %s", count(len(passages), "passage"), options.passages)
     if options.output_format == "trec":
-        distributed.raise_on_all(lambda: check_trec_ids(data, passages))
+        distributed.raise_on_all(lambda: retrieved.check_trec_ids(data, passages))
     examples = (read_example(data, index) for index in range(len(data)))
     questions = [example.id if is_found else example.question for example in examples]
 
@@ -83,8 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
             made_by = {**search.made_by, "options": vars(options)}
             results = path, data, passages, rows, found.scores
             workers = options.validation_workers
-            flags = write_retrieved(*results, workers, made_by, as_trec, bar.update)
-        recalls = write_recall(path, flags, options.n_docs)
+            flags = retrieved.write_retrieved(*results, workers, made_by, as_trec, bar.update)
+        recalls = retrieved.write_recall(path, flags, options.n_docs)
         shown = ", ".join(f"{name} {100 * value:.2f} %" for name, value in recalls.items())
         say(log, "answers", "%s", shown or "the data has none to look for")
         if options.bm25 and not all(rows):

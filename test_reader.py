@@ -7,7 +7,7 @@ Writes the answers (final_output.txt) and the data with passage scores (dataset_
 `--checkpoint_dir/--name`. `--interactive` or `--question`: a conversation (src/tools/ask.py).
 """
 
-from src.options import changed, test_reader_parser
+from src.options import GenerationOptions, TargetOptions, changed, select, test_reader_parser
 from src.runtime.errors import on_interrupt, reports_input_errors
 
 if __name__ == "__main__":
@@ -20,9 +20,10 @@ from pathlib import Path
 from src.data.batches import ReaderCollator, ReaderDataset, evaluation_batches, make_loader
 from src.data.examples import describe_passages, load_data
 from src.evaluation import results
-from src.evaluation.results import AnswerFile, Tally, write_scores
+from src.evaluation.results import AnswerFile, Tally
+from src.models.answering import answer_questions
 from src.models.pretrained import digest
-from src.models.reader import answer_questions, open_reader
+from src.models.reader import open_reader
 from src.runtime import distributed
 from src.runtime.device import resolve_precision
 from src.runtime.launch import StopRequest
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     stop_request, device = StopRequest(), distributed.join(options)
     precision = resolve_precision(options.precision, device)
     rank, world_size = distributed.rank(), distributed.world_size()
-    run = Path(options.checkpoint_dir) / options.name
+    run, pin = Path(options.checkpoint_dir) / options.name, device.type == "cuda"
     results.check_results(run)
     log = metrics.start_log(run / "run.log")
     metrics.write_options(run, vars(options))
@@ -67,11 +68,11 @@ def main(arguments: list[str] | None = None) -> None:
         log.info("resuming after %d of %d batches", n_finished, len(batches))
     dataset = ReaderDataset(data, options.n_context, not options.no_title)
     collate = ReaderCollator(tokenizer, options.text_maxlength)
-    pin, workers = device.type == "cuda", options.num_workers
-    loader = make_loader(dataset, batches[n_finished:], collate, workers, pin)
+    loader = make_loader(dataset, batches[n_finished:], collate, options.num_workers, pin)
     on_interrupt(lambda: "resumes after the last finished batch")
-    generation = options.generation_max_length, options.num_beams, with_scores, options.decoder
-    new = answer_questions(reader, tokenizer, loader, device, precision, *generation, file)
+    generation, targets = select(GenerationOptions, options), select(TargetOptions, options)
+    how = device, precision, generation, with_scores, file, targets, results.right_answer(data)
+    new = answer_questions(reader, tokenizer, loader, *how)
     tally, done = Tally(data), 0
     with answer_file, metrics.progress_bar(len(batches), "batch", initial=n_finished) as bar:
         for done, answers in enumerate(itertools.chain(answer_file.finished, new), start=1):
@@ -90,22 +91,21 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Files, results, next step
     distributed.barrier()
-    if rank == 0 and options.write_results:
-        say(log, "answers", "%s", results.write_answers(run, data, world_size))
-    if rank == 0 and with_scores:
-        with passing_bar(len(data), "question", "writing scores") as bar:
-            path = write_scores(run, data, world_size, options.n_context, made_by, bar.update)
-        say(log, "scores", "%s", path)
+    if rank == 0:
+        results.write_files(run, data, world_size, options, made_by, log)
     distributed.barrier()
     stop_request.finish()
     distributed.run_on_main(lambda: results.remove_parts(run))
-    say(log, "judged", "%s", tally.over_all())
+    joint = tally.over_all(generation.contexts)
+    say(log, "judged", "%s", joint)
+    if generation.contexts and rank == 0:
+        say(log, "curve", "exact match by passages read: %s", results.write_curve(run, joint))
     distributed.stop()
     took = duration(time.perf_counter() - started)
     say(log, "done", "%s in %s: %s", count(len(data), "question"), took, run)
     if with_scores:
-        command = ["train_retriever.py", "--train_data", run / results.SCORES, "--eval_data"]
-        command += ["DEV_WSCORES.json", "--name", f"{options.name}_retriever"]
+        command = ["train_retriever.py", "--train_data", run / results.SCORES]
+        command += ["--eval_data", "DEV_WSCORES.json", "--name", f"{options.name}_retriever"]
         command += changed(parser, vars(options), ["n_context", "no_title", "checkpoint_dir"])
         say_next(log, "train a retriever on the scores", command)
     elif options.write_results:

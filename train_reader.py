@@ -6,7 +6,7 @@ Reads questions with passages and answers; writes checkpoints, log and metrics i
 `--checkpoint_dir/--name`. Run the same command again to resume.
 """
 
-from src.options import changed, train_reader_parser
+from src.options import GenerationOptions, changed, select, train_reader_parser
 from src.runtime.errors import InputError, reports_input_errors
 
 if __name__ == "__main__":
@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from src.data.batches import ReaderCollator, ReaderDataset
 from src.data.examples import read_example
 from src.evaluation.results import Tally
+from src.models.answering import Answer, answer_questions
 from src.models.losses import reader_loss
-from src.models.reader import Answer, answer_questions, open_reader
+from src.models.reader import open_reader
 from src.runtime.terminal import say_next
 from src.training.loop import Evaluation
 from src.training.run import fit, start_run
@@ -42,20 +43,12 @@ def main(arguments: list[str] | None = None) -> None:
     reader, tokenizer = open_reader(options, run.device, run.log, run.resumed_from)
 
     # Evaluation: exact match of generated answers
+    generation = select(GenerationOptions, options)
     collate = ReaderCollator(tokenizer, options.text_maxlength, options.answer_maxlength)
 
     def answer(batches: Iterator[dict]) -> Iterator[list[Answer]]:
-        return answer_questions(
-            reader,
-            tokenizer,
-            batches,
-            run.device,
-            run.precision,
-            options.generation_max_length,
-            options.num_beams,
-            decoder=options.decoder,
-            source=options.eval_data,
-        )
+        how = run.device, run.precision, generation
+        return answer_questions(reader, tokenizer, batches, *how, source=options.eval_data)
 
     def evaluate() -> dict[str, float]:
         dataset = ReaderDataset(dev_data, options.n_context, not options.no_title)

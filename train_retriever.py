@@ -7,7 +7,7 @@ Reads what `test_reader.py --write_crossattention_scores` wrote; writes checkpoi
 into `--checkpoint_dir/--name`. Run the same command again to resume.
 """
 
-from src.options import changed, train_retriever_parser
+from src.options import LossOptions, changed, select, train_retriever_parser
 from src.runtime.errors import reports_input_errors
 
 if __name__ == "__main__":
@@ -67,18 +67,20 @@ def main(arguments: list[str] | None = None) -> None:
         TextCollator(tokenizer, config.passage_maxlength, not config.apply_passage_mask),
     )
 
+    how = select(LossOptions, options), options.in_batch_negatives
+
     def compare(batches: Iterator[dict]) -> Iterator[tuple[float, int, list[list[int]]]]:
         for batch in batches:
             batch = move_to(batch, run.device)
             with torch.no_grad(), autocast(run.device, run.precision):
-                loss, n_passages, scores = compare_to_reader(
-                    retriever, batch, options.in_batch_negatives
-                )
+                loss, n_passages, scores = compare_to_reader(retriever, batch, *how)
             check_dev_loss([] if loss.isfinite() else batch["index"], options.eval_data)
             yield loss.item(), int(n_passages), gold_ranks(scores, batch["present"])
 
+    reading = options.n_context, not options.no_title, options.loss, options.seed
+
     def evaluate() -> dict[str, float]:
-        dataset = RetrieverDataset(dev_data, options.n_context, not options.no_title)
+        dataset = RetrieverDataset(dev_data, *reading)
         top = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= options.n_context]
         names = ["loss", "inversions", *[f"{kind}_top{k}" for kind in ("avg", "idx") for k in top]]
         averages = {name: Average() for name in names}
@@ -93,9 +95,10 @@ def main(arguments: list[str] | None = None) -> None:
         return {name: average.value() for name, average in joint.items() if average.weight}
 
     # Training
-    dataset = RetrieverDataset(train_data, options.n_context, not options.no_title)
-    loss = functools.partial(retriever_loss, use_negatives=options.in_batch_negatives)
-    evaluation = Evaluation(evaluate, "loss", higher_is_better=False) if dev_data else None
+    dataset = RetrieverDataset(train_data, *reading)
+    loss = functools.partial(retriever_loss, options=how[0], use_negatives=how[1])
+    best_by = options.best_by
+    evaluation = Evaluation(evaluate, best_by, best_by == "avg_top1") if dev_data else None
     weights = fit(run, retriever, tokenizer, loss, dataset, collate, evaluation)
 
     command = ["generate_passage_embeddings.py", "--model_path", weights]

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import interleaved, matrix_peak, nothing, peak_memory, table
 from src.models.losses import reader_loss
 from src.models.reader import FiDT5
+from src.options import GenerationOptions
 from src.training.optim import build_optimizer
 
 SHAPES = {  # of T5: width, head size, feed-forward, layers, heads
@@ -163,6 +164,8 @@ def main() -> None:
     decoder = ours.decoder()  # laid out once for a whole file, as test_reader.py does
     if not torch.equal(plain.generate(ids, mask, 20), ours.generate(ids, mask, 20)):
         sys.exit("the two ways answer differently")
+    points = ",".join(str(max(1, options.passages * part // 7)) for part in range(1, 8))
+    curve = GenerationOptions(20, n_context_curve=points)
     seconds = interleaved(
         {
             "plain": lambda: plain.generate(ids, mask, 20),
@@ -170,6 +173,7 @@ def main() -> None:
             "ours, scores captured": lambda: ours.generate_with_scores(
                 ids, mask, 20, decoder=decoder
             ),
+            "ours, a curve of 7 points": lambda: ours.answer(ids, mask, curve, decoder),
         },
         options.rounds,
     )

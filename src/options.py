@@ -126,8 +126,20 @@ def _factory(text: str) -> str:
     return text
 
 
-def _counts(text: str) -> list[int]:
+def _count_list(text: str) -> list[int]:
     return sorted({COUNT(part) for part in text.split(",")})
+
+
+def _targets(text: str) -> str:
+    names = text.split(",")
+    if wrong := [name for name in names if name not in TARGETS]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not one of {', '.join(TARGETS)}")
+    return ",".join(dict.fromkeys(names))
+
+
+def _counts(text: str) -> str:
+    counts = {COUNT(part) for part in text.split(",")} if text else ()
+    return ",".join(map(str, sorted(counts)))
 
 
 COUNT, COUNT_OR_ZERO = number(int, at_least=1), number(int, at_least=0)
@@ -164,12 +176,65 @@ class ReadingOptions:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationOptions:
-    """How answers are generated."""
+    """How answers are generated. `n_context_curve`: numbers of passages to answer with as well."""
 
-    generation_max_length: int
-    num_beams: int
+    generation_max_length: int = 50
+    num_beams: int = 1
     decoder: str = "fast"
-    no_clean_up: bool = False
+    n_best: int = 1
+    n_context_curve: str = ""
+
+    @property
+    def contexts(self) -> list[int]:
+        """The numbers in `n_context_curve`."""
+        return [int(part) for part in filter(None, self.n_context_curve.split(","))]
+
+
+# What passages are scored by (src/models/targets.py, scores.py, evaluation/answers.py), and losses
+# (src/models/losses.py).
+TARGETS = (
+    "attention",
+    *(f"attention_{name}" for name in ("all", "max_heads", "max_layers", "max_tokens")),
+    *(f"attention_{name}" for name in ("first_layer", "last_layer", "mass", "mass_all", "norm")),
+    *("perplexity", "leave_one_out", "has_answer"),
+)
+LOSSES = (
+    "kl",
+    "mse",
+    "margin",
+    "emdr2",
+    "emdr2_sequence",
+    "contrastive",
+)  # of src/models/losses.py
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetOptions:
+    """What passages are scored by, and the answer that the reader is given for it."""
+
+    targets: str = "attention"
+    target_sum: bool = False
+    score_own_answer: bool = False
+    token_log_probs: bool = False
+    attribution: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        return self.targets.split(",")
+
+    @property
+    def needs_answer(self) -> bool:
+        return bool(set(self.names) - {"attention", "has_answer"})
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """The loss of a retriever."""
+
+    loss: str = "kl"
+    temperature: float = 1.0
+    target_temperature: float = 1.0
+    margin: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,6 +433,15 @@ def test_reader_parser() -> _Parser:
     add("--write_crossattention_scores", bool, False,
         "write the data with passage scores to dataset_wscores.json")
     add("--eval_print_freq", COUNT, 1000, "batches between intermediate results")
+    new("--targets NAME,NAME,...", _targets, "attention", "what passages are scored by")
+    new("--target_sum", bool, False, "perplexity: the sum of the tokens' log-likelihoods")
+    new("--score_own_answer", bool, False, "score by the reader's answer where the data has none")
+    new("--token_log_probs", bool, False, "perplexity: write them token by token, too")
+    new("--attribution", bool, False, "score passages by what the answer loses without each")
+    new("--n_best", COUNT, 1, "answers per question in answers.jsonl (at most --num_beams)")
+    new("--n_context_curve N,N,...", _counts, "", "judge answers from the first N passages as well")
+    new("--abstain_below P", number(float, at_least=0, at_most=1), 0.0,
+        "write an empty answer if its probability is lower")
     _reader(parser, "the reader: a checkpoint folder or hub name; none: t5-SIZE")
     parser.group("conversation")
     new("--interactive", bool, False, "answer questions typed at a prompt or piped in")
@@ -383,7 +457,8 @@ def test_reader_parser() -> _Parser:
 
 
 def train_retriever_parser() -> _Parser:
-    parser = _Parser("Train a retriever on the passage scores of a reader.", _check_fresh_weights)
+    description = "Train a retriever on the passage scores of a reader."
+    parser = _Parser(description, _check_train_retriever)
     add, new = parser.group("data")
     add("--train_data", "FILE", "train_data.json", "scored passages, such as dataset_wscores.json")
     add("--eval_data", "FILE", "eval_data.json", "file of the same kind to evaluate on, or none")
@@ -394,6 +469,12 @@ def train_retriever_parser() -> _Parser:
     new("--tokenizer", "NAME", "none", _BERT)
     add("--no_title", bool, False, "embed passages without their titles")
     new("--in_batch_negatives", bool, False, "use other questions' passages as negatives")
+    new("--target", list(TARGETS), None, "score to learn from; none: the first of the data's")
+    new("--loss", list(LOSSES), "kl", "contrastive: data with hasanswer, or DPR's")
+    new("--temperature", number(float, above=0), 1.0, "divides the similarities")
+    new("--target_temperature", number(float, above=0), 1.0, "divides the target (kl)")
+    new("--margin", number(float, at_least=0), 0.1, "margin between two passages (margin)")
+    new("--best_by", ["loss", "inversions", "avg_top1"], "loss", "dev metric that picks best_dev")
     parser.group("a new retriever (an existing one keeps its own settings)")
     new("--retriever_model", "MODEL", "bert-base-uncased", "the BERT to start from")
     new("--model_config", "FILE", "none", f"BERT {_FRESH}")
@@ -469,7 +550,7 @@ def evaluation_parser() -> _Parser:
     add("--data", "FILE", None, "the questions that were answered, with their gold answers")
     add("--qrels", "FILE", None, "judge by relevant passages, from TREC's qrels or BEIR's TSV")
     parser.group("measures")
-    add("--k LIST", _counts, "1,5,20,100", "numbers of passages for recall, such as 1,5,20,50")
+    add("--k LIST", _count_list, "1,5,20,100", "numbers of passages for recall, such as 1,5,20,50")
     add("--compare", bool, False, "of two files: differences, 95 % intervals, p (bootstrap)")
     return parser
 
@@ -503,6 +584,14 @@ def splitting_parser() -> _Parser:
     add("--overlap", COUNT_OR_ZERO, 0, "words that a passage shares with the one before")
     add("--sentences", bool, False, "end passages at ends of sentences where possible")
     add("--workers", COUNT, None, "processes; none: one for each CPU, if there is enough to do")
+    return parser
+
+
+def targets_parser() -> _Parser:
+    description = "Recall by each target in scored data, and how targets agree."
+    parser = _Parser(description, None, "FILE ... ", "-m src.tools.targets")
+    add, _ = parser.group("data")
+    add("files", "FILE", None, "dataset_wscores.json written with --targets", nargs="+")
     return parser
 
 
@@ -544,6 +633,20 @@ def _check_fresh_weights(parser: _Parser, options: argparse.Namespace) -> None:
     if options.model_config != "none":
         start = f"--model_config {options.model_config} starts from fresh weights: leave out {{}}"
         _error_if_given(parser, options, "model_path legacy_position_table", start)
+
+
+def _check_train_retriever(parser: _Parser, options: argparse.Namespace) -> None:
+    _check_fresh_weights(parser, options)
+    loss = options.loss
+    if options.in_batch_negatives and loss not in ("kl", "contrastive"):
+        parser.error(f"--loss {loss} has no in-batch negatives: leave out --in_batch_negatives")
+    if loss == "contrastive" and options.target not in (None, "has_answer"):
+        parser.error("--loss contrastive learns from has_answer: leave out --target")
+    unused = {"temperature": ("mse", "margin"), "margin": [n for n in LOSSES if n != "margin"]}
+    unused["target_temperature"] = [name for name in LOSSES if name != "kl"]
+    for name, losses in unused.items():
+        if loss in losses:
+            _error_if_given(parser, options, name, f"--loss {loss} does not use {{}}: leave it out")
 
 
 def _check_passage_embeddings(parser: _Parser, options: argparse.Namespace) -> None:
@@ -603,6 +706,17 @@ def _check_splitting(parser: _Parser, options: argparse.Namespace) -> None:
 
 def _check_test_reader(parser: _Parser, options: argparse.Namespace) -> None:
     """Refuse options of a conversation in a test, and the other way round."""
+    if options.token_log_probs and "perplexity" not in options.targets.split(","):
+        parser.error("--token_log_probs: add perplexity to --targets")
+    if not options.write_crossattention_scores:
+        names = "targets target_sum score_own_answer token_log_probs attribution"
+        _error_if_given(parser, options, names, "{}: add --write_crossattention_scores")
+    if options.n_best > options.num_beams:
+        beams = f"--num_beams {options.num_beams}"
+        parser.error(f"--n_best {options.n_best} needs as many beams, not {beams}")
+    if max(select(GenerationOptions, options).contexts, default=0) > options.n_context:
+        curve = f"--n_context_curve {options.n_context_curve}"
+        parser.error(f"{curve} goes beyond --n_context {options.n_context}; raise that")
     if not options.interactive and options.question is None:
         needed = "{}: for a conversation; add --interactive, or --question TEXT"
         _error_if_given(parser, options, " ".join(parser.names[_CONVERSATION]), needed)
@@ -614,6 +728,7 @@ def _check_test_reader(parser: _Parser, options: argparse.Namespace) -> None:
     if options.passages == "none":
         parser.error("--passages is missing: the collection to find passages in")
     unused = "{}: for a file of questions; leave this out of a conversation"
-    names = "eval_data write_results write_crossattention_scores"
+    names = "eval_data write_results write_crossattention_scores n_best n_context_curve"
+    names += " abstain_below"
     _error_if_given(parser, options, names, unused)
     _check_search(parser, options, "--retriever_path")

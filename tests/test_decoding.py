@@ -78,14 +78,14 @@ def test_unfinished_answers_continue_alone(reference, monkeypatch):
         return logits, queries
 
     monkeypatch.setattr(GreedyDecoder, "_step", ending)
-    tokens, _, queries = decoder.decode(encoded, 20)
+    tokens, _, _, queries = decoder.decode(encoded, 20)
     everyone = [0, 1, 2, 3, 4, 5]
     # Two of six ended at step 1: not yet half. Four at step 3; one of the two left at 4.
     assert seen == {0: everyone, 1: everyone, 2: everyone, 3: [2, 5], 4: [2]}
     assert [row.index(1) for row in tokens.tolist()] == ends
     assert all(set(row[end + 1 :]) <= {0} for row, end in zip(tokens.tolist(), ends, strict=True))
     assert tokens.shape[1] == 6
-    assert [len(query) for query in queries] == [6] * len(decoder._layers)
+    assert [len(query) for query in queries] == [6] * len(decoder.layers)
 
     def never_ending(self, *arguments):
         logits, queries = step(self, *arguments)

@@ -28,11 +28,10 @@ from src.evaluation.results import (
     AnswerFile,
     read_parts,
     write_answers,
-    write_recall,
-    write_retrieved,
     write_scores,
 )
-from src.models.reader import Answer
+from src.evaluation.retrieved import write_recall, write_retrieved
+from src.models.answering import Answer
 from src.search.saved_index import read_description
 from src.search.shards import ShardWriter
 from src.training.checkpoint import read_meta
@@ -230,8 +229,11 @@ def test_parts_of_answers(block):
     made_by = json.loads(BLOCKS[".answers.part-0.jsonl"].splitlines()[0])["made_by"]
     file = AnswerFile(folder, 0, made_by)
     assert file.finished == [
-        [Answer(0, "Polonium", [1.25, -0.5]), Answer(1, "in 1898", [0.75])],
-        [Answer(2, "Radium", None)],
+        [
+            Answer(0, "Polonium", [1.25, -0.5], -0.25, 3),
+            Answer(1, "in 1898", [0.75], -1.5, 4, [["1898", -2.0, 3]], {"1": "in 1899"}),
+        ],
+        [Answer(2, "Radium", None, -0.5, 2)],
     ]
     assert list(read_parts(folder, 1)) == [*file.finished[0], *file.finished[1]]
 

@@ -19,17 +19,18 @@ from src.data.batches import (
 from src.data.examples import Example, load_data
 from src.evaluation.answers import exact_match
 from src.models import encoder
+from src.models.answering import answer_questions
 from src.models.pretrained import load_tokenizer
 from src.models.reader import (
     POSITION_TABLE_KEY,
     CrossAttentionPositions,
     Encoded,
     FiDT5,
-    answer_questions,
     load_reader,
     new_reader,
 )
 from src.models.scores import passage_scores
+from src.options import GenerationOptions
 from src.runtime.device import autocast
 from src.runtime.errors import InputError
 from tests.conftest import REFERENCE
@@ -370,7 +371,7 @@ def test_numbers_that_are_not_finite_are_an_error(part, decoder, reference, batc
         reader.t5.get_parameter(name).view(-1)[0] = value
     answers = answer_questions(
         reader, load_tokenizer(str(reference / "t5"), "none"), [batch], torch.device("cpu"),
-        max_length=4, with_scores=True, decoder=decoder, source="data.json",
+        "fp32", GenerationOptions(4, decoder=decoder), with_scores=True, source="data.json",
     )  # fmt: skip
     with pytest.raises(InputError, match=r"data.json: example 0 .*--precision bf16 or fp32"):
         next(answers)
@@ -392,9 +393,8 @@ def test_the_example_that_is_not_finite_is_named(decoder, reference, batch):
     with torch.no_grad():
         reader.t5.shared.weight[790] = np.nan
     tokenizer = load_tokenizer(str(reference / "t5"), "none")
-    answers = answer_questions(
-        reader, tokenizer, [batch], torch.device("cpu"), max_length=4, decoder=decoder
-    )
+    options = GenerationOptions(4, decoder=decoder)
+    answers = answer_questions(reader, tokenizer, [batch], torch.device("cpu"), options=options)
     with pytest.raises(InputError, match=f"example {batch['index'][2]} "):
         next(answers)
 

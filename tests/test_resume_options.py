@@ -18,6 +18,7 @@ from src.data.batches import RetrieverDataset, _passage_key, training_batches
 from src.data.examples import load_data
 from src.models import reader
 from src.models.pretrained import load_tokenizer
+from src.options import LossOptions
 from src.training import run
 from tests.conftest import REFERENCE
 
@@ -49,6 +50,8 @@ def begun(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("begun")
     examples = json.loads((REFERENCE / "data.json").read_text())
     examples = [example for example in examples if example.get("ctxs")]
+    for context in (context for example in examples for context in example["ctxs"]):
+        context["scores"] = {"attention": context["score"], "perplexity": 7.0}
     (folder / "data.json").write_text(json.dumps(examples[:9]))
     (folder / "other.json").write_text(json.dumps(examples[9:14]))
     with pytest.MonkeyPatch.context() as patch:
@@ -118,7 +121,8 @@ def answering(seen: SimpleNamespace) -> tuple:
     asked = []
 
     def answer(*arguments, **more):
-        asked.extend([*arguments[-2:], more["decoder"]])
+        options = arguments[-1]
+        asked.extend([options.generation_max_length, options.num_beams, options.decoder])
         raise Reached
 
     with pytest.MonkeyPatch.context() as patch:
@@ -137,6 +141,10 @@ def has_title_key(seen: SimpleNamespace) -> bool:
     """Whether the first passage's key is that of its text with its title."""
     item = RetrieverDataset(load_data(seen.data), 2)[0, indexes(seen)[0]]
     return seen.batch["passage_keys"][0, 0].item() == _passage_key(item.passages[0])
+
+
+def loss_options(seen: SimpleNamespace) -> LossOptions:
+    return seen.loss_function.keywords["options"]
 
 
 def dropouts(seen: SimpleNamespace) -> set[float]:
@@ -191,6 +199,12 @@ CHANGES: dict[str, dict[str, Change]] = {
         "no_title": ([], has_title_key, False, True),
         "in_batch_negatives": ([], lambda seen: seen.loss_function.keywords["use_negatives"],
                                True, False),
+        "target": (["perplexity"], lambda seen: seen.batch["gold_scores"].unique().tolist() == [7],
+                   True, False),
+        "loss": (["mse"], lambda seen: loss_options(seen).loss, "mse", "kl"),
+        "temperature": ([0.5], lambda seen: loss_options(seen).temperature, 0.5, 1.0),
+        "target_temperature": ([2], lambda seen: loss_options(seen).target_temperature, 2.0, 1.0),
+        "margin": ([0.3, "--loss", "margin"], lambda seen: loss_options(seen).margin, 0.3, 0.1),
     },
 }  # fmt: skip
 FIXED = {
@@ -202,7 +216,7 @@ FIXED = {
         "model_path": REFERENCE, "model_config": "shape.json", "tokenizer": "other",
         "retriever_model": "other", "indexing_dimension": 16, "question_maxlength": 7,
         "passage_maxlength": 7, "no_projection": None, "no_question_mask": None,
-        "no_passage_mask": None, "extract_cls": None,
+        "no_passage_mask": None, "extract_cls": None, "best_by": "inversions",
     },
 }  # fmt: skip
 ELSEWHERE = {"help", "name", "checkpoint_dir", "local_rank"}  # where the run is

@@ -18,7 +18,7 @@ import generate_passage_embeddings
 import passage_retrieval
 from src.data.examples import load_data, read_example
 from src.data.passages import Passages
-from src.evaluation import results
+from src.evaluation import retrieved
 from src.models import embedder
 from src.options import BM25Options
 from src.runtime.errors import InputError
@@ -468,8 +468,8 @@ def test_one_process_or_many_look_for_answers(pairs, reference, monkeypatch):
     data = json.loads((reference / "retrieved.json").read_text())["retrieved"]
     tasks = [(row["answers"], [c["text"] for c in row["ctxs"]]) for row in data]
     expected = [(True, [c["hasanswer"] for c in row["ctxs"]]) for row in data]
-    monkeypatch.setattr(results, "available_cpus", lambda: 2)
-    assert list(results._find_answers(tasks.__getitem__, len(tasks), pairs, 32)) == expected
+    monkeypatch.setattr(retrieved, "available_cpus", lambda: 2)
+    assert list(retrieved._find_answers(tasks.__getitem__, len(tasks), pairs, 32)) == expected
 
 
 # ----------------------------------------------------------------------------------------------

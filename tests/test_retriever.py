@@ -170,7 +170,8 @@ def test_loss_of_ragged_batches(with_negatives):
         negatives = torch.randn(4, 7, generator=generator)
         negatives[1, 2:] = -torch.inf
         negatives[2] = -torch.inf
-    loss = kl_divergence(scores, gold, present, negatives)
+    batch = {"gold_scores": gold, "present": present}
+    loss, _ = kl_divergence(scores, batch, negatives=negatives)
     assert loss.item() == pytest.approx(slow_loss(scores, gold, present, negatives), abs=1e-6)
     loss.backward()
     assert torch.isfinite(scores.grad).all()
@@ -184,7 +185,8 @@ def test_loss_of_ragged_batches(with_negatives):
 )
 def test_extreme_losses_have_finite_gradients(gold, present, expected):
     scores = torch.zeros(1, 2, requires_grad=True)
-    loss = kl_divergence(scores, torch.tensor([gold]), torch.tensor([present]))
+    batch = {"gold_scores": torch.tensor([gold]), "present": torch.tensor([present])}
+    loss, _ = kl_divergence(scores, batch)
     loss.backward()
     assert loss.item() == pytest.approx(expected)
     assert torch.isfinite(scores.grad).all()

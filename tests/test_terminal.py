@@ -367,7 +367,9 @@ def ctrl_c_cases(reference: Path, folder: Path) -> dict[str, tuple[str, list, st
             "train_retriever:compare_to_reader", from_step_2,
         ),
         "answers": ("test_reader", answers, "test_reader:answer_questions", from_batch),
-        "writes scores": ("test_reader", answers, "test_reader:write_scores", from_batch),
+        "writes scores": (
+            "test_reader", answers, "src.evaluation.results:write_scores", from_batch,
+        ),
         "opens passages": (embed, [*bert, *collection, folder / "x"],
                            "src.data.passages:unpack", again),
         "embeds": (embed, [*bert, *collection, folder / "y"],
@@ -387,7 +389,7 @@ def ctrl_c_cases(reference: Path, folder: Path) -> dict[str, tuple[str, list, st
             "src.search.bm25:_count", again,
         ),
         "looks for answers": (
-            "passage_retrieval", search, "passage_retrieval:write_retrieved", again,
+            "passage_retrieval", search, "src.evaluation.retrieved:write_retrieved", again,
         ),
     }  # fmt: skip
 
@@ -544,6 +546,7 @@ PARSERS = {
     "passage_retrieval.py": all_options.passage_retrieval_parser,
     "-m src.tools.evaluate": all_options.evaluation_parser,
     "-m src.tools.report": all_options.report_parser,
+    "-m src.tools.targets": all_options.targets_parser,
     "-m src.tools.preprocess": all_options.preprocess_parser,
 }
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from src.data.examples import Example, Examples, read_example
+from src.data.examples import Example, Examples, parse_example, read_example
 from src.data.passages import Passage
 from src.runtime.errors import InputError, end_children
 
@@ -175,12 +175,14 @@ class TextCollator:
 
 
 class RetrieverItem(NamedTuple):
-    """A question, the passages that the reader scored, and these scores, highest first."""
+    """A question, the passages that the reader scored, and these scores, highest first; and the
+    log-probabilities of the answer's tokens given each passage alone, or None."""
 
     index: int
     question: str
     passages: list[str]
     scores: list[float]
+    token_log_probs: list[list[float]] | None = None
 
 
 def scored_passages(example: Example, n_context: int) -> list[Passage]:
@@ -190,16 +192,26 @@ def scored_passages(example: Example, n_context: int) -> list[Passage]:
 
 @dataclasses.dataclass
 class RetrieverDataset(Dataset):
-    """Questions with scored passages of a file, by (epoch, index)."""
+    """Questions with scored passages of a file, by (epoch, index).
+
+    Args: loss: `contrastive` draws a positive passage and others that are not, anew in each epoch;
+        those whose names begin with `emdr2` need the passages' `token_log_probs`.
+    """
 
     examples: Examples
     n_context: int
     use_title: bool = True
+    loss: str = "kl"
+    seed: int = 0
 
     def __getitem__(self, key: tuple[int, int]) -> RetrieverItem:
-        _, index = key
-        example = read_example(self.examples, index)
-        passages = scored_passages(example, self.n_context)
+        epoch, index = key
+        raw = self.examples[index]
+        example = parse_example(raw, index, self.examples.path)
+        if self.loss == "contrastive":
+            passages = self._draw(example, epoch)
+        else:
+            passages = scored_passages(example, self.n_context)
         for passage in passages:
             if abs(passage.score) > torch.finfo(torch.float32).max:
                 where = self.examples.where(index)
@@ -209,13 +221,35 @@ class RetrieverDataset(Dataset):
             question_text(example.question),
             [passage_text(p.title, p.text, self.use_title) for p in passages],
             [p.score for p in passages],
+            self._token_log_probs(raw, passages) if self.loss.startswith("emdr2") else None,
         )
+
+    def _draw(self, example: Example, epoch: int) -> list[Passage]:
+        """A positive passage and `n_context - 1` others, the same when a run is resumed."""
+        rng = random.Random(f"{self.seed} {epoch} {example.index}")
+        scored = [passage for passage in example.passages if passage.score is not None]
+        positives = [passage for passage in scored if passage.score > 0]
+        others = [passage for passage in scored if passage.score <= 0]
+        drawn = rng.sample(others, min(self.n_context - 1, len(others)))
+        return [*(rng.sample(positives, 1) if positives else []), *drawn]
+
+    def _token_log_probs(self, raw: dict, passages: list[Passage]) -> list[list[float]]:
+        found = [raw["ctxs"][passage.position].get("token_log_probs") for passage in passages]
+        lengths = {len(row) if isinstance(row, list) else 0 for row in found}
+        if len(lengths) > 1 or 0 in lengths or not np.isfinite(np.array(found, float)).all():
+            raise InputError(
+                f"{self.examples.path}, example {raw.get('id', '?')}: a passage has no "
+                "token_log_probs; write them with test_reader.py --targets perplexity "
+                "--token_log_probs"
+            )
+        return found
 
 
 @dataclasses.dataclass
 class RetrieverCollator:
     """Makes a batch: `question_ids` and `question_mask` [B, L]; `passage_ids` and `passage_mask`
-    [B, N, L']; `gold_scores`, `present` and `passage_keys` [B, N]; `index` (list).
+    [B, N, L']; `gold_scores`, `present` and `passage_keys` [B, N]; `index` (list); and, if the
+    items have them, `token_log_probs` [B, N, T] with `token_mask` [B, T].
 
     N is the largest number of passages in the batch; `present` is false on what others lack. Equal
     keys mean equal passages.
@@ -238,7 +272,16 @@ class RetrieverCollator:
         texts = [text for item in items for text in item.passages + [""] * (N - len(item.passages))]
         passage_ids, passage_mask = self.passages(texts)
         question_ids, question_mask = self.questions([item.question for item in items])
-        return {
+        tokens = {}
+        if items[0].token_log_probs is not None:
+            T = max(len(row) for item in items for row in item.token_log_probs)
+            log_probs, mask = torch.zeros(B, N, T), torch.zeros(B, T, dtype=torch.bool)
+            for b, item in enumerate(items):
+                rows = torch.tensor(item.token_log_probs)
+                log_probs[b, : rows.shape[0], : rows.shape[1]] = rows
+                mask[b, : rows.shape[1]] = True
+            tokens = {"token_log_probs": log_probs, "token_mask": mask}
+        return tokens | {
             "index": [item.index for item in items],
             "question_ids": question_ids,
             "question_mask": question_mask,

@@ -34,18 +34,22 @@ class Examples(JsonItems):
     """The examples of a data file, of JSON or of DPR's rows; `examples[i]` decodes the i-th.
     NQ-open's `answer` and BEIR's `_id` and `text` are renamed to ours.
 
+    Args: target: the passages' score is that under this name of their `scores`.
+
     `unscored` holds the indices of those that `load_data` found without scored passages.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, target: str | None = None):
         super().__init__(path)
+        self._target = target
         start = int(self._spans[0, 0])
         is_json = self.source.read(start, start + 1) in (b"{", b"[")
         self._has_rows = Path(self.path).suffix in _ROWS and not is_json
         self.unscored: list[int] = []
 
     def __getitem__(self, index: int) -> dict:
-        return _with_our_names(super().__getitem__(index))
+        example = _with_our_names(super().__getitem__(index))
+        return _with_target(example, self._target) if self._target else example
 
     def _parse(self, text: str) -> Any:
         example = _parse_row(text) if self._has_rows else json.loads(text)
@@ -96,6 +100,32 @@ def _with_our_names(example: dict) -> dict:
         theirs |= {"_id": "id", "text": "question"}
     names = {name: ours for name, ours in theirs.items() if ours not in example}
     return {names.get(name, name): value for name, value in example.items()}
+
+
+def _with_target(example: dict, target: str) -> dict:
+    """The example with passages scored by a target, as far as the file has it; `has_answer` is also
+    in retrieved data (`hasanswer`) and in DPR's (`positive_ctxs`, `negative_ctxs`)."""
+    contexts = example.get("ctxs")
+    if target == "has_answer" and contexts is None and "positive_ctxs" in example:
+        contexts = [
+            {**context, "hasanswer": kind == "positive_ctxs"}
+            for kind in ("positive_ctxs", "hard_negative_ctxs", "negative_ctxs")
+            for context in _list(example.get(kind), f'"{kind}" must be a list of passages')
+            if isinstance(context, dict)
+        ]
+    if isinstance(contexts, list):
+        example = {**example, "ctxs": [_score_by(context, target) for context in contexts]}
+    return example
+
+
+def _score_by(context: Any, target: str) -> Any:
+    if not isinstance(context, dict):
+        return context  # an error, which is reported when it is checked
+    scores, has = context.get("scores"), context.get("hasanswer")
+    score = scores.get(target) if isinstance(scores, dict) else None
+    if score is None and target == "has_answer" and isinstance(has, bool):
+        score = float(has)
+    return {**context, "score": score}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -151,7 +181,7 @@ def _list(value: Any, problem: str) -> list:
 
 
 _OUR_FIELDS = frozenset(  # of a passage
-    "id title text score hasanswer scores token_log_probs attribution".split()
+    ["id", "title", "text", "score", "hasanswer", "scores", "token_log_probs", "attribution"]
 )
 
 
@@ -195,6 +225,7 @@ def load_data(
     needs_target: bool = False,
     needs_scores: int = 0,
     bar: Bar = no_bar,
+    target: str | None = None,
 ) -> Examples:
     """Open a data file and check this process's share of its examples (`rank`, `rank +
     world_size`, ...), so that a broken one is reported now and not in the middle of the night.
@@ -205,8 +236,9 @@ def load_data(
         needs_scores: the examples are to distil from: those of this process's share without a score
             on one of their first `needs_scores` passages are listed in `unscored`; 0: none are.
         bar: for the examples that are checked.
+        target: see `Examples`.
     """
-    examples = Examples(path)
+    examples = Examples(path, target)
 
     def check(index: int) -> bool:
         example = read_example(examples, index)

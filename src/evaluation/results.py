@@ -1,37 +1,33 @@
-"""The files that testing and retrieval write.
+"""The files that testing writes.
 
-In testing, each process appends the answers of its batches to its own part. Batches are assigned to
+Each process appends the answers of its batches to its own part. Batches are assigned to
 processes in turn, so reading the parts in turn gives the input's order, with nothing in memory.
 """
 
 import json
-import multiprocessing
-import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+import logging
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from src.data.examples import Examples, available_cpus, parse_example, read_example
+from src.data.examples import Examples, parse_example, read_example
 from src.data.json_files import json_list
 from src.data.outputs import require_regular, write_whole, writing
-from src.data.passages import Passages
-from src.evaluation.answers import ANSWERS, SCORES, Task, judge, match
-from src.evaluation.rankings import recall_at_k
-from src.models.reader import Answer
-from src.runtime.errors import InputError, shorten
-from src.training.metrics import Average
+from src.evaluation.answers import ANSWERS, SCORES, exact_match, find_answers, judge
+from src.evaluation.retrieved import MADE_BY, OnExamples, beside, write_beside
+from src.models.answering import Answer
+from src.options import TargetOptions, select
+from src.runtime.terminal import say
+from src.training.metrics import Average, passing_bar
 
-OnExamples = Callable[[int], object]  # called with the number of examples just written
-_PAIRS_WORTH_A_PROCESS = 100_000  # of a question and a passage; a process starts in 0.1 s
-MADE_BY, RECALL = ".made_by.json", ".recall.json"  # appended to the name of the file they describe
+ANSWER_RECORDS, CURVE = "answers.jsonl", "n_context_curve.json"
 
 
 def check_results(folder: Path) -> None:
     """Errors: `InputError`, before hours of work, if a result would replace anything but a file."""
-    for path in (folder / ANSWERS, folder / SCORES, _beside(folder / SCORES, MADE_BY)):
+    names = ANSWERS, SCORES, f"{SCORES}{MADE_BY}", ANSWER_RECORDS, CURVE
+    for path in (folder / name for name in names):
         with writing(path, "remove it, or use another --name"):
             require_regular(path)
 
@@ -41,8 +37,8 @@ def _part(folder: Path, rank: int) -> Path:
 
 
 class AnswerFile:
-    """One process's part: a line with what made it, then a line for each batch, a list of
-    [index, answer, scores].
+    """One process's part: a line with what made it, then a line for each batch, a list of the
+    fields of its answers.
 
     A part that the same command left unfinished is continued, any other is replaced. `finished`
     holds its answers, batch by batch.
@@ -69,7 +65,7 @@ class AnswerFile:
         return self
 
     def write(self, answers: list[Answer]) -> None:
-        rows = [[answer.index, answer.text, answer.scores] for answer in answers]
+        rows = [list(vars(answer).values()) for answer in answers]
         with writing(self.path, "make room, and the same command resumes after the last batch"):
             self._file.write(json.dumps(rows) + "\n")
             self._file.flush()
@@ -78,25 +74,50 @@ class AnswerFile:
         self._file.close()
 
 
+def right_answer(data: Examples) -> Callable[[int], str | None]:
+    """The text that an example's passages are scored by: its target, or else its first answer."""
+
+    def find(index: int) -> str | None:
+        example = read_example(data, index)
+        answers = [example.target] if example.target is not None else example.answers
+        return answers[0] if answers else None
+
+    return find
+
+
 class Tally:
-    """Mean exact match and F1, in percent, of answers to a file's questions."""
+    """Mean exact match and F1, in percent, of answers to a file's questions, and of those from the
+    first n passages alone in `by_context`."""
 
     def __init__(self, data: Examples):
         self._data = data
         self.exact_match, self.f1 = Average(), Average()
+        self.by_context: dict[str, Tally] = {}
 
     def add(self, answers: list[Answer]) -> None:
         for answer in answers:
-            if gold := read_example(self._data, answer.index).answers:
-                match, overlap = judge(answer.text, gold)
-                self.exact_match.add(100.0 * match)
-                self.f1.add(100.0 * overlap)
+            gold = read_example(self._data, answer.index).answers
+            self._add(answer.text, gold)
+            for n, text in answer.by_context.items():
+                self.by_context.setdefault(n, Tally(self._data))._add(text, gold)
 
-    def over_all(self) -> "Tally":
-        """The tally over what every process added."""
+    def _add(self, text: str, gold: list[str]) -> None:
+        if gold:
+            match, overlap = judge(text, gold)
+            self.exact_match.add(100.0 * match)
+            self.f1.add(100.0 * overlap)
+
+    def over_all(self, contexts: Sequence[int] = ()) -> "Tally":
+        """The tally over what every process added, also from these numbers of passages."""
         joint = Tally(self._data)
         joint.exact_match, joint.f1 = self.exact_match.over_all(), self.f1.over_all()
+        for n in map(str, contexts):  # a process may have had no batch
+            joint.by_context[n] = self.by_context.get(n, Tally(self._data)).over_all()
         return joint
+
+    def values(self) -> dict[str, float | None]:
+        mean, n = self.exact_match, round(self.exact_match.weight)
+        return {"exact_match": mean.value(), "f1": self.f1.value(), "questions": n}
 
     def __str__(self) -> str:
         n = round(self.exact_match.weight)
@@ -107,6 +128,15 @@ class Tally:
         )
 
 
+def write_curve(folder: Path, tally: Tally) -> str:
+    """Write `n_context_curve.json`: exact match and F1 by number of passages read. Returns it as
+    text for the log."""
+    values = {n: part.values() for n, part in tally.by_context.items()}
+    write_whole(folder / CURVE, [json.dumps(values, indent=1) + "\n"])
+    shown = [(n, part["exact_match"]) for n, part in values.items()]
+    return ", ".join(f"{n}: {'-' if match is None else f'{match:.2f}'}" for n, match in shown)
+
+
 def remove_parts(folder: Path) -> None:
     """Remove the parts of this run's processes, and of an earlier run with more of them."""
     for path in folder.glob(_part(folder, 0).name.replace("0", "*")):
@@ -114,7 +144,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def _read_batch(line: str) -> list[Answer]:
-    return [Answer(index, text, scores) for index, text, scores in json.loads(line)]
+    return [Answer(*row) for row in json.loads(line)]
 
 
 def read_parts(folder: Path, world_size: int) -> Iterator[Answer]:
@@ -132,17 +162,58 @@ def read_parts(folder: Path, world_size: int) -> Iterator[Answer]:
             file.close()
 
 
-def write_answers(folder: Path, data: Examples, world_size: int) -> Path:
+def write_files(
+    folder: Path,
+    data: Examples,
+    world_size: int,
+    options: Namespace,
+    made_by: dict[str, Any],
+    log: logging.Logger,
+) -> None:
+    """Write what the options of test_reader.py ask for, from the parts of all processes."""
+    if options.write_results:
+        path = write_answers(folder, data, world_size, options.abstain_below)
+        say(log, "answers", "%s", path)
+    if options.write_crossattention_scores:
+        with passing_bar(len(data), "question", "writing scores") as bar:
+            n, targets = options.n_context, select(TargetOptions, options)
+            path = write_scores(folder, data, world_size, n, made_by, targets, bar.update)
+        say(log, "scores", "%s", path)
+
+
+def _probability(log_probability: float, n_tokens: int) -> dict[str, float]:
+    mean = log_probability / max(1, n_tokens)
+    names = "log_probability", "mean_log_probability", "n_tokens"
+    return dict(zip(names, (log_probability, mean, n_tokens), strict=True))
+
+
+def write_answers(
+    folder: Path, data: Examples, world_size: int, abstain_below: float = 0.0
+) -> Path:
     """Write `final_output.txt`: a line `id<TAB>answer` for each example, any whitespace in either
-    replaced by single spaces. Returns its path."""
+    replaced by single spaces; and `answers.jsonl`, which has the answers' probabilities. Returns
+    the path of the first.
 
-    def lines() -> Iterator[str]:
+    Args: abstain_below: the answer is empty where its probability is lower.
+    """
+
+    def lines() -> Iterator[tuple[str, str]]:
         for answer in read_parts(folder, world_size):
-            identity = data[answer.index].get("id")
-            identity = answer.index if identity is None else identity
-            yield f"{' '.join(str(identity).split())}\t{' '.join(answer.text.split())}\n"
+            example = read_example(data, answer.index)
+            text = "" if answer.probability < abstain_below else answer.text
+            identity = example.id
+            record = {"id": identity, "answer": text}
+            record |= _probability(answer.log_probability, answer.n_tokens)
+            if example.answers:
+                record["correct"] = exact_match(text, example.answers)
+            if answer.alternatives:
+                others = [{"answer": a[0], **_probability(*a[1:])} for a in answer.alternatives]
+                record["alternatives"] = others
+            yield f"{' '.join(identity.split())}\t{' '.join(text.split())}\n", json.dumps(record)
 
-    return write_whole(folder / ANSWERS, lines())
+    records = (f"{record}\n" for _, record in lines())
+    write_whole(folder / ANSWER_RECORDS, records)
+    return write_whole(folder / ANSWERS, (line for line, _ in lines()))
 
 
 def write_scores(
@@ -151,6 +222,7 @@ def write_scores(
     world_size: int,
     n_context: int,
     made_by: dict[str, Any],
+    targets: TargetOptions = TargetOptions(),  # noqa: B008 (frozen)
     on_examples: OnExamples = lambda n: None,
 ) -> Path:
     """Write `dataset_wscores.json`, the data with the reader's score of each passage it read, and
@@ -162,151 +234,35 @@ def write_scores(
 
     def examples() -> Iterator[dict[str, Any]]:
         for answer in read_parts(folder, world_size):
-            yield _scored_example(data[answer.index], answer, n_context)
+            yield _scored_example(data[answer.index], answer, n_context, targets)
             on_examples(1)
 
-    _beside(folder / SCORES, MADE_BY).unlink(missing_ok=True)
+    beside(folder / SCORES, MADE_BY).unlink(missing_ok=True)
     path = write_whole(folder / SCORES, json_list(examples()))
-    _write_beside(path, MADE_BY, made_by)
+    write_beside(path, MADE_BY, made_by)
     return path
 
 
-def _scored_example(raw: dict[str, Any], answer: Answer, n_context: int) -> dict[str, Any]:
+def _scored_example(
+    raw: dict[str, Any], answer: Answer, n_context: int, targets: TargetOptions
+) -> dict[str, Any]:
     """The example with its passages in reading order and the answer's scores on the first ones."""
-    passages = parse_example(raw, answer.index, "").passages
+    example = parse_example(raw, answer.index, "")
+    values = dict(answer.targets) or {"attention": answer.scores}
+    if "has_answer" in targets.names:
+        texts = (passage.text for passage in example.passages)
+        values["has_answer"] = [float(has) for has in find_answers(example.answers, texts)]
     contexts = []
-    for number, passage in enumerate(passages):
+    for number, passage in enumerate(example.passages):
         context = dict(raw["ctxs"][passage.position])
         context.pop("score", None)
         if number < n_context:
-            context["score"] = answer.scores[number]
+            scores = {name: values[name][number] for name in targets.names}
+            context["score"] = scores[targets.names[0]]
+            if targets.targets != "attention":
+                context["scores"] = scores
+            for name in ("token_log_probs", "attribution"):
+                if name in values:
+                    context[name] = values[name][number]
         contexts.append(context)
     return {**raw, "ctxs": contexts} if contexts else raw
-
-
-def check_trec_ids(data: Examples, passages: Passages) -> None:
-    """Errors: `InputError`, before hours of work, for ids that a TREC run cannot hold: its columns
-    are separated by whitespace, and its questions distinguished by their ids."""
-    remedy = "change it, or say --output_format json"
-    seen = set()
-    for index in range(len(data)):
-        identity = read_example(data, index).id
-        if len(identity.split()) != 1 or identity in seen:
-            problem = "is another's too" if identity in seen else "is empty or has white space"
-            where = f"{data.where(index)}: its id {shorten(identity)}"
-            raise InputError(f"{where} {problem}; {remedy}")
-        seen.add(identity)
-    for identity in passages.ids():
-        if len(identity.split()) != 1:
-            problem = f"the id {shorten(identity)} is empty or has white space"
-            raise InputError(f"{passages.path}: {problem}; {remedy}")
-
-
-def write_retrieved(
-    path: Path,
-    data: Examples,
-    passages: Passages,
-    rows: list[list[int]],
-    scores: np.ndarray,
-    workers: int,
-    made_by: dict[str, Any],
-    as_trec: bool = False,
-    on_examples: OnExamples = lambda n: None,
-) -> list[list[bool]]:
-    """Write questions with the passages found for them, and beside them what made them.
-
-    Args:
-        path: the data in the reader's format; `.jsonl` gives a line for each example, any other
-            name a JSON list.
-        rows, scores: of each question's passages in the collection, best first.
-        workers: maximum number of processes that look for answers.
-        made_by: as JSON values; `model` is the last column of a TREC run.
-        as_trec: write a TREC run instead.
-
-    Returns: for each question with gold answers, whether each of its passages contains one.
-    """
-    flags = []
-
-    def task(index: int) -> Task:
-        return read_example(data, index).answers, [passages[row].text for row in rows[index]]
-
-    def found() -> Iterator[tuple[int, list[bool]]]:
-        hits = _find_answers(task, len(data), scores.size, workers)
-        for index, (has_answers, contained) in enumerate(hits):
-            if has_answers:
-                flags.append(contained)
-            yield index, contained if has_answers else []
-            on_examples(1)
-
-    def examples() -> Iterator[dict[str, Any]]:
-        for index, contained in found():
-            contexts = []
-            for number, (row, score) in enumerate(zip(rows[index], scores[index], strict=False)):
-                identity, title, text, *_, more = passages[row]
-                context = {"id": identity, "title": title, "text": text, "score": float(score)}
-                hit = {"hasanswer": contained[number]} if contained else {}
-                contexts.append(
-                    {**context, **hit, **{n: more[n] for n in more if n not in context}}
-                )
-            yield {**data[index], "ctxs": contexts}
-
-    def trec_lines() -> Iterator[str]:
-        for index, _ in found():
-            question = read_example(data, index).id
-            for rank, (row, score) in enumerate(zip(rows[index], scores[index], strict=False)):
-                columns = passages[row].id, rank + 1, repr(float(score)), made_by["model"]
-                yield "{} Q0 {} {} {} {}\n".format(question, *columns)
-
-    for kind in (MADE_BY, RECALL):  # of an earlier file
-        _beside(path, kind).unlink(missing_ok=True)
-    as_lines = (json.dumps(example) + "\n" for example in examples())
-    as_json = as_lines if path.suffix == ".jsonl" else json_list(examples())
-    write_whole(path, trec_lines() if as_trec else as_json)
-    _write_beside(path, MADE_BY, made_by)
-    return flags
-
-
-def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(path.name + kind)
-
-
-def _write_beside(path: Path, kind: str, values: dict[str, Any]) -> None:
-    write_whole(_beside(path, kind), [json.dumps(values, indent=1) + "\n"])
-
-
-def _find_answers(
-    task: Callable[[int], Task], n_tasks: int, n_pairs: int, workers: int
-) -> Iterator[tuple[bool, list[bool]]]:
-    """Whether there are answers, and which texts contain one, for each task in turn."""
-    workers = min(workers, available_cpus(), n_pairs // _PAIRS_WORTH_A_PROCESS)
-    if workers <= 1:
-        yield from map(match, map(task, range(n_tasks)))
-        return
-    # Forked: they import nothing, read the passages themselves, and send only what they found.
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, _start_worker, (task,)) as pool:
-        size = max(1, min(64, n_tasks // (4 * workers)))
-        yield from pool.map(_match_one, range(n_tasks), chunksize=size)
-
-
-def _start_worker(task: Callable[[int], Task]) -> None:
-    global _task
-    _task = task
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the waiting process answers them
-
-
-def _match_one(index: int) -> tuple[bool, list[bool]]:
-    return match(_task(index))
-
-
-def write_recall(path: Path, flags: list[list[bool]], n_docs: int) -> dict[str, float]:
-    """Write recall at 1, 5, 20 and 100 beside the retrieved data; nothing without gold answers.
-
-    Returns: the values by name, in [0, 1].
-    """
-    ks = [k for k in (1, 5, 20, 100) if flags and k <= n_docs]
-    recalls = {f"recall@{k}": recall_at_k(flags, k) for k in ks}
-    if recalls:
-        _write_beside(path, RECALL, {**recalls, "questions": len(flags)})
-    return recalls

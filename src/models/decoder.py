@@ -44,13 +44,19 @@ class Encoded(NamedTuple):
     mask: torch.Tensor
     positions: torch.Tensor
 
+    def first(self, n_positions: int) -> "Encoded":
+        """What was encoded at the first positions of the padded layout: the first passages."""
+        return self._replace(mask=self.mask & (self.positions < n_positions))
+
 
 class Decoded(NamedTuple):
-    """Answers' token ids [B, T], padded after their ends; `finite` [B], false where a logit was
-    inf or nan; and each layer's cross-attention query [B, H * K] for the first token after the
-    start, or None."""
+    """Answers' token ids [B, T], padded after their ends; their log-probabilities [B], ends
+    included; `finite` [B], false where a logit was inf or nan; and each layer's cross-attention
+    query [B, H * K] for the first token after the start, or None. With `n_best` answers for each
+    question, tokens and log-probabilities have n_best * B rows, a question's next to each other."""
 
     tokens: torch.Tensor
+    log_probs: torch.Tensor
     finite: torch.Tensor
     queries: list[torch.Tensor] | None
 
@@ -61,7 +67,7 @@ PositionBias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Cache = tuple[torch.Tensor, torch.Tensor]
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
     """One layer of the decoder. Matrices are [in, out]; `qkv` holds three side by side, `wi` one
     or, where the activation is gated, two."""
 
@@ -76,27 +82,40 @@ class _Layer(NamedTuple):
     activation: nn.Module
     wo: torch.Tensor
 
+    def feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the last part of the layer adds to states [..., D]."""
+        normed = fused_norm(self.norms[2], hidden)
+        inner = self.activation(normed @ self.wi[0])
+        for gate in self.wi[1:]:
+            inner = inner * (normed @ gate)
+        return _multiply(inner, self.wo)
+
 
 class _Passages:
     """The hidden states of the passages' tokens, which cross-attention reads.
 
     Each question's are cut into parts, [B, parts, S / parts, D]: a product of a few queries with
     one long matrix runs in one thread of a CPU, several products in as many.
+
+    A question can be answered from several views, each a mask of its tokens. Its views share the
+    hidden states, as heads do: their queries make one product.
     """
 
-    def __init__(self, encoded: Encoded, n_parts: int, dtype: torch.dtype):
+    def __init__(self, encoded: Encoded, views: torch.Tensor, n_parts: int, dtype: torch.dtype):
         B, S, D = encoded.hidden.shape
         missing = -S % n_parts
         self.hidden = pad(encoded.hidden.to(dtype), (0, 0, 0, missing)).view(B, n_parts, -1, D)
         self.positions = pad(encoded.positions, (0, missing))
-        self.mask: torch.Tensor | None = None  # what to add to attention scores, [B, 1, S]
-        real = pad(encoded.mask, (0, missing))
+        self.mask: torch.Tensor | None = None  # to be added to attention scores, [views, 1, S]
+        self.n_views = views.shape[1]
+        real = pad(views, (0, missing)).flatten(0, 1)
         if not real.all():
             mask = torch.zeros(real.shape, device=real.device)
             self.mask = mask.masked_fill(~real, torch.finfo(mask.dtype).min)[:, None]
 
-    def keep(self, rows: torch.Tensor) -> None:
-        self.hidden, self.positions = self.hidden[rows], self.positions[rows]
+    def keep(self, questions: torch.Tensor, rows: torch.Tensor) -> None:
+        """Continue with these questions, whose views are these rows."""
+        self.hidden, self.positions = self.hidden[questions], self.positions[questions]
         self.mask = None if self.mask is None else self.mask[rows]
 
     def bias(self, step: int, position_bias: PositionBias | None) -> torch.Tensor | None:
@@ -105,17 +124,21 @@ class _Passages:
             return self.mask
         here = torch.tensor([step], device=self.positions.device)
         bias = position_bias(here, self.positions)[:, :, 0]
+        bias = bias if self.n_views == 1 else bias.repeat_interleave(self.n_views, dim=0)
         return bias if self.mask is None else bias + self.mask
 
     def scores(self, queries: torch.Tensor) -> torch.Tensor:
-        """Queries [B, H, D] -> their products with all tokens [B, H, S]."""
-        products = queries[:, None] @ self.hidden.transpose(2, 3)  # [B, parts, H, S / parts]
-        return products.transpose(1, 2).flatten(2)
+        """Queries [views, H, D] -> their products with all tokens [views, H, S]."""
+        _, H, D = queries.shape
+        queries = queries.reshape(len(self.hidden), 1, -1, D)
+        products = queries @ self.hidden.transpose(2, 3)  # [B, parts, views * H, S / parts]
+        return products.transpose(1, 2).flatten(2).unflatten(1, (-1, H)).flatten(0, 1)
 
     def mix(self, weights: torch.Tensor) -> torch.Tensor:
-        """Weights [B, H, S] -> the weighted sums of all tokens [B, H, D]."""
-        weights = weights.to(self.hidden.dtype).unflatten(2, self.hidden.shape[1:3]).transpose(1, 2)
-        return (weights @ self.hidden).sum(dim=1)
+        """Weights [views, H, S] -> the weighted sums of all tokens [views, H, D]."""
+        (_, H, _), (B, parts, size, _) = weights.shape, self.hidden.shape
+        weights = weights.to(self.hidden.dtype).reshape(B, -1, parts, size).transpose(1, 2)
+        return (weights @ self.hidden).sum(dim=1).unflatten(1, (-1, H)).flatten(0, 1)
 
 
 class GreedyDecoder:
@@ -132,25 +155,25 @@ class GreedyDecoder:
         self, t5: T5ForConditionalGeneration, position_bias: PositionBias | None, dtype: torch.dtype
     ):
         config = t5.config
-        self._config, self._embed = config, t5.decoder.embed_tokens
-        self._position_bias, self._dtype = position_bias, dtype
-        self._heads = config.num_heads, config.d_kv
+        self.config, self.embed = config, t5.decoder.embed_tokens
+        self.position_bias, self._dtype = position_bias, dtype
+        self.heads = config.num_heads, config.d_kv
         self._first_attention = t5.decoder.block[0].layer[0].SelfAttention  # has the position bias
         self._final_norm = t5.decoder.final_layer_norm
         self._scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
-        self._layers = [self._lay_out_layer(block) for block in t5.decoder.block]
+        self.layers = [self._lay_out_layer(block) for block in t5.decoder.block]
         self._head = _lay_out(torch.float32, t5.lm_head)
 
-    def _lay_out_layer(self, block: nn.Module) -> _Layer:
+    def _lay_out_layer(self, block: nn.Module) -> Layer:
         dtype = self._dtype
         attention, across = block.layer[0].SelfAttention, block.layer[1].EncDecAttention
         dense = block.layer[2].DenseReluDense
 
         def by_head(linear: nn.Linear) -> torch.Tensor:
             """[H * K, D] -> [H, K, D]"""
-            return linear.weight.detach().to(dtype).unflatten(0, self._heads)
+            return linear.weight.detach().to(dtype).unflatten(0, self.heads)
 
-        return _Layer(
+        return Layer(
             norms=[layer.layer_norm for layer in block.layer],
             qkv=_lay_out(dtype, attention.q, attention.k, attention.v),
             self_out=_lay_out(dtype, attention.o),
@@ -164,45 +187,58 @@ class GreedyDecoder:
         )
 
     @torch.no_grad()
-    def decode(self, encoded: Encoded, max_length: int) -> Decoded:
+    def decode(
+        self, encoded: Encoded, max_length: int, views: torch.Tensor | None = None
+    ) -> Decoded:
         """The likeliest next token, again and again, until every answer has ended or has
-        `max_length` tokens, including the start token."""
-        config, device = self._config, encoded.hidden.device
-        B = len(encoded.hidden)
+        `max_length` tokens, including the start token.
+
+        Args:
+            views: masks [B, V, S] of the tokens to answer from; None: once, from all that are real.
+        Returns: as many answers for each question as there are views.
+        """
+        config, device = self.config, encoded.hidden.device
+        views = encoded.mask[:, None] if views is None else views
+        n_views = views.shape[1]
+        B = len(encoded.hidden) * n_views
         n_parts = torch.get_num_threads() if device.type == "cpu" else 1
-        passages = _Passages(encoded, n_parts, self._dtype)
-        shape, kind = (B, *self._heads, max_length), {"dtype": self._dtype, "device": device}
+        passages = _Passages(encoded, views, n_parts, self._dtype)
+        shape, kind = (B, *self.heads, max_length), {"dtype": self._dtype, "device": device}
         caches = [
             (torch.zeros(shape, **kind), torch.zeros(shape, **kind).mT.contiguous())
-            for _ in self._layers
+            for _ in self.layers
         ]
-        own_bias = self._first_attention.compute_bias(max_length, max_length, device)
+        own_bias = self.own_bias(max_length)
 
         tokens = torch.full((B, max_length), config.pad_token_id, device=device)
         tokens[:, 0] = config.decoder_start_token_id
-        rows = torch.arange(B, device=device)  # the questions that are being decoded
+        rows = torch.arange(B, device=device)  # the answers that are being decoded
         finished = torch.zeros(B, dtype=torch.bool, device=device)  # of these
         logit_sums = torch.zeros(B, device=device)  # not finite once a logit is not
+        log_probs = torch.zeros(B, device=device)
         first_queries: list[torch.Tensor] = []
         for step in range(max_length - 1):
-            bias = passages.bias(step, self._position_bias)
+            bias = passages.bias(step, self.position_bias)
             own = own_bias[:, :, step, : step + 1]
             logits, queries = self._step(tokens[rows, step], step, caches, passages, own, bias)
             first_queries = first_queries or queries
             logit_sums[rows] += logits.sum(dim=1).masked_fill(finished, 0.0)
-            chosen = logits.argmax(dim=1).masked_fill(finished, config.pad_token_id)
+            best, chosen = logits.max(dim=1)
+            log_probs[rows] += (best - logits.logsumexp(dim=1)).masked_fill(finished, 0.0)
+            chosen = chosen.masked_fill(finished, config.pad_token_id)
             tokens[rows, step + 1] = chosen
             finished |= chosen == config.eos_token_id
-            n_finished = int(finished.sum())
-            if n_finished == len(rows):
+            complete = finished.view(-1, n_views).all(dim=1)  # questions
+            n_complete = int(complete.sum())
+            if n_complete == len(complete):
                 tokens = tokens[:, : step + 2]
                 break
-            if 2 * n_finished >= len(rows):
-                unfinished = (~finished).nonzero()[:, 0]
+            if 2 * n_complete >= len(complete):
+                unfinished = (~complete).repeat_interleave(n_views).nonzero()[:, 0]
                 rows, finished = rows[unfinished], finished[unfinished]
-                passages.keep(unfinished)
+                passages.keep((~complete).nonzero()[:, 0], unfinished)
                 caches = [(keys[unfinished], values[unfinished]) for keys, values in caches]
-        return Decoded(tokens, logit_sums.isfinite(), first_queries)
+        return Decoded(tokens, log_probs, logit_sums.isfinite(), first_queries)
 
     def _step(
         self,
@@ -215,10 +251,10 @@ class GreedyDecoder:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The answers' tokens [B] at this step -> logits [B, V] of the next ones, in float32, and
         each layer's cross-attention query [B, H * K]."""
-        hidden = self._embed(tokens)  # [B, D]
-        heads = (len(tokens), *self._heads)
+        hidden = self.embed(tokens)  # [B, D]
+        heads = (len(tokens), *self.heads)
         queries = []
-        for layer, (keys, values) in zip(self._layers, caches, strict=True):
+        for layer, (keys, values) in zip(self.layers, caches, strict=True):
             query, key, value = (fused_norm(layer.norms[0], hidden) @ layer.qkv).chunk(3, dim=1)
             keys[..., step], values[:, :, step] = key.view(heads), value.view(heads)
             scores = query.view(heads)[:, :, None] @ keys[..., : step + 1]
@@ -234,13 +270,17 @@ class GreedyDecoder:
             mixed = passages.mix(weights).transpose(0, 1) @ layer.value  # [H, B, K]
             hidden = hidden + mixed.transpose(0, 1).flatten(1) @ layer.cross_out
 
-            normed = fused_norm(layer.norms[2], hidden)
-            inner = layer.activation(normed @ layer.wi[0])
-            for gate in layer.wi[1:]:
-                inner = inner * (normed @ gate)
-            hidden = hidden + _multiply(inner, layer.wo)
-        hidden = fused_norm(self._final_norm, hidden) * self._scale
-        return _multiply(hidden, self._head), queries
+            hidden = hidden + layer.feed_forward(hidden)
+        return self.logits(hidden), queries
+
+    def own_bias(self, length: int) -> torch.Tensor:
+        """The position bias of self-attention [1, H, length, length]."""
+        device = self.embed.weight.device
+        return self._first_attention.compute_bias(length, length, device)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The last layer's states [..., D] -> logits [..., V] in float32."""
+        return _multiply(fused_norm(self._final_norm, hidden) * self._scale, self._head)
 
 
 def _lay_out(dtype: torch.dtype, *linears: nn.Linear) -> torch.Tensor:
@@ -266,13 +306,16 @@ class TransformersDecoder:
         self._t5 = t5
 
     @torch.no_grad()
-    def decode(self, encoded: Encoded, max_length: int, num_beams: int = 1) -> Decoded:
-        """By beam search, or greedily with one beam."""
+    def decode(
+        self, encoded: Encoded, max_length: int, num_beams: int = 1, n_best: int = 1
+    ) -> Decoded:
+        """The `n_best` answers found by beam search, or greedily with one beam."""
         config = self._t5.config
         # Settings of our own: those saved with a model may hold another task's lengths.
         settings = GenerationConfig(
             max_length=max_length,
             num_beams=num_beams,
+            num_return_sequences=n_best,
             do_sample=False,
             decoder_start_token_id=config.decoder_start_token_id,
             eos_token_id=config.eos_token_id,
@@ -296,7 +339,17 @@ class TransformersDecoder:
             # fail where the decoder has more.
             past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
         )
-        return Decoded(tokens, finite, None)
+        of_rank = [self._log_probs(encoded, part) for part in tokens.view(B, n_best, -1).unbind(1)]
+        return Decoded(tokens, torch.stack(of_rank, dim=1).flatten(), finite, None)
+
+    def _log_probs(self, encoded: Encoded, tokens: torch.Tensor) -> torch.Tensor:
+        """The log-probabilities [B] of answers [B, T], given these as the decoder's input."""
+        output = self._t5(
+            **_passages(encoded), decoder_input_ids=tokens[:, :-1].contiguous(), use_cache=False
+        )
+        chosen = output.logits.float().log_softmax(dim=2).gather(2, tokens[:, 1:, None])[:, :, 0]
+        real = is_answer_token(tokens, self._t5.config.eos_token_id)
+        return chosen.masked_fill(~real, 0.0).sum(dim=1)
 
     @torch.no_grad()
     def first_step(
@@ -327,6 +380,12 @@ class TransformersDecoder:
             for handle in handles:
                 handle.remove()
         return queries, keys
+
+
+def is_answer_token(tokens: torch.Tensor, end: int) -> torch.Tensor:
+    """Which of the tokens [B, 1:T] after the start are the answer's: up to its end, included."""
+    ends = (tokens[:, 1:] == end).cumsum(dim=1)
+    return (ends == 0) | ((ends == 1) & (tokens[:, 1:] == end))
 
 
 def _passages(encoded: Encoded) -> dict:

@@ -14,7 +14,11 @@ import torch.distributed as dist
 from torch import nn
 
 from src.models.retriever import similarities
+from src.options import LossOptions
 from src.runtime.errors import InputError
+
+KL = LossOptions()
+_NEVER = -1e30  # a log-probability; unlike -inf, it has a gradient where there is nothing else
 
 
 def reader_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,27 +28,34 @@ def reader_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, 
 
 
 def retriever_loss(
-    model: nn.Module, batch: dict[str, Any], use_negatives: bool = False, name: str = "kl"
+    model: nn.Module,
+    batch: dict[str, Any],
+    options: LossOptions = KL,
+    use_negatives: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean loss of a batch's passages, and their number (see `compare_to_reader`)."""
-    loss, count, _ = compare_to_reader(model, batch, use_negatives, name)
+    """The mean loss over a batch's elements, and their number (see `compare_to_reader`)."""
+    loss, count, _ = compare_to_reader(model, batch, options, use_negatives)
     return loss, count
 
 
 def compare_to_reader(
-    model: nn.Module, batch: dict[str, Any], use_negatives: bool = False, name: str = "kl"
+    model: nn.Module,
+    batch: dict[str, Any],
+    options: LossOptions = KL,
+    use_negatives: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Train or evaluate on a `RetrieverCollator`'s batch: the mean of the loss `name` over its
-    passages, their number, and the similarities [B, N]."""
+    """Train or evaluate on a `RetrieverCollator`'s batch: the mean loss, the number of elements
+    that it is the mean of, and the similarities [B, N]."""
     questions, passages = model(
         batch["question_ids"], batch["question_mask"], batch["passage_ids"], batch["passage_mask"]
     )
-    present, negatives = batch["present"], None
+    negatives = None
     if use_negatives:
-        negatives = in_batch_negatives(questions, passages, batch["passage_keys"], present)
+        keys, present = batch["passage_keys"], batch["present"]
+        negatives = in_batch_negatives(questions, passages, keys, present)
     scores = similarities(questions, passages)
-    loss = DISTILLATION_LOSSES[name](scores, batch["gold_scores"], present, negatives)
-    return loss, present.sum(), scores
+    loss, count = DISTILLATION_LOSSES[options.loss](scores, batch, options, negatives)
+    return loss, count, scores
 
 
 def check_dev_loss(not_finite: list[int], file: str) -> None:
@@ -56,35 +67,121 @@ def check_dev_loss(not_finite: list[int], file: str) -> None:
         )
 
 
-def kl_divergence(
-    scores: torch.Tensor,
-    gold_scores: torch.Tensor,
-    present: torch.Tensor,
-    negatives: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The divergence of the retriever's distribution over passages from the reader's (Izacard and
-    Grave, 2021, https://arxiv.org/abs/2012.04584, section 3.3), averaged over all passages.
+# Each loss takes the similarities [B, N]; the batch, whose `gold_scores` [B, N] are the target and
+# whose `present` [B, N] is false where a question has no such passage (it counts nowhere); the
+# options; and similarities [B, M] to other questions' passages, -inf for those not to count, or
+# None. It returns the mean over its elements and their number.
+Loss = tuple[torch.Tensor, torch.Tensor]
 
-    Args:
-        scores: the retriever's similarities [B, N].
-        gold_scores: the reader's scores [B, N].
-        present: [B, N], false where a question has no such passage; it is not counted.
-        negatives: similarities [B, M] to other questions' passages, -inf for those not to count;
-            their target is 0. An addition to the paper.
-    """
-    gold = gold_scores.float().masked_fill(~present, -torch.inf).softmax(dim=1)
-    gold = gold.masked_fill(~present, 0.0)  # also where a question has no passages at all
+
+def _log_probs(scores: torch.Tensor, present: torch.Tensor, negatives: torch.Tensor | None = None):
+    """The log-softmax [B, N] of scores over a question's passages and the negatives; 0 for missing
+    passages, because -inf times a target of 0 would be nan."""
     candidates = scores.float().masked_fill(~present, -torch.inf)
     if negatives is not None:
         candidates = torch.cat([candidates, negatives.float()], dim=1)
-    log_likelihood = candidates.log_softmax(dim=1)[:, : gold.shape[1]]
-    # A passage with target 0 adds nothing, and -inf * 0 must not become nan.
-    log_likelihood = log_likelihood.masked_fill(~present, 0.0)
-    divergence = torch.xlogy(gold, gold) - gold * log_likelihood
-    return divergence.sum() / present.sum().clamp(min=1)
+    log_probs = candidates.log_softmax(dim=1)[:, : scores.shape[1]]
+    return log_probs.masked_fill(~present, 0.0)
 
 
-DISTILLATION_LOSSES: dict[str, Callable[..., torch.Tensor]] = {"kl": kl_divergence}
+def kl_divergence(
+    scores: torch.Tensor,
+    batch: dict[str, Any],
+    options: LossOptions = KL,
+    negatives: torch.Tensor | None = None,
+) -> Loss:
+    """The divergence of the retriever's distribution over passages from the reader's (Izacard and
+    Grave, 2021, https://arxiv.org/abs/2012.04584, section 3.3), averaged over all passages. The
+    target of negatives is 0: an addition to the paper."""
+    present = batch["present"]
+    gold = batch["gold_scores"].float() / options.target_temperature
+    gold = gold.masked_fill(~present, -torch.inf).softmax(dim=1)
+    gold = gold.masked_fill(~present, 0.0)  # also where a question has no passages at all
+    if negatives is not None:
+        negatives = negatives / options.temperature
+    log_probs = _log_probs(scores / options.temperature, present, negatives)
+    divergence = torch.xlogy(gold, gold) - gold * log_probs
+    return divergence.sum() / present.sum().clamp(min=1), present.sum()
+
+
+def mean_squared_error(
+    scores: torch.Tensor, batch: dict[str, Any], options: LossOptions, negatives: None = None
+) -> Loss:
+    """Of the similarities as estimates of the targets, averaged over all passages (2021 paper,
+    section 3.3)."""
+    present = batch["present"]
+    errors = (scores.float() - batch["gold_scores"]).masked_fill(~present, 0.0)
+    return errors.square().sum() / present.sum().clamp(min=1), present.sum()
+
+
+def margin(
+    scores: torch.Tensor, batch: dict[str, Any], options: LossOptions, negatives: None = None
+) -> Loss:
+    """By how much each pair of a question's passages misses the margin in the target's order,
+    summed over pairs and averaged over questions (2021 paper, section 3.3; the averaging is our
+    choice)."""
+    present, gold, scores = batch["present"], batch["gold_scores"], scores.float()
+    order = torch.sign(gold[:, :, None] - gold[:, None])
+    misses = (options.margin - order * (scores[:, :, None] - scores[:, None])).clamp(min=0)
+    pairs = (present[:, :, None] & present[:, None]).triu(diagonal=1)
+    n_questions = present.any(dim=1).sum()
+    return misses.masked_fill(~pairs, 0.0).sum() / n_questions.clamp(min=1), n_questions
+
+
+def emdr2(
+    scores: torch.Tensor, batch: dict[str, Any], options: LossOptions, negatives: None = None
+) -> Loss:
+    """Minus the log-likelihood of the answer's tokens, each marginalised over passages, averaged
+    over tokens: EMDR2 (Sachan et al., 2021, https://arxiv.org/abs/2106.05346) as its authors'
+    code and Atlas compute it."""
+    tokens, present = batch["token_log_probs"], batch["present"]  # [B, N, T]
+    log_probs = _log_probs(scores / options.temperature, present)
+    joint = (tokens + log_probs[:, :, None]).masked_fill(~present[:, :, None], _NEVER)
+    real = batch["token_mask"] & present.any(dim=1, keepdim=True)
+    likelihood = joint.logsumexp(dim=1).masked_fill(~real, 0.0)
+    return -likelihood.sum() / real.sum().clamp(min=1), real.sum()
+
+
+def emdr2_sequence(
+    scores: torch.Tensor, batch: dict[str, Any], options: LossOptions, negatives: None = None
+) -> Loss:
+    """The same for the answer as a whole, averaged over questions: as in the paper, section 2.3."""
+    present = batch["present"]
+    answers = (batch["token_log_probs"] * batch["token_mask"][:, None]).sum(dim=2)
+    joint = answers + _log_probs(scores / options.temperature, present)
+    has_any = present.any(dim=1)
+    likelihood = joint.masked_fill(~present, _NEVER).logsumexp(dim=1)
+    count = has_any.sum()
+    return -likelihood.masked_fill(~has_any, 0.0).sum() / count.clamp(min=1), count
+
+
+def contrastive(
+    scores: torch.Tensor,
+    batch: dict[str, Any],
+    options: LossOptions,
+    negatives: torch.Tensor | None = None,
+) -> Loss:
+    """Minus the log of the probability of the passages whose target is positive, averaged over the
+    questions that have one (as in DPR: Karpukhin et al., 2020,
+    https://arxiv.org/abs/2004.04906, section 3.2, where there is one)."""
+    positive = (batch["gold_scores"] > 0) & batch["present"]
+    if negatives is not None:
+        negatives = negatives / options.temperature
+    log_probs = _log_probs(scores / options.temperature, batch["present"], negatives)
+    has_any = positive.any(dim=1)
+    likelihood = log_probs.masked_fill(~positive, _NEVER).logsumexp(dim=1)
+    count = has_any.sum()
+    return -likelihood.masked_fill(~has_any, 0.0).sum() / count.clamp(min=1), count
+
+
+DISTILLATION_LOSSES: dict[str, Callable[..., Loss]] = {
+    "kl": kl_divergence,
+    "mse": mean_squared_error,
+    "margin": margin,
+    "emdr2": emdr2,
+    "emdr2_sequence": emdr2_sequence,
+    "contrastive": contrastive,
+}
 
 
 class _GatherPassages(torch.autograd.Function):

@@ -13,26 +13,24 @@ H heads, K head size.
 """
 
 import argparse
-import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from src.models.decoder import Encoded, GreedyDecoder, TransformersDecoder
+from src.models.decoder import Decoded, Encoded, GreedyDecoder, TransformersDecoder
 from src.models.encoder import changed_part, encode_packed, parts_to_compile, prepare
 from src.models.plain import changed_decoder_part
 from src.models.pretrained import (
     build,
     check_vocabulary,
-    decode_answers,
     from_pretrained,
     load_config,
     load_tokenizer,
@@ -40,7 +38,8 @@ from src.models.pretrained import (
     read_tensors,
 )
 from src.models.scores import passage_means, passage_scores
-from src.runtime.device import autocast, compile_layers, number_format
+from src.options import GenerationOptions
+from src.runtime.device import compile_layers, number_format
 from src.runtime.errors import InputError
 from src.runtime.terminal import say
 
@@ -50,6 +49,20 @@ POSITION_TABLE_KEY = "decoder.block.0.layer.1.EncDecAttention.relative_attention
 # The reference's checkpoints wrap the encoder twice: this key, and how keys map to T5's.
 _LEGACY_KEY = "encoder.encoder.final_layer_norm.weight"
 _LEGACY_NAMES = {r"^encoder\.encoder\.": "encoder.", r"\.module\.layer\.": ".layer."}
+
+
+class Generated(NamedTuple):
+    """Answers to B questions: token ids [B * n_best, T], the start token included, a question's
+    answers next to each other, best first; the passages' scores [B, N], or None; the answers'
+    log-probabilities [B * n_best]; and, by n, the tokens [B, T] of the best answers from the first
+    n passages alone."""
+
+    tokens: torch.Tensor
+    scores: torch.Tensor | None
+    log_probs: torch.Tensor
+    by_context: dict[int, torch.Tensor]
+    n_best: int
+    encoded: Encoded
 
 
 class CrossAttentionPositions(nn.Module):
@@ -188,7 +201,6 @@ class FiDT5(nn.Module):
         """The first of what `generate_with_scores` returns, which also has the arguments."""
         return self.generate_with_scores(*passages, score=None, **options)[0]
 
-    @torch.no_grad()
     def generate_with_scores(
         self,
         input_ids: torch.Tensor,
@@ -197,19 +209,32 @@ class FiDT5(nn.Module):
         num_beams: int = 1,
         decoder: GreedyDecoder | TransformersDecoder | None = None,
         score: str | None = "attention",
-        names: Sequence[str] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Passages [B, N, L] -> answers' token ids [B, at most `max_length`], the start token
-        included, greedily or by beam search; and the passages' scores [B, N].
+        included, greedily or by beam search; and the passages' scores [B, N]. See `answer`."""
+        options = GenerationOptions(max_length, num_beams)
+        found = self.answer(input_ids, attention_mask, options, decoder, score)
+        return found.tokens, found.scores
+
+    @torch.no_grad()
+    def answer(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        options: GenerationOptions,
+        decoder: GreedyDecoder | TransformersDecoder | None = None,
+        score: str | None = None,
+        names: Sequence[str] | None = None,
+    ) -> Generated:
+        """Answers to questions with passages [B, N, L].
 
         Args:
             decoder: what `decoder()` returned; None makes one for this batch alone.
-            score: a name in `SCORES`; None: return None instead of scores.
+            score: a name in `SCORES`; None: no scores.
             names: of the questions, for errors.
         Errors: `InputError` for the first question with a logit or score that is not finite.
         """
-        generation = max_length, num_beams, decoder, score
-        tokens, scores, finite = self(input_ids, attention_mask, generation=generation)
+        found, finite = self(input_ids, attention_mask, generation=(options, decoder, score))
         if not finite.all():
             index = finite.tolist().index(False)
             name = names[index] if names else f"example {index} (the first is 0)"
@@ -217,25 +242,24 @@ class FiDT5(nn.Module):
                 f"{name}: the reader's logits or passage scores are inf or nan; use --precision "
                 "bf16 or fp32, or another model if that does not help"
             )
-        return tokens, scores
+        return found
 
     def _generate(
         self,
         encoded: Encoded,
         attention_mask: torch.Tensor,
-        max_length: int,
-        num_beams: int,
+        options: GenerationOptions,
         decoder: GreedyDecoder | TransformersDecoder | None,
         score: str | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Token ids, scores, and a flag [B]: whether a question's logits and scores are finite."""
+    ) -> tuple[Generated, torch.Tensor]:
+        """Also a flag [B]: whether a question's logits and scores are finite."""
         decoder = decoder or self.decoder()
-        if num_beams > 1 or isinstance(decoder, TransformersDecoder):
-            decoded = TransformersDecoder(self.t5).decode(encoded, max_length, num_beams)
-        else:
-            decoded = decoder.decode(encoded, max_length)
+        decoded, by_context = self._decode(encoded, attention_mask.shape[2], options, decoder)
+        found = Generated(
+            decoded.tokens, None, decoded.log_probs, by_context, options.n_best, encoded
+        )
         if score is None:
-            return decoded.tokens, None, decoded.finite
+            return found, decoded.finite
         if isinstance(decoder, TransformersDecoder):
             mean = functools.partial(passage_means, encoded, attention_mask)
             queries, mean_keys = decoder.first_step(encoded, mean)
@@ -243,7 +267,38 @@ class FiDT5(nn.Module):
             queries, mean_keys = decoded.queries or decoder.decode(encoded, 2).queries, None
         scores = passage_scores(self, encoded, attention_mask, queries, mean_keys, score)
         finite = (scores.isfinite() | ~attention_mask.any(dim=2)).all(dim=1)
-        return decoded.tokens, scores, decoded.finite & finite
+        return found._replace(scores=scores), decoded.finite & finite
+
+    def _decode(
+        self,
+        encoded: Encoded,
+        L: int,
+        options: GenerationOptions,
+        decoder: GreedyDecoder | TransformersDecoder,
+    ) -> tuple[Decoded, dict[int, torch.Tensor]]:
+        """The answers, and the tokens of the best ones from the first n passages alone for each n
+        of the curve."""
+        contexts, longest, n_beams = (
+            options.contexts,
+            options.generation_max_length,
+            options.num_beams,
+        )
+        parts = [encoded.first(n * L) for n in contexts]
+        if n_beams > 1 or isinstance(decoder, TransformersDecoder):
+            beams = TransformersDecoder(self.t5)
+            found, *of_parts = (
+                beams.decode(part, longest, n_beams, options.n_best) for part in (encoded, *parts)
+            )
+            tokens = [part.tokens[:: options.n_best] for part in of_parts]
+            return found, dict(zip(contexts, tokens, strict=True))
+        V = len(parts) + 1
+        views = torch.stack([part.mask for part in (encoded, *parts)], dim=1)
+        found = decoder.decode(encoded, longest, views)
+        tokens = found.tokens.unflatten(0, (-1, V)).unbind(1)
+        finite = found.finite.view(-1, V).all(dim=1)
+        queries = [query[::V] for query in found.queries]
+        answers = Decoded(tokens[0], found.log_probs[::V], finite, queries)
+        return answers, dict(zip(contexts, tokens[1:], strict=True))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config and weights under plain T5 keys, so that T5 itself opens them too."""
@@ -252,65 +307,6 @@ class FiDT5(nn.Module):
             weights[POSITION_TABLE_KEY] = self.positions.table.weight
         self.config.fid_position_table = self.positions is not None
         self.t5.save_pretrained(folder, state_dict=weights, save_original_format=False)
-
-
-# ----------------------------------------------------------------------------------------------
-# Answers
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """The reader's answer to the question at this index of a file, and the scores of the passages
-    that it read, in reading order, or None if they were not asked for."""
-
-    index: int
-    text: str
-    scores: list[float] | None
-
-
-def answer_questions(
-    reader: FiDT5,
-    tokenizer: PreTrainedTokenizerBase,
-    batches: Iterable[dict[str, Any]],
-    device: torch.device,
-    precision: str = "fp32",
-    max_length: int = 50,
-    num_beams: int = 1,
-    with_scores: bool = False,
-    decoder: str = "fast",
-    source: str | None = None,
-) -> Iterator[list[Answer]]:
-    """Read batches of a `ReaderCollator`, each only when its answers are asked for, and yield the
-    answers of each.
-
-    Args:
-        decoder: see `FiDT5.decoder`.
-        source: the data's file, for error messages.
-    Errors: `InputError` naming the first example with a logit or score that is not finite.
-    """
-    was_training = reader.training
-    reader.eval()
-    score, file = "attention" if with_scores else None, f"{source}: " if source else ""
-    try:
-        with autocast(device, precision):
-            laid_out = reader.decoder(decoder)
-        for batch in batches:
-            ids = batch["input_ids"].to(device, non_blocking=True)
-            mask = batch["attention_mask"].to(device, non_blocking=True)
-            names = [f"{file}example {index} (the first is 0)" for index in batch["index"]]
-            with autocast(device, precision):
-                tokens, scores = reader.generate_with_scores(
-                    ids, mask, max_length, num_beams, laid_out, score, names
-                )
-            rows = scores.tolist() if with_scores else [None] * len(tokens)
-            counts = batch["attention_mask"].any(dim=2).sum(dim=1).tolist()
-            texts = decode_answers(tokenizer, tokens)
-            yield [
-                Answer(index, text, row and row[:n])
-                for index, text, row, n in zip(batch["index"], texts, rows, counts, strict=True)
-            ]
-    finally:
-        reader.train(was_training)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from src.options import conversation_search, test_reader_parser
+from src.options import GenerationOptions, conversation_search, select, test_reader_parser
 from src.runtime.errors import InputError, reports_input_errors
 
 if __name__ == "__main__":
@@ -30,7 +30,8 @@ from src.data.batches import ReaderCollator, ReaderItem, reader_texts
 from src.data.examples import Example
 from src.data.passages import Passage, Passages
 from src.evaluation.answers import answer_spans
-from src.models.reader import FiDT5, answer_questions, open_reader
+from src.models.answering import answer_questions
+from src.models.reader import FiDT5, open_reader
 from src.runtime.device import describe, pick_device, resolve_precision
 from src.runtime.launch import detect_launch
 from src.runtime.terminal import count, duration, say
@@ -178,8 +179,8 @@ def converse(
             texts = reader_texts(example, options.n_context, not options.no_title)
             yield collate([ReaderItem(0, texts, None)])
 
-    generation = options.generation_max_length, options.num_beams, True, options.decoder
-    for (answer,) in answer_questions(reader, tokenizer, batches(), device, precision, *generation):
+    how = device, precision, select(GenerationOptions, options)
+    for (answer,) in answer_questions(reader, tokenizer, batches(), *how, with_scores=True):
         scores = answer.scores[: len(passages)]  # without passages, the question alone has one
         read = [
             Evidence(passage.title, passage.text, score, passage.score, passage.position + 1)

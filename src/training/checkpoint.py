@@ -30,12 +30,14 @@ STATE_FILE, META_FILE = "training_state.pt", "checkpoint.json"
 _FIXED = """
 model_path model_size model_config tokenizer legacy_position_table retriever_model
 indexing_dimension question_maxlength passage_maxlength no_projection no_question_mask
-no_passage_mask extract_cls
+no_passage_mask extract_cls best_by
 """
 _MEANING = {  # of a change, where that is not obvious
     "eval_data": "the best value so far, and best_dev, are by the earlier file",
     "seed": "order, targets and dropout now depend on it",
     "processes": "dropout is drawn anew",
+    "loss": "the best value so far, and best_dev, are by the earlier one",
+    "target": "the best value so far, and best_dev, are by the earlier one",
 }
 
 

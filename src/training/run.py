@@ -68,6 +68,13 @@ class Run:
         """The options and the number of processes, as they are saved."""
         return {**vars(self.options), "processes": distributed.world_size()}
 
+    @property
+    def target(self) -> str | None:
+        """The target that a retriever learns from; None: the data's only or first one."""
+        if getattr(self.options, "loss", "") == "contrastive":
+            return "has_answer"
+        return getattr(self.options, "target", None)
+
     @functools.cached_property
     def resumed_from(self) -> Path | None:
         """The checkpoint to resume from, if there is one."""
@@ -92,7 +99,9 @@ class Run:
         rank, world_size = distributed.rank(), distributed.world_size()
         needs_target = doing == "training" and not scores
         data = distributed.raise_on_all(
-            lambda: load_data(path, rank, world_size, needs_target, scores, passing_bar)
+            lambda: load_data(
+                path, rank, world_size, needs_target, scores, passing_bar, self.target
+            )
         )
         total = len(data)
         if scores:

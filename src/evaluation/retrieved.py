@@ -1,0 +1,151 @@
+"""The file that retrieval writes, and what is written beside it."""
+
+import json
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.data.examples import Examples, available_cpus, read_example
+from src.data.json_files import json_list
+from src.data.outputs import write_whole
+from src.data.passages import Passages
+from src.evaluation.answers import Task, match
+from src.evaluation.rankings import recall_at_k
+from src.runtime.errors import InputError, shorten
+
+OnExamples = Callable[[int], object]  # called with the number of examples just written
+MADE_BY, RECALL = ".made_by.json", ".recall.json"  # appended to the name of the file they describe
+_PAIRS_WORTH_A_PROCESS = 100_000  # of a question and a passage; a process starts in 0.1 s
+
+
+def check_trec_ids(data: Examples, passages: Passages) -> None:
+    """Errors: `InputError`, before hours of work, for ids that a TREC run cannot hold: its columns
+    are separated by whitespace, and its questions distinguished by their ids."""
+    remedy = "change it, or say --output_format json"
+    seen = set()
+    for index in range(len(data)):
+        identity = read_example(data, index).id
+        if len(identity.split()) != 1 or identity in seen:
+            problem = "is another's too" if identity in seen else "is empty or has white space"
+            where = f"{data.where(index)}: its id {shorten(identity)}"
+            raise InputError(f"{where} {problem}; {remedy}")
+        seen.add(identity)
+    for identity in passages.ids():
+        if len(identity.split()) != 1:
+            problem = f"the id {shorten(identity)} is empty or has white space"
+            raise InputError(f"{passages.path}: {problem}; {remedy}")
+
+
+def write_retrieved(
+    path: Path,
+    data: Examples,
+    passages: Passages,
+    rows: list[list[int]],
+    scores: np.ndarray,
+    workers: int,
+    made_by: dict[str, Any],
+    as_trec: bool = False,
+    on_examples: OnExamples = lambda n: None,
+) -> list[list[bool]]:
+    """Write questions with the passages found for them, and beside them what made them.
+
+    Args:
+        path: the data in the reader's format; `.jsonl` gives a line for each example, any other
+            name a JSON list.
+        rows, scores: of each question's passages in the collection, best first.
+        workers: maximum number of processes that look for answers.
+        made_by: as JSON values; `model` is the last column of a TREC run.
+        as_trec: write a TREC run instead.
+
+    Returns: for each question with gold answers, whether each of its passages contains one.
+    """
+    flags = []
+
+    def task(index: int) -> Task:
+        return read_example(data, index).answers, [passages[row].text for row in rows[index]]
+
+    def found() -> Iterator[tuple[int, list[bool]]]:
+        hits = _find_answers(task, len(data), scores.size, workers)
+        for index, (has_answers, contained) in enumerate(hits):
+            if has_answers:
+                flags.append(contained)
+            yield index, contained if has_answers else []
+            on_examples(1)
+
+    def examples() -> Iterator[dict[str, Any]]:
+        for index, contained in found():
+            contexts = []
+            for number, (row, score) in enumerate(zip(rows[index], scores[index], strict=False)):
+                identity, title, text, *_, more = passages[row]
+                context = {"id": identity, "title": title, "text": text, "score": float(score)}
+                hit = {"hasanswer": contained[number]} if contained else {}
+                contexts.append(
+                    {**context, **hit, **{n: more[n] for n in more if n not in context}}
+                )
+            yield {**data[index], "ctxs": contexts}
+
+    def trec_lines() -> Iterator[str]:
+        for index, _ in found():
+            question = read_example(data, index).id
+            for rank, (row, score) in enumerate(zip(rows[index], scores[index], strict=False)):
+                columns = passages[row].id, rank + 1, repr(float(score)), made_by["model"]
+                yield "{} Q0 {} {} {} {}\n".format(question, *columns)
+
+    for kind in (MADE_BY, RECALL):  # of an earlier file
+        beside(path, kind).unlink(missing_ok=True)
+    as_lines = (json.dumps(example) + "\n" for example in examples())
+    as_json = as_lines if path.suffix == ".jsonl" else json_list(examples())
+    write_whole(path, trec_lines() if as_trec else as_json)
+    write_beside(path, MADE_BY, made_by)
+    return flags
+
+
+def beside(path: Path, kind: str) -> Path:
+    return path.with_name(path.name + kind)
+
+
+def write_beside(path: Path, kind: str, values: dict[str, Any]) -> None:
+    write_whole(beside(path, kind), [json.dumps(values, indent=1) + "\n"])
+
+
+def _find_answers(
+    task: Callable[[int], Task], n_tasks: int, n_pairs: int, workers: int
+) -> Iterator[tuple[bool, list[bool]]]:
+    """Whether there are answers, and which texts contain one, for each task in turn."""
+    workers = min(workers, available_cpus(), n_pairs // _PAIRS_WORTH_A_PROCESS)
+    if workers <= 1:
+        yield from map(match, map(task, range(n_tasks)))
+        return
+    # Forked: they import nothing, read the passages themselves, and send only what they found.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, context, _start_worker, (task,)) as pool:
+        size = max(1, min(64, n_tasks // (4 * workers)))
+        yield from pool.map(_match_one, range(n_tasks), chunksize=size)
+
+
+def _start_worker(task: Callable[[int], Task]) -> None:
+    global _task
+    _task = task
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the waiting process answers them
+
+
+def _match_one(index: int) -> tuple[bool, list[bool]]:
+    return match(_task(index))
+
+
+def write_recall(path: Path, flags: list[list[bool]], n_docs: int) -> dict[str, float]:
+    """Write recall at 1, 5, 20 and 100 beside the retrieved data; nothing without gold answers.
+
+    Returns: the values by name, in [0, 1].
+    """
+    ks = [k for k in (1, 5, 20, 100) if flags and k <= n_docs]
+    recalls = {f"recall@{k}": recall_at_k(flags, k) for k in ks}
+    if recalls:
+        write_beside(path, RECALL, {**recalls, "questions": len(flags)})
+    return recalls

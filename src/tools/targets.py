@@ -1,0 +1,102 @@
+"""What passage scores are worth before a retriever learns from them.
+
+    python -m src.tools.targets checkpoint/my_test/dataset_wscores.json
+
+For each target in the files (test_reader.py --targets): recall@k when passages are sorted by it;
+how often the first passage has no answer although another has one ("misses"); and the rank
+correlation with the other targets (Spearman's, averaged over questions).
+"""
+
+from src.options import targets_parser
+from src.runtime.errors import InputError, reports_input_errors
+
+if __name__ == "__main__":
+    reports_input_errors(targets_parser().parse_args)()  # answers --help at once
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from src.data.examples import load_data
+from src.evaluation.answers import find_answers
+from src.evaluation.rankings import first_hit
+
+KS = (1, 5, 20)
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0 [n], the mean rank for equal values."""
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts + 1) / 2)[group]
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation of scores [n]; nan if one has equal scores only."""
+    x, y = (ranks(values) - (len(values) - 1) / 2 for values in (a, b))
+    norm = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / norm) if norm else np.nan
+
+
+def read_scores(path: str) -> Iterator[tuple[dict[str, np.ndarray], list[bool]]]:
+    """Each question's scores by target [n], and which passages have an answer (as scored by
+    `has_answer`, or else by the texts)."""
+    data = load_data(path)
+    for index in range(len(data)):
+        raw = data[index]
+        contexts = [c for c in raw.get("ctxs") or [] if isinstance(c.get("scores"), dict)]
+        names = (
+            set.intersection(*(set(context["scores"]) for context in contexts)) if contexts else ()
+        )
+        scores = {
+            name: np.array([context["scores"][name] for context in contexts], dtype=float)
+            for name in names
+        }
+        flags = list(find_answers(raw.get("answers") or [], (c["text"] for c in contexts)))
+        yield scores, flags
+
+
+def measure(path: str) -> tuple[list[str], list[list[float]]]:
+    """The targets, and a row for each: recalls, misses, correlations with all targets; in percent
+    but for the correlations. Errors: `InputError` when the file has no targets."""
+    firsts: dict[str, list[int]] = {}
+    related: dict[tuple[str, str], list[float]] = {}
+    for scores, flags in read_scores(path):
+        for name, values in scores.items():
+            if any(flags):
+                order = np.argsort(-values, kind="stable")
+                firsts.setdefault(name, []).append(first_hit(flags[n] for n in order))
+            elif flags:
+                firsts.setdefault(name, []).append(0)
+            for other in scores:
+                related.setdefault((name, other), []).append(correlation(values, scores[other]))
+    if not firsts:
+        raise InputError(
+            f"{path}: no passages with scores by name; write them with test_reader.py "
+            "--write_crossattention_scores --targets attention,perplexity"
+        )
+    names, rows = sorted(firsts), []
+    for name in names:
+        found = np.array(firsts[name])
+        recalls = [100 * np.mean((found > 0) & (found <= k)) for k in KS]
+        misses = 100 * np.mean(found > 1) / max(np.mean(found > 0), 1e-9)
+        pairs = [np.array(related.get((name, other), [np.nan])) for other in names]
+        means = [float(p[~np.isnan(p)].mean()) if (~np.isnan(p)).any() else np.nan for p in pairs]
+        rows.append([*recalls, misses, *means])
+    return names, rows
+
+
+@reports_input_errors
+def main(arguments: list[str] | None = None) -> None:
+    for path in targets_parser().parse_args(arguments).files:
+        names, rows = measure(path)
+        head: list[Any] = [*(f"recall@{k}" for k in KS), "misses", *range(1, len(names) + 1)]
+        width = max(len(f"{n} {name}") for n, name in enumerate(names, start=1))
+        print(f"{path}\n{'':{width}}", *(f"{cell:>9}" for cell in head))
+        for number, (name, row) in enumerate(zip(names, rows, strict=True), start=1):
+            cells = [f"{cell:9.1f}" for cell in row[:4]] + [f"{cell:9.2f}" for cell in row[4:]]
+            print(f"{f'{number} {name}':{width}}", *cells)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Losses and their gradients equal Atlas', EMDR2's, and those of the definitions in float64."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import train_retriever
+from src.data.batches import RetrieverDataset
+from src.data.examples import load_data
+from src.models.losses import DISTILLATION_LOSSES
+from src.options import LOSSES, LossOptions
+from tests.conftest import REFERENCE
+
+FOLDER = REFERENCE.parent / "reference_targets"
+KL = ("pdist", "loop", "scores_first", "probs_sum", "norms_sum", "norms_first")
+
+
+@pytest.fixture(params=["cut", "padded"])
+def numbers(request):
+    return np.load(FOLDER / f"{request.param}.npz")
+
+
+def check(name, batch, options, similarity, loss, gradient, tolerance=1e-5):
+    """The loss and its gradient, alone and in a batch with a missing third passage."""
+    scores = torch.tensor(similarity, requires_grad=True)
+    value, _ = DISTILLATION_LOSSES[name](scores, batch, options, None)
+    value.backward()
+    assert value.item() == pytest.approx(float(loss), rel=tolerance, abs=1e-7)
+    if gradient is not None:
+        assert np.abs(scores.grad.numpy() - gradient).max() < 2e-5 * np.abs(gradient).max() + 1e-9
+
+
+def make_batch(numbers, gold: np.ndarray, tokens: np.ndarray, n: int) -> dict:
+    """As the collator makes them; with two passages of each question, the third is missing."""
+    present = torch.ones(8, 3, dtype=torch.bool)
+    present[:, n:] = False
+    full = {"gold_scores": np.zeros((8, 3)), "token_log_probs": np.zeros((8, 3, 5))}
+    full["gold_scores"][:, :n], full["token_log_probs"][:, :n] = gold, tokens
+    batch = {key: torch.tensor(value, dtype=torch.float32) for key, value in full.items()}
+    return batch | {"present": present, "token_mask": torch.tensor(numbers["labels"] != -100)}
+
+
+def padded(gradient: np.ndarray) -> np.ndarray:
+    return np.pad(gradient, ((0, 0), (0, 3 - gradient.shape[1])))
+
+
+@pytest.mark.parametrize("n", [3, 2])
+def test_losses_equal_the_reference(n, numbers):
+    def of(name: str) -> np.ndarray:
+        return numbers[name if n == 3 else f"two_{name}"]
+
+    u = numbers["similarity"].astype(np.float32)
+    for row, (gold_temperature, temperature) in enumerate(numbers["temperatures"].tolist()):
+        options = LossOptions("", temperature, gold_temperature)
+        for target in KL:
+            batch = make_batch(numbers, of(target), of("token_logprob"), n)
+            gradient = padded(of(f"kl_{target}_grad")[row])
+            check("kl", batch, options, u, of(f"kl_{target}_loss")[row], gradient)
+        batch = make_batch(numbers, of("pdist"), of("emdr_token_logprob")[row], n)
+        check("emdr2", batch, options, u, of("emdr_loss")[row], padded(of("emdr_grad")[row]))
+        batch = make_batch(numbers, of("pdist"), of("token_logprob"), n)
+        loss, gradient = (of(f"plain_emdr_sequence_{part}")[row] for part in ("loss", "grad"))
+        check("emdr2_sequence", batch, options, u, loss, padded(gradient))
+    batch = make_batch(numbers, of("scores_first"), of("token_logprob"), n)
+    check(
+        "emdr2",
+        batch,
+        LossOptions(),
+        u,
+        of("emdr2_official_loss"),
+        padded(of("emdr2_official_grad")),
+    )
+    check("mse", batch, LossOptions(), u, of("plain_mse_loss"), padded(of("plain_mse_grad")))
+    for row, gamma in enumerate(numbers["gammas"].tolist()):
+        loss, gradient = (of(f"plain_margin_{part}")[row] for part in ("loss", "grad"))
+        check("margin", batch, LossOptions(margin=gamma), u, loss, padded(gradient))
+    batch = make_batch(numbers, of("pdist"), of("token_logprob"), n)
+    value, count = DISTILLATION_LOSSES["kl"](torch.tensor(u), batch, LossOptions(), None)
+    sums = value * count / 8  # EMDR2's alternative is averaged over questions
+    assert sums.item() == pytest.approx(float(of("emdr2_official_kl_loss")), rel=1e-5)
+
+
+def test_contrastive_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    scores, negatives = (torch.randn(4, n, generator=generator) for n in (3, 2))
+    gold = torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 0, 0], [1, 0, 0]])
+    present = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 0, 0]]).bool()
+    batch = {"gold_scores": gold, "present": present}
+    loss, count = DISTILLATION_LOSSES["contrastive"](
+        scores, batch, LossOptions(temperature=0.5), negatives
+    )
+    expected = []
+    for row in (0, 1, 3):
+        own = [(2 * scores[row, n]).exp().item() for n in range(3) if present[row, n]]
+        right = [(2 * scores[row, n]).exp().item() for n in range(3) if gold[row, n]]
+        others = (2 * negatives[row]).exp().sum().item()
+        expected.append(-np.log(sum(right) / (sum(own) + others)))
+    assert count == 3
+    assert loss.item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_questions_without_passages_have_no_gradient(name):
+    scores = torch.zeros(2, 3, requires_grad=True)
+    batch = {"gold_scores": torch.zeros(2, 3), "present": torch.zeros(2, 3, dtype=torch.bool)}
+    batch |= {"token_log_probs": torch.zeros(2, 3, 4), "token_mask": torch.ones(2, 4).bool()}
+    loss, _ = DISTILLATION_LOSSES[name](scores, batch, LossOptions(), None)
+    loss.backward()
+    assert loss.item() == 0
+    assert (scores.grad == 0).all()
+
+
+def test_the_table_has_the_names_of_the_options():
+    assert tuple(DISTILLATION_LOSSES) == LOSSES
+
+
+# --- from files
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Questions whose passages have several scores."""
+    rng = np.random.default_rng(0)
+    rows = json.loads((REFERENCE / "data.json").read_text())[:8]
+    for row in rows:
+        for n, context in enumerate(row["ctxs"]):
+            values = {
+                "attention": rng.normal(),
+                "perplexity": rng.normal(),
+                "has_answer": float(n < 2),
+            }
+            context |= {"scores": values, "token_log_probs": rng.normal(size=3).tolist()}
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_a_target_is_read_by_name(data):
+    rows = json.loads(data.read_text())
+    for target in ("attention", "perplexity"):
+        examples = load_data(data, needs_scores=5, target=target)
+        item = RetrieverDataset(examples, 5)[0, 3]
+        scores = [context["scores"][target] for context in rows[3]["ctxs"]]
+        assert item.scores == sorted(scores, reverse=True)
+    assert load_data(data, needs_scores=5, target="leave_one_out").unscored == list(range(8))
+
+
+def test_positives_and_negatives_are_drawn_anew_each_epoch(data):
+    examples = load_data(data, needs_scores=5, target="has_answer")
+    dataset = RetrieverDataset(examples, 3, loss="contrastive", seed=1)
+    drawn = [dataset[epoch, 2] for epoch in range(12)]
+    assert drawn == [dataset[epoch, 2] for epoch in range(12)]
+    assert all(item.scores == [1.0, 0.0, 0.0] for item in drawn)
+    assert len({item.passages[0] for item in drawn}) == 2
+    assert len({tuple(sorted(item.passages[1:])) for item in drawn}) == 3
+
+
+def test_dprs_training_files(tmp_path):
+    passage = {"title": "A", "text": "b"}
+    row = {"question": "who?", "answers": ["b"], "positive_ctxs": [passage],
+           "negative_ctxs": [passage] * 2, "hard_negative_ctxs": [passage]}  # fmt: skip
+    (tmp_path / "dpr.json").write_text(json.dumps([row]))
+    examples = load_data(tmp_path / "dpr.json", needs_scores=4, target="has_answer")
+    item = RetrieverDataset(examples, 4, loss="contrastive")[0, 0]
+    assert item.scores == [1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_training_with_each_loss(loss, data, tmp_path):
+    more = ["--target", "perplexity"] if loss != "contrastive" else ["--in_batch_negatives"]
+    train_retriever.main(
+        ["--train_data", str(data), "--eval_data", str(data), "--n_context", "3", "--loss", loss,
+         "--model_path", str(REFERENCE / "legacy_retriever_mask_mean"), "--total_steps", "3",
+         "--tokenizer", str(REFERENCE / "bert"), "--checkpoint_dir", str(tmp_path), "--name", "r",
+         "--eval_freq", "3", "--per_gpu_batch_size", "4", "--num_workers", "0", *more]
+    )  # fmt: skip
+    rows = [json.loads(row) for row in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert np.isfinite(losses).all()
+    assert np.isfinite(rows[-1]["dev/loss"])
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--loss", "mse", "--in_batch_negatives"], "--loss mse has no in-batch negatives"),
+        (["--loss", "contrastive", "--target", "attention"], "learns from has_answer"),
+        (["--loss", "kl", "--margin", "1"], "--loss kl does not use --margin"),
+        (["--loss", "emdr2", "--target_temperature", "2"], "does not use --target_temperature"),
+    ],
+)
+def test_wrong_options(options, problem, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train_retriever.main(options)
+    assert problem in capsys.readouterr().err
