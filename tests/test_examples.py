@@ -281,7 +281,7 @@ def counting():
 def several_processes(monkeypatch):
     """Files of any size are checked by three processes."""
     monkeypatch.setattr(module, "_BYTES_WORTH_A_PROCESS", 1)
-    monkeypatch.setattr(module, "_cpus", lambda: 3)
+    monkeypatch.setattr(module, "available_cpus", lambda: 3)
 
 
 @pytest.mark.usefixtures("several_processes")
