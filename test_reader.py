@@ -9,9 +9,10 @@ Writes the answers (final_output.txt) and the data with passage scores (dataset_
 
 from src.options import changed, test_reader_parser
 from src.runtime.errors import on_interrupt, reports_input_errors
+from src.tools.plan import parse_args
 
 if __name__ == "__main__":
-    reports_input_errors(test_reader_parser().parse_args)()  # answers --help at once
+    reports_input_errors(parse_args)(test_reader_parser())  # answers --help and --plan at once
 
 import itertools
 import time
@@ -29,14 +30,13 @@ from src.runtime.launch import StopRequest
 from src.runtime.terminal import count, duration, say, say_next
 from src.tools import ask
 from src.training import metrics
-from src.training.metrics import passing_bar
 
 
 @reports_input_errors
 def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     parser = test_reader_parser()
-    options = parser.parse_args(arguments)
+    options = parse_args(parser, arguments)
     if options.interactive or options.question is not None:
         ask.main(options)
         return
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Data and model
     file, with_scores = options.eval_data, options.write_crossattention_scores
-    data = distributed.raise_on_all(lambda: load_data(file, rank, world_size, bar=passing_bar))
+    data = distributed.raise_on_all(lambda: load_data(file, rank, world_size, bar=metrics.passing_bar))
     passages = describe_passages(data, options.n_context, "score them" if with_scores else "")
     say(log, "data", "using %s of %s examples of %s, %s", *[f"{len(data):,}"] * 2, file, passages)
     reader, tokenizer = open_reader(options, device, log)
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     if rank == 0 and options.write_results:
         say(log, "answers", "%s", results.write_answers(run, data, world_size))
     if rank == 0 and with_scores:
-        with passing_bar(len(data), "question", "writing scores") as bar:
+        with metrics.passing_bar(len(data), "question", "writing scores") as bar:
             path = write_scores(run, data, world_size, options.n_context, made_by, bar.update)
         say(log, "scores", "%s", path)
     distributed.barrier()

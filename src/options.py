@@ -247,6 +247,7 @@ _TOKENIZER = "folder or hub name of the tokenizer for a model without one; none:
 _BERT = f"{_TOKENIZER}bert-base-uncased"
 _INDEXED = "the retriever that made the embeddings"
 _COMPILE = "compile the layers with PyTorch: takes a minute or so, then runs faster"
+_SHARD = "divide weights, gradients and optimizer among the processes (FSDP)"
 _PLAIN = "embed without the words question:, title: and context:, as DPR and Contriever do"
 _FRESH = "config file (JSON): start from fresh weights of this shape, with --tokenizer"
 _RESUMES = " (A stopped run resumes from its own checkpoint instead.)"
@@ -254,6 +255,8 @@ _RESUMES = " (A stopped run resumes from its own checkpoint instead.)"
 
 def _processes(parser: _Parser, batch_size: int) -> None:
     add, new = parser.group("processes")
+    new("--plan", "GPU[:N]", None, nargs="?", const="this",
+        help="print what this command needs (memory, time, disk) on N such GPUs, and end")
     add("--per_gpu_batch_size", COUNT, batch_size, "batch size of each process")
     new("--dist_timeout", SECONDS, 600.0, "seconds until a process stops waiting for another")
     # Launchers before torchrun passed it; torchrun sets an environment variable.
@@ -267,6 +270,7 @@ def _run(parser: _Parser) -> None:
     new("--precision", ["auto", "fp32", "bf16", "fp16"], "auto",
         "number format of matrix products; auto: bf16 where the GPU supports it, else fp32")
     new("--compile", bool, False, _COMPILE)
+    new("--shard", bool, False, _SHARD)
     new("--num_workers", COUNT_OR_ZERO, 2, "data-loading processes per process (0: none)")
     _processes(parser, batch_size=1)
 

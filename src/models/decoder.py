@@ -31,6 +31,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from src.models.encoder import fused_norm
+from src.models.plain import output_scale
 from src.runtime.device import full_precision
 from src.runtime.errors import InputError
 
@@ -135,9 +136,11 @@ class GreedyDecoder:
         self._config, self._embed = config, t5.decoder.embed_tokens
         self._position_bias, self._dtype = position_bias, dtype
         self._heads = config.num_heads, config.d_kv
-        self._first_attention = t5.decoder.block[0].layer[0].SelfAttention  # has the position bias
+        # The first has the position bias of all; umT5's each have their own.
+        attentions = [block.layer[0].SelfAttention for block in t5.decoder.block]
+        self._biased = [a for a in attentions if a.has_relative_attention_bias]
         self._final_norm = t5.decoder.final_layer_norm
-        self._scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
+        self._scale = output_scale(config)
         self._layers = [self._lay_out_layer(block) for block in t5.decoder.block]
         self._head = _lay_out(torch.float32, t5.lm_head)
 
@@ -176,7 +179,8 @@ class GreedyDecoder:
             (torch.zeros(shape, **kind), torch.zeros(shape, **kind).mT.contiguous())
             for _ in self._layers
         ]
-        own_bias = self._first_attention.compute_bias(max_length, max_length, device)
+        biases = [a.compute_bias(max_length, max_length, device) for a in self._biased]
+        own_biases = biases if len(biases) == len(caches) else biases * len(caches)
 
         tokens = torch.full((B, max_length), config.pad_token_id, device=device)
         tokens[:, 0] = config.decoder_start_token_id
@@ -186,7 +190,7 @@ class GreedyDecoder:
         first_queries: list[torch.Tensor] = []
         for step in range(max_length - 1):
             bias = passages.bias(step, self._position_bias)
-            own = own_bias[:, :, step, : step + 1]
+            own = [own_bias[:, :, step, : step + 1] for own_bias in own_biases]
             logits, queries = self._step(tokens[rows, step], step, caches, passages, own, bias)
             first_queries = first_queries or queries
             logit_sums[rows] += logits.sum(dim=1).masked_fill(finished, 0.0)
@@ -210,7 +214,7 @@ class GreedyDecoder:
         step: int,
         caches: list[Cache],
         passages: _Passages,
-        own_bias: torch.Tensor,
+        own_biases: list[torch.Tensor],
         bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The answers' tokens [B] at this step -> logits [B, V] of the next ones, in float32, and
@@ -218,7 +222,7 @@ class GreedyDecoder:
         hidden = self._embed(tokens)  # [B, D]
         heads = (len(tokens), *self._heads)
         queries = []
-        for layer, (keys, values) in zip(self._layers, caches, strict=True):
+        for layer, (keys, values), own_bias in zip(self._layers, caches, own_biases, strict=True):
             query, key, value = (fused_norm(layer.norms[0], hidden) @ layer.qkv).chunk(3, dim=1)
             keys[..., step], values[:, :, step] = key.view(heads), value.view(heads)
             scores = query.view(heads)[:, :, None] @ keys[..., : step + 1]

@@ -12,8 +12,33 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    MT5Config,
+    MT5ForConditionalGeneration,
+    PreTrainedConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+)
+from transformers.models.mt5 import modeling_mt5
+from transformers.models.t5 import modeling_t5
 from transformers.models.t5.modeling_t5 import T5Attention
+from transformers.models.umt5 import modeling_umt5
+
+# Readers by `model_type`: configs, and models. (T5 v1.1, Flan-T5 and ByT5 are of type t5.)
+FAMILY: dict[str, tuple[type[PreTrainedConfig], type[nn.Module]]] = {
+    "t5": (T5Config, T5ForConditionalGeneration),
+    "mt5": (MT5Config, MT5ForConditionalGeneration),
+    "umt5": (UMT5Config, UMT5ForConditionalGeneration),
+}
+# Their modules are copies of T5's, except that all of umT5's self-attentions have a position bias.
+_COPIES = {
+    getattr(module, f"{prefix}{name}"): getattr(modeling_t5, name)
+    for module, prefix in ((modeling_mt5, "M"), (modeling_umt5, "UM"))
+    for name in dir(modeling_t5)
+    if name.startswith("T5") and hasattr(module, f"{prefix}{name}") and "Config" not in name
+}
 
 # Implementations of attention that compute the same numbers.
 _ATTENTIONS = ("eager", "sdpa", "flex_attention")
@@ -41,8 +66,18 @@ def is_plain(module: nn.Module, kind: type[nn.Module], own_hook: Callable | None
 
 
 def original_class(module: nn.Module | None) -> type:
-    """A module's class; for our versions of T5's modules, the one that they stand for."""
-    return vars(type(module)).get("stands_for", type(module))
+    """A module's class; for our versions of T5's modules and the copies in mT5 and umT5, the one
+    that they stand for."""
+    kind = vars(type(module)).get("stands_for", type(module))
+    return _COPIES.get(kind, kind)
+
+
+def output_scale(config: PreTrainedConfig) -> float:
+    """What a T5 multiplies the decoder's last states by, before the head."""
+    if config.model_type == "mt5":
+        return 1.0
+    is_scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
+    return config.d_model**-0.5 if is_scaled else 1.0
 
 
 def has_own_methods(module: nn.Module) -> bool:
@@ -54,7 +89,7 @@ def changed_decoder_part(t5: nn.Module, own_hook: Callable) -> str | None:
     """The name of the first module whose class, shape or attachments (other than `own_hook`) make
     a T5's decoder differ from the one that Transformers builds from its config; or None."""
     config = json.dumps(t5.config.to_dict(), sort_keys=True, default=str)
-    expected, found = _built_decoder(config), _decoder_modules(t5)
+    expected, found = _built_decoder(t5.config.model_type, config), _decoder_modules(t5)
     for name in [*found, *expected]:
         module, (kind, properties) = found.get(name), expected.get(name, (None, None))
         if module is None or not is_plain(module, kind, own_hook):
@@ -76,8 +111,12 @@ def _properties(module: nn.Module) -> dict[str, object]:
 
 
 @functools.lru_cache(maxsize=4)
-def _built_decoder(config: str) -> dict[str, tuple[type[nn.Module], dict[str, object]]]:
+def _built_decoder(
+    model_type: str, config: str
+) -> dict[str, tuple[type[nn.Module], dict[str, object]]]:
     """The classes and properties of the modules that Transformers builds."""
+    config_class, model_class = FAMILY[model_type]
     with torch.device("meta"):
-        t5 = T5ForConditionalGeneration(T5Config(**json.loads(config)))
-    return {name: (type(part), _properties(part)) for name, part in _decoder_modules(t5).items()}
+        t5 = model_class(config_class(**json.loads(config)))
+    parts = _decoder_modules(t5).items()
+    return {name: (original_class(part), _properties(part)) for name, part in parts}

@@ -28,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from src.models.decoder import Encoded, GreedyDecoder, TransformersDecoder
 from src.models.encoder import changed_part, encode_packed, parts_to_compile, prepare
-from src.models.plain import changed_decoder_part
+from src.models.plain import FAMILY, changed_decoder_part
 from src.models.pretrained import (
     build,
     check_vocabulary,
@@ -328,8 +328,8 @@ def load_reader(path: str, dropout: float | None = None, use_position_table: boo
 
     Errors: `InputError` when there is no such model, or it is not a T5.
     """
-    config = _reader_config(path, dropout)
-    t5 = from_pretrained(T5ForConditionalGeneration, path, config, key_mapping=_LEGACY_NAMES)
+    config = reader_config(path, dropout)
+    t5 = from_pretrained(family(config), path, config, key_mapping=_LEGACY_NAMES)
     table, legacy = read_tensors(path, POSITION_TABLE_KEY, _LEGACY_KEY)
     use_position_table |= getattr(config, "fid_position_table", False)
     if use_position_table and table is None:
@@ -342,18 +342,24 @@ def load_reader(path: str, dropout: float | None = None, use_position_table: boo
 
 def new_reader(config_file: str, dropout: float | None = None) -> FiDT5:
     """A reader with fresh random weights, shaped by a T5 config file (JSON)."""
-    config = _reader_config(config_file, dropout)
-    t5 = build(T5ForConditionalGeneration, config_file, config)
-    if not config.scale_decoder_outputs:
-        # tie_word_embeddings is false (T5 v1.1, Flan-T5, ByT5), but Transformers ties fresh weights
-        # all the same, and would save them as tied.
+    config = reader_config(config_file, dropout)
+    t5 = build(family(config), config_file, config)
+    if config.model_type != "t5" or not config.scale_decoder_outputs:
+        # tie_word_embeddings is false (T5 v1.1, Flan-T5, ByT5, mT5, umT5), but Transformers ties
+        # fresh weights all the same, and would save them as tied.
         head = torch.empty_like(t5.shared.weight).normal_(std=config.initializer_factor)
         t5.lm_head.weight = nn.Parameter(head)
     return FiDT5(t5)
 
 
-def _reader_config(path: str, dropout: float | None) -> T5Config:
-    config = load_config(path, "t5")
+def family(config: T5Config) -> type[T5ForConditionalGeneration]:
+    """The class of a T5, mT5 or umT5 of this config."""
+    return FAMILY[config.model_type][1]
+
+
+def reader_config(path: str, dropout: float | None) -> T5Config:
+    """The config of a T5, mT5 or umT5, with this dropout unless it is None."""
+    config = load_config(path, *FAMILY)
     if getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id  # as every T5 has it
     if dropout is not None:
