@@ -12,7 +12,7 @@ from src.runtime.errors import on_interrupt, reports_input_errors
 from src.tools.plan import parse_args
 
 if __name__ == "__main__":
-    reports_input_errors(parse_args)(passage_embeddings_parser())  # answers --help and --plan at once
+    reports_input_errors(parse_args)(passage_embeddings_parser())  # --help and --plan
 
 import json
 import time

@@ -16,7 +16,7 @@ from src.runtime.errors import reports_input_errors
 from src.tools.plan import parse_args
 
 if __name__ == "__main__":
-    reports_input_errors(parse_args)(passage_retrieval_parser())  # answers --help and --plan at once
+    reports_input_errors(parse_args)(passage_retrieval_parser())  # --help and --plan
 
 import logging
 import shlex

@@ -12,7 +12,7 @@ from src.runtime.errors import on_interrupt, reports_input_errors
 from src.tools.plan import parse_args
 
 if __name__ == "__main__":
-    reports_input_errors(parse_args)(test_reader_parser())  # answers --help and --plan at once
+    reports_input_errors(parse_args)(test_reader_parser())  # --help and --plan
 
 import itertools
 import time
@@ -53,7 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Data and model
     file, with_scores = options.eval_data, options.write_crossattention_scores
-    data = distributed.raise_on_all(lambda: load_data(file, rank, world_size, bar=metrics.passing_bar))
+    data = distributed.raise_on_all(
+        lambda: load_data(file, rank, world_size, bar=metrics.passing_bar)
+    )
     passages = describe_passages(data, options.n_context, "score them" if with_scores else "")
     say(log, "data", "using %s of %s examples of %s, %s", *[f"{len(data):,}"] * 2, file, passages)
     reader, tokenizer = open_reader(options, device, log)

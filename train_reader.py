@@ -11,7 +11,7 @@ from src.runtime.errors import InputError, reports_input_errors
 from src.tools.plan import parse_args
 
 if __name__ == "__main__":
-    reports_input_errors(parse_args)(train_reader_parser())  # answers --help and --plan at once
+    reports_input_errors(parse_args)(train_reader_parser())  # --help and --plan
 
 from collections.abc import Iterator
 

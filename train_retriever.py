@@ -12,7 +12,7 @@ from src.runtime.errors import reports_input_errors
 from src.tools.plan import parse_args
 
 if __name__ == "__main__":
-    reports_input_errors(parse_args)(train_retriever_parser())  # answers --help and --plan at once
+    reports_input_errors(parse_args)(train_retriever_parser())  # --help and --plan
 
 import functools
 from collections.abc import Iterator

@@ -474,6 +474,14 @@ def preprocess_parser() -> _Parser:
     add("folder", "FOLDER", None, "get-data.sh's folder with download/ and psgs_w100.tsv")
     add("--only", ["nq", "tqa"], None, "one dataset; none: both")
     return parser
+
+
+def plan_parser() -> _Parser:
+    description = "What NaturalQuestions takes on some GPUs, as a table. (For one command: --plan.)"
+    parser = _Parser(description, None, "", "-m src.tools.plan")
+    add, _ = parser.group("devices")
+    add("device", "GPU[:N]", "H100-80GB:8", "N of a kind, or GB,TFLOPs[:N]", nargs="?")
+    return parser
 # fmt: on
 
 

@@ -30,7 +30,7 @@ KINDS = {
     "Flan-T5": {**V1_1, "vocab_size": 400, "n_positions": 512, "output_past": True},
     "ByT5": {**V1_1, "vocab_size": 384, "num_layers": 3, "num_decoder_layers": 1},
     "mT5": {**V1_1, "vocab_size": 400, "model_type": "mt5"},
-    "umT5": {**V1_1, "vocab_size": 400, "model_type": "umt5", "num_decoder_layers": 3},
+    "umT5": {**V1_1, "vocab_size": 400, "model_type": "umt5"},
 }
 N_CONTEXT = 3
 
