@@ -30,6 +30,7 @@ from src.runtime.launch import StopRequest
 from src.runtime.terminal import count, duration, say, say_next
 from src.tools import ask
 from src.training import metrics
+from src.training.sharding import shard
 
 
 @reports_input_errors
@@ -71,7 +72,10 @@ def main(arguments: list[str] | None = None) -> None:
     collate = ReaderCollator(tokenizer, options.text_maxlength)
     pin, workers = device.type == "cuda", options.num_workers
     loader = make_loader(dataset, batches[n_finished:], collate, workers, pin)
+    loader = itertools.takewhile(lambda _: not stop_request.requested, loader)
     on_interrupt(lambda: "resumes after the last finished batch")
+    if options.shard:
+        shard(reader, device, precision)
     generation = options.generation_max_length, options.num_beams, with_scores, options.decoder
     new = answer_questions(reader, tokenizer, loader, device, precision, *generation, file)
     tally, done = Tally(data), 0
@@ -84,8 +88,6 @@ def main(arguments: list[str] | None = None) -> None:
             bar.update()
             if done % options.eval_print_freq == 0:
                 log.info("%d of %d batches | so far %s", done, len(batches), tally)
-            if stop_request.requested:
-                break
     if distributed.any_process(stop_request.requested):
         where = f"after {done} of {len(batches)} batches"
         stop_request.leave(log, where, rank == 0, distributed.stop_together)

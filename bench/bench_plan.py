@@ -63,7 +63,7 @@ def train(kind: str, words: list[str]) -> None:
     if is_reader:
         model, W = readers.new_reader(options.model_config, options.dropout), options.text_maxlength
         if options.use_checkpoint:
-            model.checkpoint_encoder()
+            model.checkpoint_blocks()
         T = options.answer_maxlength if options.answer_maxlength > 0 else plan.ANSWER
         ids = {"input_ids": torch.randint(5, 1000, (B, N, W))}
         batch = ids | {"labels": torch.randint(5, 1000, (B, T))}

@@ -542,6 +542,6 @@ def _check_test_reader(parser: _Parser, options: argparse.Namespace) -> None:
     if options.passages == "none":
         parser.error("--passages is missing: the collection to find passages in")
     unused = "{}: for a file of questions; leave this out of a conversation"
-    names = "eval_data write_results write_crossattention_scores"
+    names = "eval_data write_results write_crossattention_scores shard"
     _error_if_given(parser, options, names, unused)
     _check_search(parser, options, "--retriever_path")

@@ -134,6 +134,7 @@ class GreedyDecoder:
     ):
         config = t5.config
         self._config, self._embed = config, t5.decoder.embed_tokens
+        self.blocks = t5.decoder.block
         self._position_bias, self._dtype = position_bias, dtype
         self._heads = config.num_heads, config.d_kv
         # The first has the position bias of all; umT5's each have their own.

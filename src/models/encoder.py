@@ -187,7 +187,7 @@ def fused_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """T5's layer norm, in one kernel on a GPU instead of six."""
     # (Where apex is installed, Transformers uses its norm.)
     eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-    return rms_norm(hidden, hidden.shape[-1:], norm.weight, eps)
+    return rms_norm(hidden, hidden.shape[-1:], norm.weight.to(hidden.dtype), eps)
 
 
 def _make_groups(lengths: list[int], device: torch.device) -> list[_Group]:

@@ -11,6 +11,9 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import (
     MT5Config,
@@ -48,7 +51,7 @@ _SETTINGS = ("n_heads", "key_value_proj_dim", "scaling", "has_relative_attention
 
 def is_plain(module: nn.Module, kind: type[nn.Module], own_hook: Callable | None = None) -> bool:
     """Whether a module is of exactly this class with nothing attached: no hooks (but `own_hook`),
-    no method replaced on the instance, no sharded, quantized or parametrized weights."""
+    no method replaced on the instance, no quantized or parametrized weights."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -59,8 +62,14 @@ def is_plain(module: nn.Module, kind: type[nn.Module], own_hook: Callable | None
         original_class(module) is kind
         and not _has_any_global_hook()
         and not has_own_methods(module)
-        and all(hook == own_hook for group in hooks for hook in group.values())
-        and all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
+        and all(
+            hook == own_hook or _is_sharding(hook) for group in hooks for hook in group.values()
+        )
+        and all(
+            type(p) is nn.Parameter or isinstance(p, DTensor)
+            for p in module._parameters.values()
+            if p is not None
+        )
         and (kind is not T5Attention or module.config._attn_implementation in _ATTENTIONS)
     )
 
@@ -68,7 +77,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module], own_hook: Callable | None
 def original_class(module: nn.Module | None) -> type:
     """A module's class; for our versions of T5's modules and the copies in mT5 and umT5, the one
     that they stand for."""
-    kind = vars(type(module)).get("stands_for", type(module))
+    kind = type(module)
+    if issubclass(kind, FSDPModule):  # made by sharding: (itself, FSDPModule, the class before)
+        kind = kind.__mro__[2]
+    kind = vars(kind).get("stands_for", kind)
     return _COPIES.get(kind, kind)
 
 
@@ -108,6 +120,30 @@ def _decoder_modules(t5: nn.Module) -> dict[str, nn.Module]:
 def _properties(module: nn.Module) -> dict[str, object]:
     shapes = {name: p.shape for name, p in module._parameters.items() if p is not None}
     return {name: vars(module)[name] for name in _SETTINGS if name in vars(module)} | shapes
+
+
+def _is_sharding(hook: Callable) -> bool:
+    return isinstance(getattr(hook, "__self__", None), FSDPState)
+
+
+def gathered(t5: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A T5 with all weights of the decoder, gathered from all processes if they are sharded; those
+    of products, except for the head, in this number format. (The keys' projections give passage
+    scores, too, and stay as they are.)"""
+    if not any(isinstance(p, DTensor) for p in t5.parameters()):
+        return t5
+    with torch.device("meta"):
+        copy = FAMILY[t5.config.model_type][1](t5.config).eval()
+    for name, parameter in t5.named_parameters(remove_duplicate=False):
+        if name.startswith("encoder."):
+            continue
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        is_product = ".block." in name and whole.dim() == 2 and "relative" not in name
+        if is_product and not name.endswith("EncDecAttention.k.weight"):
+            whole = whole.to(dtype)
+        owner, _, key = name.rpartition(".")
+        setattr(copy.get_submodule(owner), key, nn.Parameter(whole.detach(), False))
+    return copy
 
 
 @functools.lru_cache(maxsize=4)

@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from src.models.decoder import Encoded, GreedyDecoder, TransformersDecoder
 from src.models.encoder import changed_part, encode_packed, parts_to_compile, prepare
-from src.models.plain import FAMILY, changed_decoder_part
+from src.models.plain import FAMILY, changed_decoder_part, gathered
 from src.models.pretrained import (
     build,
     check_vocabulary,
@@ -40,6 +41,7 @@ from src.models.pretrained import (
     read_tensors,
 )
 from src.models.scores import passage_means, passage_scores
+from src.runtime import distributed
 from src.runtime.device import autocast, compile_layers, number_format
 from src.runtime.errors import InputError
 from src.runtime.terminal import say
@@ -117,9 +119,11 @@ class FiDT5(nn.Module):
         kwargs["position_bias"] = self.positions(query_positions, key_positions).to(queries.dtype)
         return args, kwargs
 
-    def checkpoint_encoder(self) -> None:
-        """Recompute the encoder's activations in the backward pass instead of keeping them."""
-        self.t5.encoder.activation_checkpointing_enable({"use_reentrant": False})
+    def checkpoint_blocks(self) -> None:
+        """Recompute the activations in the backward pass instead of keeping them: of the encoder,
+        and of the decoder, whose layers each keep keys and values of all passages."""
+        for stack in (self.t5.encoder, self.t5.decoder):
+            stack.activation_checkpointing_enable({"use_reentrant": False})
 
     def _warn_once(self, part: str, consequence: str) -> None:
         if consequence not in self._warned:
@@ -180,7 +184,7 @@ class FiDT5(nn.Module):
             changed = changed_decoder_part(self.t5, self._add_positions)
             if changed is None:
                 dtype = number_format(self.t5.shared.weight)
-                return GreedyDecoder(self.t5, self.positions, dtype)
+                return GreedyDecoder(gathered(self.t5, dtype), self.positions, dtype)
             self._warn_once(changed, "answers come from Transformers' generate, which is slower")
         return TransformersDecoder(self.t5)
 
@@ -241,15 +245,22 @@ class FiDT5(nn.Module):
             queries, mean_keys = decoder.first_step(encoded, mean)
         else:  # (after beam search, decoding one token gives the queries)
             queries, mean_keys = decoded.queries or decoder.decode(encoded, 2).queries, None
-        scores = passage_scores(self, encoded, attention_mask, queries, mean_keys, score)
+        blocks = getattr(decoder, "blocks", self.t5.decoder.block)
+        scores = passage_scores(self, encoded, attention_mask, queries, mean_keys, score, blocks)
         finite = (scores.isfinite() | ~attention_mask.any(dim=2)).all(dim=1)
         return decoded.tokens, scores, decoded.finite & finite
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config and weights under plain T5 keys, so that T5 itself opens them too."""
-        weights = self.t5.state_dict()
+    def save_pretrained(
+        self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """Write config and weights under plain T5 keys, so that T5 itself opens them too.
+
+        Args: state_dict: of the whole reader, where it does not have all of it itself.
+        """
+        state = self.state_dict() if state_dict is None else state_dict
+        weights = {k.removeprefix("t5."): v for k, v in state.items() if k.startswith("t5.")}
         if self.positions is not None:
-            weights[POSITION_TABLE_KEY] = self.positions.table.weight
+            weights[POSITION_TABLE_KEY] = state["positions.table.weight"]
         self.config.fid_position_table = self.positions is not None
         self.t5.save_pretrained(folder, state_dict=weights, save_original_format=False)
 
@@ -266,6 +277,19 @@ class Answer:
     index: int
     text: str
     scores: list[float] | None
+
+
+_FILLER = {"index": [0], "input_ids": torch.ones(1, 1, 1, dtype=torch.long)}
+_FILLER["attention_mask"] = torch.ones(1, 1, 1, dtype=torch.bool)
+
+
+def _in_step(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any] | None]:
+    """This process's batches and then None, until every process has had all of its own."""
+    own = iter(batches)
+    batch = next(own, None)
+    while distributed.any_process(batch is not None):
+        yield batch
+        batch = None if batch is None else next(own, None)
 
 
 def answer_questions(
@@ -294,7 +318,8 @@ def answer_questions(
     try:
         with autocast(device, precision):
             laid_out = reader.decoder(decoder)
-        for batch in batches:
+        for given in _in_step(batches) if isinstance(reader, FSDPModule) else batches:
+            batch = given or _FILLER
             ids = batch["input_ids"].to(device, non_blocking=True)
             mask = batch["attention_mask"].to(device, non_blocking=True)
             names = [f"{file}example {index} (the first is 0)" for index in batch["index"]]
@@ -302,6 +327,8 @@ def answer_questions(
                 tokens, scores = reader.generate_with_scores(
                     ids, mask, max_length, num_beams, laid_out, score, names
                 )
+            if given is None:
+                continue
             rows = scores.tolist() if with_scores else [None] * len(tokens)
             counts = batch["attention_mask"].any(dim=2).sum(dim=1).tolist()
             texts = decode_answers(tokenizer, tokens)
@@ -396,7 +423,7 @@ def open_reader(
     if options.compile:
         compile_layers(parts_to_compile(reader.t5.encoder))
     if getattr(options, "use_checkpoint", False):
-        reader.checkpoint_encoder()
+        reader.checkpoint_blocks()
     size = sum(p.numel() for p in reader.parameters()) / 1e6
     say(log, "model", "%.1fM parameters, from %s", size, source)
-    return reader.to(device), tokenizer
+    return reader if options.shard else reader.to(device), tokenizer  # (a share goes there later)

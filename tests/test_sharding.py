@@ -1,0 +1,87 @@
+"""`--shard`: K processes that share weights, gradients and optimizer train like one without."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import T5ForConditionalGeneration
+
+from src.runtime.errors import InputError
+from src.training import sharding
+from tests.conftest import run_well
+from tests.test_distributed import read_metrics
+
+STEPS = 20
+
+
+@pytest.fixture
+def data(reference: Path, tmp_path: Path) -> Path:
+    examples = json.loads((reference / "data.json").read_text())[:9]
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(examples))
+    return file
+
+
+def train(folder: Path, data: Path, reference: Path, processes: int, *more: object) -> Path:
+    """20 updates of 4 questions; returns the last checkpoint."""
+    shared = [] if processes == 1 else ["--shard"]
+    run_well(
+        "train_reader.py", "--train_data", data, "--eval_data", data, "--n_context", 3,
+        "--model_path", reference / "t5", "--legacy_position_table", "--text_maxlength", 48,
+        "--per_gpu_batch_size", 4 // processes, "--total_steps", STEPS, "--eval_freq", 10,
+        "--dropout", 0, "--lr", 1e-3, "--scheduler", "linear", "--warmup_steps", 2, "--num_workers",
+        0, "--generation_max_length", 6, "--checkpoint_dir", folder, "--name", "run", *shared,
+        *more, processes=processes,
+    )  # fmt: skip
+    return folder / "run" / "checkpoint" / "latest"
+
+
+def difference(one: Path, other: Path) -> float:
+    weights = [load_file(folder / "model.safetensors") for folder in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    return max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0])
+
+
+KINDS = {
+    "adam": ["--accumulation_steps", 2, "--clip", 0.1],
+    "adamw": ["--optim", "adamw", "--use_checkpoint"],
+}
+
+
+@pytest.mark.parametrize(("kind", "processes"), [("adam", 2), ("adamw", 4)])
+def test_they_train_as_one(kind, processes, data, reference, tmp_path):
+    """Losses, gradient norms and weights; and the checkpoint opens as an ordinary T5."""
+    one = train(tmp_path / "1", data, reference, 1, *KINDS[kind])
+    more = train(tmp_path / "2", data, reference, processes, *KINDS[kind])
+    for row, other in zip(*(read_metrics(tmp_path / n) for n in "12"), strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+    assert difference(one, more) < 1e-5
+    t5 = T5ForConditionalGeneration.from_pretrained(more)
+    assert torch.equal(t5.shared.weight, load_file(more / "model.safetensors")["shared.weight"])
+
+
+def test_it_resumes_with_any_number_of_processes(data, reference, tmp_path):
+    """Stopped half-way: bit for bit with as many processes, nearly with fewer, more or unsharded."""
+    whole = train(tmp_path / "whole", data, reference, 2)
+    steps = ["--save_freq", 10]
+    train(tmp_path / "half", data, reference, 2, *steps, "--total_steps", 10)
+    alone = train(tmp_path / "alone", data, reference, 1, "--total_steps", 10)
+    for folder, processes, most in (("half", 2, 0.0), ("half", 1, 1e-6), ("half", 4, 1e-6),
+                                    ("alone", 2, 1e-6)):  # fmt: skip
+        copy = tmp_path / f"{folder}-{processes}"
+        shutil.copytree(tmp_path / folder, copy, symlinks=True)
+        resumed = train(copy, data, reference, processes)
+        assert difference(whole, resumed) <= most, (folder, processes)
+    assert not sharding.has_shares(alone)
+    assert not list(tmp_path.glob("*/run/checkpoint/.*"))
+
+
+def test_what_a_gpu_cannot_hold_is_refused():
+    with pytest.raises(
+        InputError, match=r"take 17 kB of a GPU's 10 kB: use --shard with at least 2"
+    ):
+        sharding.check_fits(torch.nn.Linear(32, 32), 1e4, False)
+    sharding.check_fits(torch.nn.Linear(32, 32), 1e5, False)
