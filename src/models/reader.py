@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import functools
 import logging
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from src.models.decoder import Encoded, GreedyDecoder, TransformersDecoder
 from src.models.encoder import changed_part, encode_packed, parts_to_compile, prepare
 from src.models.plain import FAMILY, changed_decoder_part, gathered
+from src.models.positions import CrossAttentionPositions
 from src.models.pretrained import (
     build,
     check_vocabulary,
@@ -52,31 +52,6 @@ POSITION_TABLE_KEY = "decoder.block.0.layer.1.EncDecAttention.relative_attention
 # The reference's checkpoints wrap the encoder twice: this key, and how keys map to T5's.
 _LEGACY_KEY = "encoder.encoder.final_layer_norm.weight"
 _LEGACY_NAMES = {r"^encoder\.encoder\.": "encoder.", r"\.module\.layer\.": ".layer."}
-
-
-class CrossAttentionPositions(nn.Module):
-    """Adds the position table of legacy readers to the decoder's cross-attention scores.
-
-    The distance is between a token's position in the decoder's sequence and a key's position in
-    the concatenated, padded passages. Keys after the query, nearly all of them, share bucket 0, so
-    the table distinguishes tokens of the first passage only, and only late in an answer.
-    """
-
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.n_buckets = config.relative_attention_num_buckets
-        self.max_distance = config.relative_attention_max_distance
-        self.table = nn.Embedding(self.n_buckets, config.num_heads)
-
-    def forward(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
-        """Positions [T] and [B, S] -> the bias of the scores, [B, H, T, S]."""
-        distance = (query_positions[None, :, None] - key_positions[:, None, :]).clamp(min=0)
-        half = self.n_buckets // 2  # exact buckets for small distances, logarithmic ones beyond
-        ratio = torch.log(distance.clamp(min=1).float() / half)
-        ratio = ratio / math.log(self.max_distance / half) * (self.n_buckets - half)
-        large = half + ratio.long()
-        bucket = torch.where(distance < half, distance, large.clamp(max=self.n_buckets - 1))
-        return self.table(bucket).permute(0, 3, 1, 2)
 
 
 class FiDT5(nn.Module):
@@ -120,8 +95,7 @@ class FiDT5(nn.Module):
         return args, kwargs
 
     def checkpoint_blocks(self) -> None:
-        """Recompute the activations in the backward pass instead of keeping them: of the encoder,
-        and of the decoder, whose layers each keep keys and values of all passages."""
+        """Recompute all blocks' activations in the backward pass instead of keeping them."""
         for stack in (self.t5.encoder, self.t5.decoder):
             stack.activation_checkpointing_enable({"use_reentrant": False})
 
@@ -253,10 +227,8 @@ class FiDT5(nn.Module):
     def save_pretrained(
         self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None
     ) -> None:
-        """Write config and weights under plain T5 keys, so that T5 itself opens them too.
-
-        Args: state_dict: of the whole reader, where it does not have all of it itself.
-        """
+        """Write config and weights (of `state_dict`, if this process does not have all of them)
+        under plain T5 keys, so that T5 itself opens them too."""
         state = self.state_dict() if state_dict is None else state_dict
         weights = {k.removeprefix("t5."): v for k, v in state.items() if k.startswith("t5.")}
         if self.positions is not None:
@@ -279,8 +251,8 @@ class Answer:
     scores: list[float] | None
 
 
-_FILLER = {"index": [0], "input_ids": torch.ones(1, 1, 1, dtype=torch.long)}
-_FILLER["attention_mask"] = torch.ones(1, 1, 1, dtype=torch.bool)
+_ONE = torch.ones(1, 1, 1, dtype=torch.long)
+_FILLER = {"index": [0], "input_ids": _ONE, "attention_mask": _ONE.bool()}
 
 
 def _in_step(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any] | None]:
