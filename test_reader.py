@@ -29,8 +29,7 @@ from src.runtime.device import resolve_precision
 from src.runtime.launch import StopRequest
 from src.runtime.terminal import count, duration, say, say_next
 from src.tools import ask
-from src.training import metrics
-from src.training.sharding import shard
+from src.training import metrics, sharding
 
 
 @reports_input_errors
@@ -45,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Environment
     stop_request, device = StopRequest(), distributed.join(options)
     precision = resolve_precision(options.precision, device)
-    rank, world_size = distributed.rank(), distributed.world_size()
+    rank, world_size = part = distributed.rank(), distributed.world_size()
     run = Path(options.checkpoint_dir) / options.name
     results.check_results(run)
     log = metrics.start_log(run / "run.log")
@@ -54,9 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Data and model
     file, with_scores = options.eval_data, options.write_crossattention_scores
-    data = distributed.raise_on_all(
-        lambda: load_data(file, rank, world_size, bar=metrics.passing_bar)
-    )
+    data = distributed.raise_on_all(lambda: load_data(file, *part, bar=metrics.passing_bar))
     passages = describe_passages(data, options.n_context, "score them" if with_scores else "")
     say(log, "data", "using %s of %s examples of %s, %s", *[f"{len(data):,}"] * 2, file, passages)
     reader, tokenizer = open_reader(options, device, log)
@@ -74,8 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     loader = make_loader(dataset, batches[n_finished:], collate, workers, pin)
     loader = itertools.takewhile(lambda _: not stop_request.requested, loader)
     on_interrupt(lambda: "resumes after the last finished batch")
-    if options.shard:
-        shard(reader, device, precision)
+    sharding.shard(reader, device, precision, options.shard)
     generation = options.generation_max_length, options.num_beams, with_scores, options.decoder
     new = answer_questions(reader, tokenizer, loader, device, precision, *generation, file)
     tally, done = Tally(data), 0

@@ -84,7 +84,7 @@ def resume(kind: str, begun: Path, folder: Path, *more: object) -> SimpleNamespa
         patch.setattr(run, "train", train)
         for module in (run, reader):  # each compiles one of the two models
             patch.setattr(module, "compile_layers", lambda layers: setattr(seen, "compiled", True))
-        patch.setattr(run.sharding, "shard", lambda *_: setattr(seen, "sharded", True))
+        patch.setattr(run.sharding, "shard", lambda *given: setattr(seen, "sharded", given[3]))
         patch.setattr(run, "make_loader", make_loader)
         patch.setattr(run, "_tokenizer_files", tokenizer_files)
         patch.setattr(

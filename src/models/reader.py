@@ -251,8 +251,7 @@ class Answer:
     scores: list[float] | None
 
 
-_ONE = torch.ones(1, 1, 1, dtype=torch.long)
-_FILLER = {"index": [0], "input_ids": _ONE, "attention_mask": _ONE.bool()}
+_FILLER = {"index": [0]} | dict.fromkeys(("input_ids", "attention_mask"), torch.tensor([[[1]]]))
 
 
 def _in_step(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any] | None]:

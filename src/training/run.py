@@ -290,8 +290,7 @@ def fit(
     shape = options.per_gpu_batch_size, options.accumulation_steps, distributed.world_size()
     torch.manual_seed(options.seed + rank)  # dropout differs between processes
     sharding.check_fits(model, gpu_memory(run.device), options.shard)
-    if options.shard:
-        sharding.shard(model, run.device, run.precision)
+    sharding.shard(model, run.device, run.precision, options.shard)
     optimizer = build_optimizer(model, options.optim, options.lr, options.weight_decay)
     scratch = run.checkpoints / ".optimizer.partial"
     state = State(model, optimizer, run.device, run.precision == "fp16", scratch)

@@ -40,10 +40,10 @@ def check_fits(model: nn.Module, memory: float, is_sharded: bool) -> None:
         )
 
 
-def shard(model: nn.Module, device: torch.device, precision: str) -> None:
-    """Divide a model on the CPU or on `device` among the processes, in place. In bf16, blocks are
-    gathered as bf16; the shares, and sums of gradients, are float32."""
-    if distributed.world_size() == 1:
+def shard(model: nn.Module, device: torch.device, precision: str, is_wanted: bool) -> None:
+    """If wanted, divide a model on the CPU or on `device` among the processes, in place. In bf16,
+    blocks are gathered as bf16; the shares, and sums of gradients, are float32."""
+    if not is_wanted or distributed.world_size() == 1:
         model.to(device)
         return
     if precision == "fp16":
