@@ -9,7 +9,7 @@ side. Started again with the same command, it resumes after the last finished bl
 
 from src.options import changed, passage_embeddings_parser
 from src.runtime.errors import on_interrupt, reports_input_errors
-from src.tools.plan import parse_args
+from src.tools.footprint import parse_args
 
 if __name__ == "__main__":
     reports_input_errors(parse_args)(passage_embeddings_parser())  # --help and --plan

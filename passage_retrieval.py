@@ -13,7 +13,7 @@ writes recall: how many questions have an answer in their first 1, 5, 20 and 100
 
 from src.options import SearchOptions, passage_retrieval_parser, select
 from src.runtime.errors import reports_input_errors
-from src.tools.plan import parse_args
+from src.tools.footprint import parse_args
 
 if __name__ == "__main__":
     reports_input_errors(parse_args)(passage_retrieval_parser())  # --help and --plan

@@ -9,7 +9,7 @@ Writes the answers (final_output.txt) and the data with passage scores (dataset_
 
 from src.options import changed, test_reader_parser
 from src.runtime.errors import on_interrupt, reports_input_errors
-from src.tools.plan import parse_args
+from src.tools.footprint import parse_args
 
 if __name__ == "__main__":
     reports_input_errors(parse_args)(test_reader_parser())  # --help and --plan

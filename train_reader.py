@@ -8,7 +8,7 @@ Reads questions with passages and answers; writes checkpoints, log and metrics i
 
 from src.options import changed, train_reader_parser
 from src.runtime.errors import InputError, reports_input_errors
-from src.tools.plan import parse_args
+from src.tools.footprint import parse_args
 
 if __name__ == "__main__":
     reports_input_errors(parse_args)(train_reader_parser())  # --help and --plan

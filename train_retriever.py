@@ -9,7 +9,7 @@ into `--checkpoint_dir/--name`. Run the same command again to resume.
 
 from src.options import changed, train_retriever_parser
 from src.runtime.errors import reports_input_errors
-from src.tools.plan import parse_args
+from src.tools.footprint import parse_args
 
 if __name__ == "__main__":
     reports_input_errors(parse_args)(train_retriever_parser())  # --help and --plan

@@ -6,7 +6,10 @@ feed-forward size, H heads, V vocabulary.
 """
 
 import argparse
+import sys
 from typing import Any, NamedTuple
+
+from src.runtime.errors import process_number
 
 T5 = {  # t5-SIZE: D, head size, F, layers, H (Raffel et al., 2020, section 3.7)
     "small": (512, 64, 2048, 6, 8),
@@ -30,6 +33,19 @@ class Device(NamedTuple):
     flops: tuple[float, float]
     kind: str = "cuda"
     n: int = 1
+
+
+def parse_args(parser: argparse.ArgumentParser, words: list[str] | None = None) -> Options:
+    """The options of a command; with --plan, print its plan instead, and end. (Here, where nothing
+    heavy is imported.)"""
+    options = parser.parse_args(words)
+    if options.plan is None:
+        return options
+    from src.tools.plan import lines
+
+    if process_number() == "0":
+        print("\n".join(lines(options)))
+    sys.exit(0)
 
 
 def is_reader(options: Options) -> bool:

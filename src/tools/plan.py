@@ -9,12 +9,11 @@ upper bound; time, for passages as long as they usually are. Sizes are in bytes;
 
 import argparse
 import os
-import sys
 import time
 from typing import Any, NamedTuple
 
 from src import options as options_of
-from src.runtime.errors import InputError, process_number, reports_input_errors
+from src.runtime.errors import InputError, reports_input_errors
 from src.runtime.launch import detect_launch
 from src.runtime.terminal import count, duration, size
 from src.tools import footprint
@@ -45,16 +44,6 @@ class Plan(NamedTuple):
     @property
     def total(self) -> float:
         return sum(self.memory.values())
-
-
-def parse_args(parser: argparse.ArgumentParser, words: list[str] | None = None) -> Options:
-    """The options of a command; with --plan, print its plan instead, and end."""
-    options = parser.parse_args(words)
-    if options.plan is None:
-        return options
-    if process_number() == "0":
-        print("\n".join(lines(options)))
-    sys.exit(0)
 
 
 def find_device(text: str) -> Device:

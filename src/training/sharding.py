@@ -8,6 +8,7 @@ are those of an unsharded run; each process writes its own share of the optimize
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def shard(model: nn.Module, device: torch.device, precision: str, is_wanted: boo
         return
     if precision == "fp16":
         raise InputError("--shard --precision fp16: use bf16 or fp32 with --shard")
+    # (Of a block's outputs, which nothing overwrites.)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     policy = MixedPrecisionPolicy()
     if precision == "bf16":  # autocast converts inputs, where products need it
