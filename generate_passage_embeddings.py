@@ -9,9 +9,10 @@ side. Started again with the same command, it resumes after the last finished bl
 
 from src.options import changed, passage_embeddings_parser
 from src.runtime.errors import on_interrupt, reports_input_errors
+from src.tools.footprint import parse_args
 
 if __name__ == "__main__":
-    reports_input_errors(passage_embeddings_parser().parse_args)()  # answers --help at once
+    reports_input_errors(parse_args)(passage_embeddings_parser())  # --help and --plan
 
 import json
 import time
@@ -33,7 +34,7 @@ from src.training.metrics import announce, passing_bar, progress_bar, start_log
 def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     parser = passage_embeddings_parser()
-    options = parser.parse_args(arguments)
+    options = parse_args(parser, arguments)
 
     # Environment
     stop_request = StopRequest()

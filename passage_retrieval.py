@@ -14,9 +14,10 @@ writes recall: how many questions have an answer in their first 1, 5, 20 and 100
 
 from src.options import SearchOptions, passage_retrieval_parser, select
 from src.runtime.errors import reports_input_errors
+from src.tools.footprint import parse_args
 
 if __name__ == "__main__":
-    reports_input_errors(passage_retrieval_parser().parse_args)()  # answers --help at once
+    reports_input_errors(parse_args)(passage_retrieval_parser())  # --help and --plan
 
 import logging
 import shlex
@@ -37,7 +38,7 @@ from src.training.metrics import passing_bar, start_log
 @reports_input_errors
 def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
-    options = passage_retrieval_parser().parse_args(arguments)
+    options = parse_args(passage_retrieval_parser(), arguments)
     search_options = select(SearchOptions, options)
 
     # Environment

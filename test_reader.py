@@ -9,9 +9,10 @@ Writes the answers (final_output.txt) and the data with passage scores (dataset_
 
 from src.options import GenerationOptions, TargetOptions, changed, select, test_reader_parser
 from src.runtime.errors import on_interrupt, reports_input_errors
+from src.tools.footprint import parse_args
 
 if __name__ == "__main__":
-    reports_input_errors(test_reader_parser().parse_args)()  # answers --help at once
+    reports_input_errors(parse_args)(test_reader_parser())  # --help and --plan
 
 import itertools
 import time
@@ -29,15 +30,14 @@ from src.runtime.device import resolve_precision
 from src.runtime.launch import StopRequest
 from src.runtime.terminal import count, duration, say, say_next
 from src.tools import ask
-from src.training import metrics
-from src.training.metrics import passing_bar
+from src.training import metrics, sharding
 
 
 @reports_input_errors
 def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     parser = test_reader_parser()
-    options = parser.parse_args(arguments)
+    options = parse_args(parser, arguments)
     if options.interactive or options.question is not None:
         ask.main(options)
         return
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Environment
     stop_request, device = StopRequest(), distributed.join(options)
     precision = resolve_precision(options.precision, device)
-    rank, world_size = distributed.rank(), distributed.world_size()
+    rank, world_size = part = distributed.rank(), distributed.world_size()
     run, pin = Path(options.checkpoint_dir) / options.name, device.type == "cuda"
     results.check_results(run)
     log = metrics.start_log(run / "run.log")
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Data and model
     file, with_scores = options.eval_data, options.write_crossattention_scores
-    data = distributed.raise_on_all(lambda: load_data(file, rank, world_size, bar=passing_bar))
+    data = distributed.raise_on_all(lambda: load_data(file, *part, bar=metrics.passing_bar))
     passages = describe_passages(data, options.n_context, "score them" if with_scores else "")
     say(log, "data", "using %s of %s examples of %s, %s", *[f"{len(data):,}"] * 2, file, passages)
     reader, tokenizer = open_reader(options, device, log)
@@ -69,7 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
     dataset = ReaderDataset(data, options.n_context, not options.no_title)
     collate = ReaderCollator(tokenizer, options.text_maxlength)
     loader = make_loader(dataset, batches[n_finished:], collate, options.num_workers, pin)
+    loader = itertools.takewhile(lambda _: not stop_request.requested, loader)
     on_interrupt(lambda: "resumes after the last finished batch")
+    sharding.shard(reader, device, precision, options.shard)
     generation, targets = select(GenerationOptions, options), select(TargetOptions, options)
     how = device, precision, generation, with_scores, file, targets, results.right_answer(data)
     new = answer_questions(reader, tokenizer, loader, *how)
@@ -83,8 +85,6 @@ def main(arguments: list[str] | None = None) -> None:
             bar.update()
             if done % options.eval_print_freq == 0:
                 log.info("%d of %d batches | so far %s", done, len(batches), tally)
-            if stop_request.requested:
-                break
     if distributed.any_process(stop_request.requested):
         where = f"after {done} of {len(batches)} batches"
         stop_request.leave(log, where, rank == 0, distributed.stop_together)

@@ -8,9 +8,10 @@ Reads questions with passages and answers; writes checkpoints, log and metrics i
 
 from src.options import GenerationOptions, changed, select, train_reader_parser
 from src.runtime.errors import InputError, reports_input_errors
+from src.tools.footprint import parse_args
 
 if __name__ == "__main__":
-    reports_input_errors(train_reader_parser().parse_args)()  # answers --help at once
+    reports_input_errors(parse_args)(train_reader_parser())  # --help and --plan
 
 from collections.abc import Iterator
 
@@ -28,7 +29,7 @@ from src.training.run import fit, start_run
 @reports_input_errors
 def main(arguments: list[str] | None = None) -> None:
     parser = train_reader_parser()
-    options = parser.parse_args(arguments)
+    options = parse_args(parser, arguments)
     run = start_run(options, "a Fusion-in-Decoder reader")
 
     # Data

@@ -9,9 +9,10 @@ into `--checkpoint_dir/--name`. Run the same command again to resume.
 
 from src.options import LossOptions, changed, select, train_retriever_parser
 from src.runtime.errors import reports_input_errors
+from src.tools.footprint import parse_args
 
 if __name__ == "__main__":
-    reports_input_errors(train_retriever_parser().parse_args)()  # answers --help at once
+    reports_input_errors(parse_args)(train_retriever_parser())  # --help and --plan
 
 import functools
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ from src.training.run import fit, start_run
 @reports_input_errors
 def main(arguments: list[str] | None = None) -> None:
     parser = train_retriever_parser()
-    options = parser.parse_args(arguments)
+    options = parse_args(parser, arguments)
     run = start_run(options, "a retriever, by distillation")
     train_data, dev_data = run.load_data(needs_scores=True)
 

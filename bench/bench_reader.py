@@ -86,7 +86,7 @@ def make_reader(shape: str, way: str) -> tuple[torch.nn.Module, torch.optim.Opti
         return reader, torch.optim.AdamW(reader.parameters(), lr=1e-4)
     reader = FiDT5(make_t5(shape, "sdpa"))
     if "checkpoint" in way:
-        reader.checkpoint_encoder()
+        reader.checkpoint_blocks()
     return reader, build_optimizer(reader, "adamw", 1e-4, 0.01)
 
 

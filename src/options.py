@@ -328,6 +328,7 @@ _TOKENIZER = "folder or hub name of the tokenizer for a model without one; none:
 _BERT = f"{_TOKENIZER}bert-base-uncased"
 _INDEXED = "the retriever that made the embeddings"
 _COMPILE = "compile the layers with PyTorch: takes a minute or so, then runs faster"
+_SHARD = "divide weights, gradients and optimizer among the processes (FSDP)"
 _PLAIN = "embed without the words question:, title: and context:, as DPR and Contriever do"
 _FRESH = "config file (JSON): start from fresh weights of this shape, with --tokenizer"
 _RESUMES = " (A stopped run resumes from its own checkpoint instead.)"
@@ -335,6 +336,8 @@ _RESUMES = " (A stopped run resumes from its own checkpoint instead.)"
 
 def _processes(parser: _Parser, batch_size: int) -> None:
     add, new = parser.group("processes")
+    new("--plan", "GPU[:N]", None, nargs="?", const="this",
+        help="print what this command needs (memory, time, disk) on N such GPUs, and end")
     add("--per_gpu_batch_size", COUNT, batch_size, "batch size of each process")
     new("--dist_timeout", SECONDS, 600.0, "seconds until a process stops waiting for another")
     # Launchers before torchrun passed it; torchrun sets an environment variable.
@@ -348,6 +351,7 @@ def _run(parser: _Parser) -> None:
     new("--precision", ["auto", "fp32", "bf16", "fp16"], "auto",
         "number format of matrix products; auto: bf16 where the GPU supports it, else fp32")
     new("--compile", bool, False, _COMPILE)
+    new("--shard", bool, False, _SHARD)
     new("--num_workers", COUNT_OR_ZERO, 2, "data-loading processes per process (0: none)")
     _processes(parser, batch_size=1)
 
@@ -616,6 +620,14 @@ def preprocess_parser() -> _Parser:
     add("folder", "FOLDER", None, "get-data.sh's folder with download/ and psgs_w100.tsv")
     add("--only", ["nq", "tqa"], None, "one dataset; none: both")
     return parser
+
+
+def plan_parser() -> _Parser:
+    description = "What NaturalQuestions takes on some GPUs, as a table. (For one command: --plan.)"
+    parser = _Parser(description, None, "", "-m src.tools.plan")
+    add, _ = parser.group("devices")
+    add("device", "GPU[:N]", "H100-80GB:8", "N of a kind, or GB,TFLOPs[:N]", nargs="?")
+    return parser
 # fmt: on
 
 
@@ -729,6 +741,6 @@ def _check_test_reader(parser: _Parser, options: argparse.Namespace) -> None:
         parser.error("--passages is missing: the collection to find passages in")
     unused = "{}: for a file of questions; leave this out of a conversation"
     names = "eval_data write_results write_crossattention_scores n_best n_context_curve"
-    names += " abstain_below"
+    names += " abstain_below shard"
     _error_if_given(parser, options, names, unused)
     _check_search(parser, options, "--retriever_path")

@@ -279,7 +279,7 @@ def test_checkpointing_the_encoder_changes_memory_only(reference, batch, monkeyp
     for use_checkpoint in (False, True):
         reader = load(reference, "t5").train()
         if use_checkpoint:
-            reader.checkpoint_encoder()
+            reader.checkpoint_blocks()
         calls.clear()
         loss, _ = reader(batch["input_ids"], batch["attention_mask"], batch["labels"])
         assert len(calls) == reader.config.num_layers

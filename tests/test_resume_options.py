@@ -65,7 +65,7 @@ def begun(tmp_path_factory) -> Path:
 def resume(kind: str, begun: Path, folder: Path, *more: object) -> SimpleNamespace:
     """What the loop is given when the run is resumed with more options."""
     shutil.copytree(begun / kind, folder / kind, symlinks=True)
-    seen = SimpleNamespace(compiled=False, data=begun / "data.json")
+    seen = SimpleNamespace(compiled=False, sharded=False, data=begun / "data.json")
 
     def train(state, loss_function, batches, learning_rate, checkpoints, *others, **_):
         seen.state, seen.batch, seen.rate = state, next(batches), learning_rate
@@ -87,6 +87,7 @@ def resume(kind: str, begun: Path, folder: Path, *more: object) -> SimpleNamespa
         patch.setattr(run, "train", train)
         for module in (run, reader):  # each compiles one of the two models
             patch.setattr(module, "compile_layers", lambda layers: setattr(seen, "compiled", True))
+        patch.setattr(run.sharding, "shard", lambda *given: setattr(seen, "sharded", given[3]))
         patch.setattr(run, "make_loader", make_loader)
         patch.setattr(run, "_tokenizer_files", tokenizer_files)
         patch.setattr(
@@ -179,6 +180,7 @@ BOTH: dict[str, Change] = {
     "eval_data": (["none"], lambda seen: seen.evaluation is None, True, False),
     "num_workers": ([3], lambda seen: seen.n_workers, 3, 0),
     "compile": ([], lambda seen: seen.compiled, True, False),
+    "shard": ([], lambda seen: seen.sharded, True, False),
     "dist_timeout": ([7], lambda seen: seen.timeout, 7.0, 600.0),
 }  # fmt: skip
 CHANGES: dict[str, dict[str, Change]] = {
@@ -219,7 +221,8 @@ FIXED = {
         "no_passage_mask": None, "extract_cls": None, "best_by": "inversions",
     },
 }  # fmt: skip
-ELSEWHERE = {"help", "name", "checkpoint_dir", "local_rank"}  # where the run is
+# Where the run is; and what ends before there is one.
+ELSEWHERE = {"help", "name", "checkpoint_dir", "local_rank", "plan"}
 
 
 @pytest.mark.parametrize("kind", SCRIPTS)

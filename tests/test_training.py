@@ -41,7 +41,7 @@ def test_twenty_updates_equal_the_reference(reference, tmp_path):
     record = json.loads((reference / "reader_training.json").read_text())
     options = record["options"]
     reader = load_reader(str(reference / "t5"), dropout=0.0, use_position_table=True)
-    reader.checkpoint_encoder()
+    reader.checkpoint_blocks()
     tokenizer = load_tokenizer(str(reference / "t5"), "none")
     dataset = ReaderDataset(
         load_data(reference / "data.json"), record["n_context"], with_target=True

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from src.data.batches import encode_texts
@@ -14,6 +15,7 @@ from src.models.pretrained import decode_answers
 from src.models.reader import FiDT5, Generated
 from src.models.targets import attribution, questions, score_passages
 from src.options import GenerationOptions, TargetOptions
+from src.runtime import distributed
 from src.runtime.device import autocast
 from src.runtime.errors import InputError
 
@@ -44,6 +46,18 @@ class Answer:
     @property
     def probability(self) -> float:
         return math.exp(self.log_probability)
+
+
+_FILLER = {"index": [0]} | dict.fromkeys(("input_ids", "attention_mask"), torch.tensor([[[1]]]))
+
+
+def _in_step(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any] | None]:
+    """This process's batches and then None, until every process has had all of its own."""
+    own = iter(batches)
+    batch = next(own, None)
+    while distributed.any_process(batch is not None):
+        yield batch
+        batch = None if batch is None else next(own, None)
 
 
 def answer_questions(
@@ -79,12 +93,15 @@ def answer_questions(
             scorer = _Scorer(reader, tokenizer, targets)
         with autocast(device, precision):
             laid_out = reader.decoder(options.decoder)
-        for batch in batches:
+        for given in _in_step(batches) if isinstance(reader, FSDPModule) else batches:
+            batch = given or _FILLER
             ids = batch["input_ids"].to(device, non_blocking=True)
             mask = batch["attention_mask"].to(device, non_blocking=True)
             names = [f"{file}example {index} (the first is 0)" for index in batch["index"]]
             with autocast(device, precision):
                 found = reader.answer(ids, mask, options, laid_out, score, names)
+            if given is None:
+                continue
             answers = _as_answers(batch, found, tokenizer, reader.config.eos_token_id)
             if scorer:
                 right = [right_answer(index) for index in batch["index"]]

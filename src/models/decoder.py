@@ -31,6 +31,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from src.models.encoder import fused_norm
+from src.models.plain import output_scale
 from src.runtime.device import full_precision
 from src.runtime.errors import InputError
 
@@ -156,11 +157,14 @@ class GreedyDecoder:
     ):
         config = t5.config
         self.config, self.embed = config, t5.decoder.embed_tokens
+        self.blocks = t5.decoder.block
         self.position_bias, self._dtype = position_bias, dtype
         self.heads = config.num_heads, config.d_kv
-        self._first_attention = t5.decoder.block[0].layer[0].SelfAttention  # has the position bias
+        # The first has the position bias of all; umT5's each have their own.
+        attentions = [block.layer[0].SelfAttention for block in t5.decoder.block]
+        self._biased = [a for a in attentions if a.has_relative_attention_bias]
         self._final_norm = t5.decoder.final_layer_norm
-        self._scale = config.d_model**-0.5 if config.scale_decoder_outputs else 1.0
+        self._scale = output_scale(config)
         self.layers = [self._lay_out_layer(block) for block in t5.decoder.block]
         self._head = _lay_out(torch.float32, t5.lm_head)
 
@@ -208,7 +212,7 @@ class GreedyDecoder:
             (torch.zeros(shape, **kind), torch.zeros(shape, **kind).mT.contiguous())
             for _ in self.layers
         ]
-        own_bias = self.own_bias(max_length)
+        own_biases = self.own_biases(max_length)
 
         tokens = torch.full((B, max_length), config.pad_token_id, device=device)
         tokens[:, 0] = config.decoder_start_token_id
@@ -219,7 +223,7 @@ class GreedyDecoder:
         first_queries: list[torch.Tensor] = []
         for step in range(max_length - 1):
             bias = passages.bias(step, self.position_bias)
-            own = own_bias[:, :, step, : step + 1]
+            own = [own_bias[:, :, step, : step + 1] for own_bias in own_biases]
             logits, queries = self._step(tokens[rows, step], step, caches, passages, own, bias)
             first_queries = first_queries or queries
             logit_sums[rows] += logits.sum(dim=1).masked_fill(finished, 0.0)
@@ -246,7 +250,7 @@ class GreedyDecoder:
         step: int,
         caches: list[Cache],
         passages: _Passages,
-        own_bias: torch.Tensor,
+        own_biases: list[torch.Tensor],
         bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The answers' tokens [B] at this step -> logits [B, V] of the next ones, in float32, and
@@ -254,7 +258,7 @@ class GreedyDecoder:
         hidden = self.embed(tokens)  # [B, D]
         heads = (len(tokens), *self.heads)
         queries = []
-        for layer, (keys, values) in zip(self.layers, caches, strict=True):
+        for layer, (keys, values), own_bias in zip(self.layers, caches, own_biases, strict=True):
             query, key, value = (fused_norm(layer.norms[0], hidden) @ layer.qkv).chunk(3, dim=1)
             keys[..., step], values[:, :, step] = key.view(heads), value.view(heads)
             scores = query.view(heads)[:, :, None] @ keys[..., : step + 1]
@@ -273,10 +277,11 @@ class GreedyDecoder:
             hidden = hidden + layer.feed_forward(hidden)
         return self.logits(hidden), queries
 
-    def own_bias(self, length: int) -> torch.Tensor:
-        """The position bias of self-attention [1, H, length, length]."""
+    def own_biases(self, length: int) -> list[torch.Tensor]:
+        """The position bias of each layer's self-attention [1, H, length, length]."""
         device = self.embed.weight.device
-        return self._first_attention.compute_bias(length, length, device)
+        biases = [a.compute_bias(length, length, device) for a in self._biased]
+        return biases if len(biases) == len(self.layers) else biases * len(self.layers)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The last layer's states [..., D] -> logits [..., V] in float32."""

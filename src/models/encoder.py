@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+from transformers.models.mt5.modeling_mt5 import MT5Block
 from transformers.models.t5.modeling_t5 import (
     T5Attention,
     T5Block,
@@ -30,6 +31,7 @@ from transformers.models.t5.modeling_t5 import (
     T5LayerSelfAttention,
     T5Stack,
 )
+from transformers.models.umt5.modeling_umt5 import UMT5Block
 
 from src.models.lengths import length_groups, longest_first
 from src.models.plain import has_own_methods, is_plain, original_class
@@ -51,10 +53,8 @@ class _Group(NamedTuple):
     positions: torch.Tensor | None
 
 
-class PackedBlock(T5Block):
-    """A block of T5's encoder that also accepts packed passages."""
-
-    stands_for = T5Block
+class _Packed:
+    """What makes a block of T5's encoder also accept packed passages."""
 
     def forward(
         self,
@@ -73,6 +73,21 @@ class PackedBlock(T5Block):
         if groups is None:
             return super().forward(hidden_states, *args, **kwargs)
         return _packed_layer(self, hidden_states, groups, biases)
+
+
+class PackedBlock(_Packed, T5Block):
+    stands_for = T5Block
+
+
+class PackedMT5Block(_Packed, MT5Block):
+    stands_for = MT5Block
+
+
+class PackedUMT5Block(_Packed, UMT5Block):
+    stands_for = UMT5Block
+
+
+_PACKED = {kind.stands_for: kind for kind in (PackedBlock, PackedMT5Block, PackedUMT5Block)}
 
 
 class WideLinear(nn.Linear):
@@ -96,9 +111,8 @@ def prepare(t5: T5ForConditionalGeneration) -> None:
     """Let a T5's encoder accept packed passages, and its `wo` layers and head compute in float32
     where they must."""
     for block in t5.encoder.block:
-        if type(block) is T5Block:
-            block.__class__ = PackedBlock
-    wide = [module.wo for module in t5.modules() if isinstance(module, _FEED_FORWARDS)]
+        block.__class__ = _PACKED.get(type(block), type(block))
+    wide = [module.wo for module in t5.modules() if original_class(module) in _FEED_FORWARDS]
     for layer in (*wide, t5.lm_head):
         if type(layer) is nn.Linear:
             layer.__class__ = WideLinear
@@ -121,8 +135,8 @@ def _is_packable(block: nn.Module) -> bool:
     # A subclass may add to a block's call (FSDP makes one), but must not have a `forward` of its
     # own. (Transformers wraps that of every subclass.)
     if (
-        not isinstance(block, PackedBlock)
-        or inspect.unwrap(type(block).forward) is not inspect.unwrap(PackedBlock.forward)
+        not isinstance(block, _Packed)
+        or inspect.unwrap(type(block).forward) is not inspect.unwrap(_Packed.forward)
         or has_own_methods(block)
         or not is_plain(block.layer, nn.ModuleList)
         or len(block.layer) != 2
@@ -173,7 +187,7 @@ def fused_norm(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """T5's layer norm, in one kernel on a GPU instead of six."""
     # (Where apex is installed, Transformers uses its norm.)
     eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-    return rms_norm(hidden, hidden.shape[-1:], norm.weight, eps)
+    return rms_norm(hidden, hidden.shape[-1:], norm.weight.to(hidden.dtype), eps)
 
 
 def _make_groups(lengths: list[int], device: torch.device) -> list[_Group]:
@@ -210,7 +224,7 @@ def _packed_layer(
 ) -> tuple[torch.Tensor, list[torch.Tensor], None]:
     own, feed_forward = block.layer
     attention = own.SelfAttention
-    if biases is None:
+    if biases is None or attention.has_relative_attention_bias:  # (umT5: every block)
         biases = _make_biases(attention, groups)
     normed = _normalize(own.layer_norm, hidden)
     sizes = [group.n_tokens for group in groups]

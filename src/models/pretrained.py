@@ -65,7 +65,10 @@ def load_config(path: str, model_type: str, *others: str) -> PreTrainedConfig:
     with _reporting(path, "no model config can be read there", "give a model's folder or hub name"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if config.model_type not in (model_type, *others):
-        wanted = {"t5": "a T5 or a reader", "bert": "a BERT or a retriever"}[model_type]
+        wanted = {
+            "t5": "a T5 or a reader (model_type t5, mt5 or umt5)",
+            "bert": "a BERT or a retriever",
+        }[model_type]
         raise InputError(
             f"{path}: a {config.model_type} model, but a {model_type} is needed here; give {wanted}"
         )
@@ -218,7 +221,7 @@ def check_vocabulary(
 ) -> None:
     """Errors: `InputError` if the tokenizer has more tokens than the model, so is another model's,
     or lacks the tokens for padding or (for a T5) the end of an answer."""
-    for token in ["pad_token", "eos_token"] if config.model_type == "t5" else ["pad_token"]:
+    for token in ["pad_token", "eos_token"] if "t5" in config.model_type else ["pad_token"]:
         if getattr(tokenizer, f"{token}_id") is None:
             raise InputError(
                 f"{tokenizer.name_or_path}: this tokenizer has no {token}; add it to its "

@@ -15,7 +15,6 @@ H heads, K head size.
 import argparse
 import functools
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +26,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from src.models.decoder import Decoded, Encoded, GreedyDecoder, TransformersDecoder
 from src.models.encoder import changed_part, encode_packed, parts_to_compile, prepare
-from src.models.plain import changed_decoder_part
+from src.models.plain import FAMILY, changed_decoder_part, gathered
+from src.models.positions import CrossAttentionPositions
 from src.models.pretrained import (
     build,
     check_vocabulary,
@@ -63,31 +63,6 @@ class Generated(NamedTuple):
     by_context: dict[int, torch.Tensor]
     n_best: int
     encoded: Encoded
-
-
-class CrossAttentionPositions(nn.Module):
-    """Adds the position table of legacy readers to the decoder's cross-attention scores.
-
-    The distance is between a token's position in the decoder's sequence and a key's position in
-    the concatenated, padded passages. Keys after the query, nearly all of them, share bucket 0, so
-    the table distinguishes tokens of the first passage only, and only late in an answer.
-    """
-
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.n_buckets = config.relative_attention_num_buckets
-        self.max_distance = config.relative_attention_max_distance
-        self.table = nn.Embedding(self.n_buckets, config.num_heads)
-
-    def forward(self, query_positions: torch.Tensor, key_positions: torch.Tensor) -> torch.Tensor:
-        """Positions [T] and [B, S] -> the bias of the scores, [B, H, T, S]."""
-        distance = (query_positions[None, :, None] - key_positions[:, None, :]).clamp(min=0)
-        half = self.n_buckets // 2  # exact buckets for small distances, logarithmic ones beyond
-        ratio = torch.log(distance.clamp(min=1).float() / half)
-        ratio = ratio / math.log(self.max_distance / half) * (self.n_buckets - half)
-        large = half + ratio.long()
-        bucket = torch.where(distance < half, distance, large.clamp(max=self.n_buckets - 1))
-        return self.table(bucket).permute(0, 3, 1, 2)
 
 
 class FiDT5(nn.Module):
@@ -130,9 +105,10 @@ class FiDT5(nn.Module):
         kwargs["position_bias"] = self.positions(query_positions, key_positions).to(queries.dtype)
         return args, kwargs
 
-    def checkpoint_encoder(self) -> None:
-        """Recompute the encoder's activations in the backward pass instead of keeping them."""
-        self.t5.encoder.activation_checkpointing_enable({"use_reentrant": False})
+    def checkpoint_blocks(self) -> None:
+        """Recompute all blocks' activations in the backward pass instead of keeping them."""
+        for stack in (self.t5.encoder, self.t5.decoder):
+            stack.activation_checkpointing_enable({"use_reentrant": False})
 
     def _warn_once(self, part: str, consequence: str) -> None:
         if consequence not in self._warned:
@@ -193,7 +169,7 @@ class FiDT5(nn.Module):
             changed = changed_decoder_part(self.t5, self._add_positions)
             if changed is None:
                 dtype = number_format(self.t5.shared.weight)
-                return GreedyDecoder(self.t5, self.positions, dtype)
+                return GreedyDecoder(gathered(self.t5, dtype), self.positions, dtype)
             self._warn_once(changed, "answers come from Transformers' generate, which is slower")
         return TransformersDecoder(self.t5)
 
@@ -265,7 +241,8 @@ class FiDT5(nn.Module):
             queries, mean_keys = decoder.first_step(encoded, mean)
         else:  # (after beam search, decoding one token gives the queries)
             queries, mean_keys = decoded.queries or decoder.decode(encoded, 2).queries, None
-        scores = passage_scores(self, encoded, attention_mask, queries, mean_keys, score)
+        blocks = getattr(decoder, "blocks", self.t5.decoder.block)
+        scores = passage_scores(self, encoded, attention_mask, queries, mean_keys, score, blocks)
         finite = (scores.isfinite() | ~attention_mask.any(dim=2)).all(dim=1)
         return found._replace(scores=scores), decoded.finite & finite
 
@@ -300,11 +277,15 @@ class FiDT5(nn.Module):
         answers = Decoded(tokens[0], found.log_probs[::V], finite, queries)
         return answers, dict(zip(contexts, tokens[1:], strict=True))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config and weights under plain T5 keys, so that T5 itself opens them too."""
-        weights = self.t5.state_dict()
+    def save_pretrained(
+        self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """Write config and weights (of `state_dict`, if this process does not have all of them)
+        under plain T5 keys, so that T5 itself opens them too."""
+        state = self.state_dict() if state_dict is None else state_dict
+        weights = {k.removeprefix("t5."): v for k, v in state.items() if k.startswith("t5.")}
         if self.positions is not None:
-            weights[POSITION_TABLE_KEY] = self.positions.table.weight
+            weights[POSITION_TABLE_KEY] = state["positions.table.weight"]
         self.config.fid_position_table = self.positions is not None
         self.t5.save_pretrained(folder, state_dict=weights, save_original_format=False)
 
@@ -324,8 +305,8 @@ def load_reader(path: str, dropout: float | None = None, use_position_table: boo
 
     Errors: `InputError` when there is no such model, or it is not a T5.
     """
-    config = _reader_config(path, dropout)
-    t5 = from_pretrained(T5ForConditionalGeneration, path, config, key_mapping=_LEGACY_NAMES)
+    config = reader_config(path, dropout)
+    t5 = from_pretrained(family(config), path, config, key_mapping=_LEGACY_NAMES)
     table, legacy = read_tensors(path, POSITION_TABLE_KEY, _LEGACY_KEY)
     use_position_table |= getattr(config, "fid_position_table", False)
     if use_position_table and table is None:
@@ -338,18 +319,24 @@ def load_reader(path: str, dropout: float | None = None, use_position_table: boo
 
 def new_reader(config_file: str, dropout: float | None = None) -> FiDT5:
     """A reader with fresh random weights, shaped by a T5 config file (JSON)."""
-    config = _reader_config(config_file, dropout)
-    t5 = build(T5ForConditionalGeneration, config_file, config)
-    if not config.scale_decoder_outputs:
-        # tie_word_embeddings is false (T5 v1.1, Flan-T5, ByT5), but Transformers ties fresh weights
-        # all the same, and would save them as tied.
+    config = reader_config(config_file, dropout)
+    t5 = build(family(config), config_file, config)
+    if config.model_type != "t5" or not config.scale_decoder_outputs:
+        # tie_word_embeddings is false (T5 v1.1, Flan-T5, ByT5, mT5, umT5), but Transformers ties
+        # fresh weights all the same, and would save them as tied.
         head = torch.empty_like(t5.shared.weight).normal_(std=config.initializer_factor)
         t5.lm_head.weight = nn.Parameter(head)
     return FiDT5(t5)
 
 
-def _reader_config(path: str, dropout: float | None) -> T5Config:
-    config = load_config(path, "t5")
+def family(config: T5Config) -> type[T5ForConditionalGeneration]:
+    """The class of a T5, mT5 or umT5 of this config."""
+    return FAMILY[config.model_type][1]
+
+
+def reader_config(path: str, dropout: float | None) -> T5Config:
+    """The config of a T5, mT5 or umT5, with this dropout unless it is None."""
+    config = load_config(path, *FAMILY)
     if getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id  # as every T5 has it
     if dropout is not None:
@@ -386,7 +373,7 @@ def open_reader(
     if options.compile:
         compile_layers(parts_to_compile(reader.t5.encoder))
     if getattr(options, "use_checkpoint", False):
-        reader.checkpoint_encoder()
+        reader.checkpoint_blocks()
     size = sum(p.numel() for p in reader.parameters()) / 1e6
     say(log, "model", "%.1fM parameters, from %s", size, source)
-    return reader.to(device), tokenizer
+    return reader if options.shard else reader.to(device), tokenizer  # (a share goes there later)

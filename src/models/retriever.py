@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     BertConfig,
     BertModel,
@@ -124,7 +125,9 @@ class Retriever(PreTrainedModel):
     def _embed_by_length(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         order, lengths = longest_first(mask)
         parts = []
-        for start, end in length_groups(lengths, 0.1, MIN_TOKENS[ids.device.type]):
+        # (One group if sharded: FSDP needs the same number of calls in every process.)
+        slack = 1.0 if isinstance(self, FSDPModule) else 0.1
+        for start, end in length_groups(lengths, slack, MIN_TOKENS[ids.device.type]):
             rows, width = order[start:end], lengths[start]
             parts.append(self.embed_passages(ids[rows, :width], mask[rows, :width]))
         return torch.cat(parts)[order.argsort()]

@@ -6,7 +6,7 @@ Shapes: B questions, N passages of a question, L tokens of a padded passage, S r
 question's passages, D model size, H heads, K head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -56,6 +56,7 @@ def passage_scores(
     queries: list[torch.Tensor],
     mean_keys: list[torch.Tensor] | None = None,
     score: str = "attention",
+    blocks: Sequence[nn.Module] = (),
 ) -> torch.Tensor:
     """The passages' scores by a function in `SCORES`, in float32 also inside autocast.
 
@@ -64,6 +65,7 @@ def passage_scores(
         queries: each decoder layer's cross-attention query for the first token, [B, H * K].
         mean_keys: each layer's mean key of each passage [B, N, H * K], or None to compute them
             from the mean hidden state, which is the same for plain linear layers.
+        blocks: the decoder's, if not the reader's own (whose weights may be sharded).
     Returns: [B, N]; -inf where a question has no such passage.
     """
     _, N, L = attention_mask.shape
@@ -71,7 +73,7 @@ def passage_scores(
     with full_precision(device):
         if mean_keys is None:
             mean_hidden = passage_means(encoded, attention_mask, encoded.hidden)
-            blocks = reader.t5.decoder.block
+            blocks = blocks or reader.t5.decoder.block
             mean_keys = [block.layer[1].EncDecAttention.k(mean_hidden) for block in blocks]
         scores = SCORES[score](
             torch.stack(queries).float().unflatten(-1, heads),

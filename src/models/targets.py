@@ -143,11 +143,10 @@ def _force(decoder: GreedyDecoder, answer: torch.Tensor, R: int, cross: Cross) -
     tokens = torch.cat([answer.new_full((1,), config.decoder_start_token_id), answer[:-1]])
     hidden = decoder.embed(tokens).float().expand(R, -1, -1)
     future = torch.full((T, T), -torch.inf, device=answer.device).triu(diagonal=1)
-    bias = decoder.own_bias(T) + future
-    for layer in decoder.layers:
+    for layer, own_bias in zip(decoder.layers, decoder.own_biases(T), strict=True):
         states = (fused_norm(layer.norms[0], hidden) @ layer.qkv).chunk(3, dim=2)
         query, key, value = (part.unflatten(2, decoder.heads).transpose(1, 2) for part in states)
-        mixed = (query @ key.mT + bias).softmax(dim=3) @ value
+        mixed = (query @ key.mT + own_bias + future).softmax(dim=3) @ value
         hidden = hidden + mixed.transpose(1, 2).flatten(2) @ layer.self_out
         mixed = cross(layer, fused_norm(layer.norms[1], hidden) @ layer.query)
         hidden = hidden + mixed @ layer.cross_out

@@ -1,6 +1,7 @@
 """Where a model runs and in which number format; no device is assumed anywhere else."""
 
 import contextlib
+import math
 from collections.abc import Iterable
 
 import torch
@@ -41,6 +42,13 @@ def resolve_precision(precision: str, device: torch.device) -> str:
             "(compute capability 8.0 or later); use --precision fp32 or fp16"
         )
     return "fp32"
+
+
+def gpu_memory(device: torch.device) -> float:
+    """A GPU's memory in bytes; for a CPU, which has swap, infinity."""
+    if device.type != "cuda":
+        return math.inf
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from src.options import LoopOptions
 from src.runtime import distributed
@@ -23,6 +24,7 @@ from src.runtime.device import autocast
 from src.runtime.errors import InputError
 from src.training.checkpoint import Checkpoints
 from src.training.metrics import Average, Metrics, progress_bar
+from src.training.sharding import full
 
 if TYPE_CHECKING:
     from src.training.run import State
@@ -144,7 +146,7 @@ def _update(
         state.position.examples_seen += len(batch["index"]) * n_processes
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, options.clip or math.inf)
+    norm = full(torch.nn.utils.clip_grad_norm_(parameters, options.clip or math.inf))
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -277,7 +279,8 @@ class _Report:
 def check_finite(model: nn.Module, when: str) -> None:
     """Errors: `InputError` when a weight is not finite: it would spread to all others."""
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not torch.isfinite(own).all():
             remedy = "start from other weights, or with a lower --lr; it has not been saved"
             raise InputError(f"the weight {name} is not finite {when}: {remedy}")
 

@@ -11,6 +11,7 @@ import functools
 import gc
 import logging
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,10 +29,11 @@ from src.data.examples import Examples, describe_passages, load_data, skip_unsco
 from src.models.pretrained import check_vocabulary, hide_bars, quiet_transformers, save_tokenizer
 from src.options import LoopOptions, OptimOptions, select
 from src.runtime import distributed
-from src.runtime.device import compile_layers, resolve_precision
+from src.runtime.device import compile_layers, gpu_memory, resolve_precision
 from src.runtime.errors import on_interrupt
 from src.runtime.launch import StopRequest
 from src.runtime.terminal import count, duration, say
+from src.training import sharding
 from src.training.checkpoint import (
     Checkpoints,
     describe_resume,
@@ -124,7 +126,8 @@ class Run:
         check_vocabulary(model.config, tokenizer)
         if self.options.compile:
             compile_layers(layers)
-        model.to(self.device)
+        if not self.options.shard:  # (otherwise its share only)
+            model.to(self.device)
         if self.is_fresh:
             source = f"fresh weights of the shape in {self.options.model_config}"
         size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -194,17 +197,27 @@ def start_run(options: argparse.Namespace, title: str) -> Run:
 
 class State:
     """What training changes, and a checkpoint restores. `model`, on its device, has the weights;
-    call `wrapped` to train it: that one averages gradients over processes."""
+    call `wrapped` to train it: that one averages gradients over processes. (A sharded model does
+    so itself.) `scratch`: a folder for shares of the optimizer on their way into a checkpoint."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, fp16: bool
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        fp16: bool,
+        scratch: Path | None = None,
     ):
         self.model = self.wrapped = model
         self.optimizer = optimizer
         self.device = device
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.position = Position()
-        if distributed.world_size() > 1:
+        self.scratch = scratch
+        self.is_sharded = sharding.is_sharded(model)
+        self.weights: dict[str, torch.Tensor] = {}  # all of a sharded model's, while it is saved
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if distributed.world_size() > 1 and not self.is_sharded:
             devices = [device] if device.type == "cuda" else None
             self.wrapped = DistributedDataParallel(
                 model, device_ids=devices, gradient_as_bucket_view=True
@@ -217,8 +230,9 @@ class State:
         gc.collect()
 
     def averaging(self, is_last: bool) -> contextlib.AbstractContextManager:
-        """The context of a micro-batch: gradients are averaged in the last one of an update."""
-        skips = distributed.world_size() > 1 and not is_last
+        """The context of a micro-batch: gradients are averaged in the last one of an update.
+        (Sharded ones in each: they would take the memory of all until then.)"""
+        skips = distributed.world_size() > 1 and not is_last and not self.is_sharded
         return self.wrapped.no_sync() if skips else contextlib.nullcontext()
 
     def restore(self, checkpoint: Path, seed: int) -> None:
@@ -228,7 +242,12 @@ class State:
         saved, meta = load_state(checkpoint), read_meta(checkpoint)
         groups = self.optimizer.param_groups
         current = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        self.optimizer.load_state_dict(saved["optimizer"])
+        if sharding.has_shares(checkpoint):
+            sharding.read_shares(checkpoint, self.optimizer, self._parameters)
+        elif self.is_sharded:
+            sharding.divide_state(saved["optimizer"], self.optimizer)
+        else:
+            self.optimizer.load_state_dict(saved["optimizer"])
         for group, values in zip(self.optimizer.param_groups, current, strict=True):
             group.update(values)
         if saved["scaler"]:  # trained in fp16
@@ -249,11 +268,20 @@ class State:
         random_state = {"cpu": torch.get_rng_state()}  # dropout draws from it
         if torch.cuda.is_available():
             random_state["cuda"] = torch.cuda.get_rng_state()
-        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        state: dict[str, Any] = {"optimizer": None, "scaler": self.scaler.state_dict()}
         state["random_states"] = distributed.gather(random_state)
+        if self.is_sharded:
+            sharding.write_shares(self.scratch, self.optimizer, self._parameters)
+            self.weights = sharding.full_weights(self.model)
+        else:
+            state["optimizer"] = self.optimizer.state_dict()
         if not distributed.is_main():
             return None
-        return write(dataclasses.asdict(self.position), state, **kwargs)
+        path = write(dataclasses.asdict(self.position), state, **kwargs)
+        if self.is_sharded:
+            self.weights = {}
+            shutil.rmtree(self.scratch, ignore_errors=True)
+        return path
 
 
 def fit(
@@ -270,8 +298,11 @@ def fit(
     options, log, rank = run.options, run.log, distributed.rank()
     shape = options.per_gpu_batch_size, options.accumulation_steps, distributed.world_size()
     torch.manual_seed(options.seed + rank)  # dropout differs between processes
+    sharding.check_fits(model, gpu_memory(run.device), options.shard)
+    sharding.shard(model, run.device, run.precision, options.shard)
     optimizer = build_optimizer(model, options.optim, options.lr, options.weight_decay)
-    state = State(model, optimizer, run.device, run.precision == "fp16")
+    scratch = run.checkpoints / ".optimizer.partial"
+    state = State(model, optimizer, run.device, run.precision == "fp16", scratch)
     if run.resumed_from:
         state.restore(run.resumed_from, options.seed)
     position, first = state.position, state.position.step
@@ -290,7 +321,9 @@ def fit(
     tokenizer_files = _tokenizer_files(tokenizer, run.resumed_from)
 
     def save_model(folder: Path) -> None:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **({"state_dict": state.weights} if state.weights else {}))
+        if state.is_sharded:
+            sharding.move_shares(scratch, folder)
         for name, content in tokenizer_files.items():
             (folder / name).write_bytes(content)
 

@@ -1,0 +1,132 @@
+"""`--shard`: K processes that share weights, gradients and optimizer train like one without."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import T5ForConditionalGeneration
+
+from src.runtime.errors import InputError
+from src.training import sharding
+from tests.conftest import run_well
+from tests.test_distributed import read_metrics
+
+STEPS = 20
+
+
+@pytest.fixture
+def data(reference: Path, tmp_path: Path) -> Path:
+    examples = json.loads((reference / "data.json").read_text())[:9]
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(examples))
+    return file
+
+
+def train(folder: Path, data: Path, reference: Path, processes: int, *more: object) -> Path:
+    """20 updates of 4 questions; returns the last checkpoint."""
+    shared = [] if processes == 1 else ["--shard"]
+    run_well(
+        "train_reader.py", "--train_data", data, "--eval_data", data, "--n_context", 3,
+        "--model_path", reference / "t5", "--legacy_position_table", "--text_maxlength", 48,
+        "--per_gpu_batch_size", 4 // processes, "--total_steps", STEPS, "--eval_freq", 10,
+        "--dropout", 0, "--lr", 1e-3, "--scheduler", "linear", "--warmup_steps", 2,
+        "--scheduler_steps", 30, "--num_workers", 0, "--generation_max_length", 6,
+        "--checkpoint_dir", folder, "--name", "run", *shared, *more, processes=processes,
+    )  # fmt: skip
+    return folder / "run" / "checkpoint" / "latest"
+
+
+def difference(one: Path, other: Path) -> float:
+    weights = [load_file(folder / "model.safetensors") for folder in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    return max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0])
+
+
+KINDS = {
+    "adam": ["--accumulation_steps", 2, "--clip", 0.1],
+    # (At a higher rate, Adam makes much of gradients that are 0 but for rounding.)
+    "adamw": ["--optim", "adamw", "--use_checkpoint", "--lr", 1e-4],
+}
+
+
+@pytest.mark.parametrize(("kind", "processes"), [("adam", 2), ("adamw", 4)])
+def test_they_train_as_one(kind, processes, data, reference, tmp_path):
+    """Losses, gradient norms and weights; and the checkpoint opens as an ordinary T5."""
+    one = train(tmp_path / "1", data, reference, 1, *KINDS[kind])
+    more = train(tmp_path / "2", data, reference, processes, *KINDS[kind])
+    for row, other in zip(*(read_metrics(tmp_path / n) for n in "12"), strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+    assert difference(one, more) < 1e-5
+    t5 = T5ForConditionalGeneration.from_pretrained(more)
+    assert torch.equal(t5.shared.weight, load_file(more / "model.safetensors")["shared.weight"])
+
+
+def test_it_resumes_with_any_number_of_processes(data, reference, tmp_path):
+    """Stopped half-way: bit for bit with as many, nearly with more, fewer, or one unsharded."""
+    whole = train(tmp_path / "whole", data, reference, 2)
+    half = ["--total_steps", STEPS // 2]
+    for folder, first, then in (("shares", 2, (2, 1, 4)), ("one", 1, (1, 2))):
+        stopped = train(tmp_path / folder, data, reference, first, *half)
+        assert sharding.has_shares(stopped) == (first > 1)
+        for processes in then:
+            copy = tmp_path / f"{folder}-{processes}"
+            shutil.copytree(tmp_path / folder, copy, symlinks=True)
+            resumed = train(copy, data, reference, processes)
+            whole = resumed if processes == 1 == first else whole
+            assert difference(whole, resumed) <= (0 if processes == first else 1e-6), processes
+            assert not list(copy.glob("run/checkpoint/.*"))
+
+
+def test_what_a_gpu_cannot_hold_is_refused():
+    with pytest.raises(
+        InputError, match=r"take 17 kB of a GPU's 10 kB: use --shard with at least 2"
+    ):
+        sharding.check_fits(torch.nn.Linear(32, 32), 1e4, False)
+    sharding.check_fits(torch.nn.Linear(32, 32), 1e5, False)
+
+
+def test_a_sharded_reader_answers_and_scores_the_same(data, reference, tmp_path):
+    """Also where one process has fewer batches than another, and by Transformers' decoder."""
+    found = {}
+    for name, processes, more in (
+        ("one", 1, []),
+        ("two", 2, ["--shard"]),
+        ("slow", 2, ["--shard", "--decoder", "transformers"]),
+    ):
+        text = run_well(
+            "test_reader.py", "--eval_data", data, "--n_context", 3, "--text_maxlength", 64,
+            "--model_path", reference / "legacy_reader/checkpoint/step-20", "--tokenizer",
+            reference / "t5", "--per_gpu_batch_size", 2, "--write_results", "--name", name,
+            "--write_crossattention_scores", "--checkpoint_dir", tmp_path, "--num_workers", 0,
+            *more, processes=processes,
+        )  # fmt: skip
+        assert "was changed" not in text  # the fast decoder, with weights gathered once
+        folder = tmp_path / name
+        scored = json.loads((folder / "dataset_wscores.json").read_text())
+        scores = [ctx.get("score", 0.0) for row in scored for ctx in row.get("ctxs", [])]
+        found[name] = (folder / "final_output.txt").read_text(), scores
+    for name in ("two", "slow"):
+        assert found[name][0] == found["one"][0]
+        assert found[name][1] == pytest.approx(found["one"][1], abs=1e-4)
+
+
+def test_a_retriever_is_trained_as_by_one(data, reference, tmp_path):
+    scored = [row for row in json.loads(data.read_text()) if row.get("ctxs")]
+    data.write_text(json.dumps(scored))
+    weights = []
+    for processes, more in ((1, []), (2, ["--shard"])):
+        folder = tmp_path / str(processes)
+        run_well(
+            "train_retriever.py", "--train_data", data, "--eval_data", data, "--n_context", 3,
+            "--model_path", reference / "legacy_retriever_mask_mean", "--dropout", 0,
+            "--tokenizer", reference / "bert", "--per_gpu_batch_size", 4 // processes, "--lr", 1e-4,
+            "--total_steps", 6, "--eval_freq", 3, "--checkpoint_dir", folder, "--num_workers", 0,
+            "--in_batch_negatives", "--name", "run", *more, processes=processes,
+        )  # fmt: skip
+        weights.append(folder / "run" / "checkpoint" / "step-6")
+    assert difference(*weights) < 1e-5
+    for row, other in zip(*(read_metrics(tmp_path / n) for n in "12"), strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-6)
