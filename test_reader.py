@@ -46,14 +46,15 @@ def main(arguments: list[str] | None = None) -> None:
     precision = resolve_precision(options.precision, device)
     rank, world_size = distributed.rank(), distributed.world_size()
     run = Path(options.checkpoint_dir) / options.name
-    results.check_results(run)
+    results.check_results(run, options.eval_data)
     log = metrics.start_log(run / "run.log")
     metrics.write_options(run, vars(options))
     metrics.announce(log, "test", "a Fusion-in-Decoder reader", device, precision, run)
 
     # Data and model
     file, with_scores = options.eval_data, options.write_crossattention_scores
-    data = distributed.raise_on_all(lambda: load_data(file, rank, world_size, bar=passing_bar))
+    reading = {"bar": passing_bar, "regex_answers": options.regex_answers}
+    data = distributed.raise_on_all(lambda: load_data(file, rank, world_size, **reading))
     passages = describe_passages(data, options.n_context, "score them" if with_scores else "")
     say(log, "data", "using %s of %s examples of %s, %s", *[f"{len(data):,}"] * 2, file, passages)
     reader, tokenizer = open_reader(options, device, log)

@@ -70,10 +70,10 @@ class Ranking:
         return 100 * sum(0 < (first or 0) <= k for first in self.firsts) / self.n_judged
 
 
-def rank_answers(path: str, name: str = "") -> Ranking:
+def rank_answers(path: str, name: str = "", regex_answers: bool = False) -> Ranking:
     """Read a file of questions with passages. Errors: `InputError` when it has no passages, or no
     gold answers."""
-    data, ranking = load_data(path), Ranking(name)
+    data, ranking = load_data(path, regex_answers=regex_answers), Ranking(name)
     for index in range(len(data)):
         example = read_example(data, index)
         ranking.add(example, find_answers(example.answers, (p.text for p in example.passages)))
@@ -85,9 +85,9 @@ def rank_answers(path: str, name: str = "") -> Ranking:
     return ranking
 
 
-def measure_retrieval(path: str) -> dict[str, float]:
+def measure_retrieval(path: str, regex_answers: bool = False) -> dict[str, float]:
     """Recall at 1, 5, 20 and 100 (up to its number of passages), in percent, over the questions of
     a data file that have answers. Errors: those of `rank_answers`."""
-    ranking = rank_answers(path)
+    ranking = rank_answers(path, regex_answers=regex_answers)
     recalls = {f"recall@{k}": ranking.recall(k) for k in (1, 5, 20, 100) if k <= ranking.depth}
     return {"questions": ranking.n_judged, **recalls}

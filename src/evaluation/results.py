@@ -4,11 +4,12 @@ In testing, each process appends the answers of its batches to its own part. Bat
 processes in turn, so reading the parts in turn gives the input's order, with nothing in memory.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from src.data.examples import Examples, parse_example, read_example
 from src.data.json_files import json_list
-from src.data.outputs import require_regular, write_whole, writing
+from src.data.outputs import require_no_input, require_regular, write_whole, writing
 from src.data.passages import Passages
 from src.evaluation.answers import ANSWERS, SCORES, Task, judge, match
 from src.evaluation.rankings import recall_at_k
@@ -28,11 +29,13 @@ OnExamples = Callable[[int], object]  # called with the number of examples just 
 MADE_BY, RECALL = ".made_by.json", ".recall.json"  # appended to the name of the file they describe
 
 
-def check_results(folder: Path) -> None:
-    """Errors: `InputError`, before hours of work, if a result would replace anything but a file."""
+def check_results(folder: Path, *inputs: str) -> None:
+    """Errors: `InputError`, before hours of work, if a result would replace anything but a file, or
+    one of the inputs."""
     for path in (folder / ANSWERS, folder / SCORES, _beside(folder / SCORES, MADE_BY)):
         with writing(path, "remove it, or use another --name"):
             require_regular(path)
+            require_no_input([path], inputs)
 
 
 def _part(folder: Path, rank: int) -> Path:
@@ -55,12 +58,13 @@ class AnswerFile:
             require_regular(self.path)
         self.finished: list[list[Answer]] = []
         header = json.dumps({"made_by": made_by}) + "\n"
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("\n")]  # the last may be incomplete
-        if kept and kept[0] == header:
-            self.finished = [_read_batch(line) for line in kept[1:]]
-        else:
-            kept = [header]
+        content = self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
+        lines, kept = content.splitlines(keepends=True), [header]
+        if lines and lines[0] == header:
+            with contextlib.suppress(ValueError, TypeError, RecursionError):  # damaged from here on
+                for line in lines[1:]:
+                    self.finished.append(_read_batch(line))
+                    kept.append(line)
         write_whole(self.path, kept)
 
     def __enter__(self) -> "AnswerFile":
@@ -113,7 +117,13 @@ def remove_parts(folder: Path) -> None:
 
 
 def _read_batch(line: str) -> list[Answer]:
-    return [Answer(index, text, scores) for index, text, scores in json.loads(line)]
+    """Errors: ValueError or TypeError for anything else, such as a line without its end."""
+    if not line.endswith("\n"):
+        raise ValueError("no end of the line")
+    batch = [Answer(index, text, scores) for index, text, scores in json.loads(line)]
+    if not all(type(one.index) is int and isinstance(one.text, str) for one in batch):
+        raise ValueError("not answers")
+    return batch
 
 
 def read_parts(folder: Path, world_size: int) -> Iterator[Answer]:
@@ -205,44 +215,51 @@ def write_retrieved(
     path: Path,
     data: Examples,
     passages: Passages,
-    rows: list[list[int]],
+    positions: np.ndarray,
     scores: np.ndarray,
     workers: int,
     made_by: dict[str, Any],
     as_trec: bool = False,
     on_examples: OnExamples = lambda n: None,
-) -> list[list[bool]]:
+) -> list[Sequence[bool]]:
     """Write questions with the passages found for them, and beside them what made them.
 
     Args:
         path: the data in the reader's format; `.jsonl` gives a line for each example, any other
             name a JSON list.
-        rows, scores: of each question's passages in the collection, best first.
+        positions, scores: [q, k], of each question's passages in the collection, best first; -1
+            where there are fewer.
         workers: maximum number of processes that look for answers.
         made_by: as JSON values; `model` is the last column of a TREC run.
         as_trec: write a TREC run instead.
 
     Returns: for each question with gold answers, whether each of its passages contains one.
     """
-    flags = []
+    flags: list[Sequence[bool]] = []
+
+    def found_for(index: int) -> Iterator[tuple[int, float]]:
+        for row, score in zip(positions[index].tolist(), scores[index].tolist(), strict=True):
+            if row >= 0:
+                yield row, score
 
     def task(index: int) -> Task:
-        return read_example(data, index).answers, [passages[row].text for row in rows[index]]
+        answers = read_example(data, index).answers
+        return answers, [passages[row].text for row, _ in found_for(index)]
 
     def found() -> Iterator[tuple[int, list[bool]]]:
         hits = _find_answers(map(task, range(len(data))), len(data), scores.size, workers)
         for index, (has_answers, contained) in enumerate(hits):
             if has_answers:
-                flags.append(contained)
+                flags.append(np.array(contained, bool))  # a list takes eight times as much memory
             yield index, contained if has_answers else []
             on_examples(1)
 
     def examples() -> Iterator[dict[str, Any]]:
         for index, contained in found():
             contexts = []
-            for number, (row, score) in enumerate(zip(rows[index], scores[index], strict=False)):
+            for number, (row, score) in enumerate(found_for(index)):
                 identity, title, text, *_ = passages[row]
-                context = {"id": identity, "title": title, "text": text, "score": float(score)}
+                context = {"id": identity, "title": title, "text": text, "score": score}
                 hit = {"hasanswer": contained[number]} if contained else {}
                 contexts.append(context | hit)
             yield {**data[index], "ctxs": contexts}
@@ -250,8 +267,8 @@ def write_retrieved(
     def trec_lines() -> Iterator[str]:
         for index, _ in found():
             question = read_example(data, index).id
-            for rank, (row, score) in enumerate(zip(rows[index], scores[index], strict=False)):
-                columns = passages[row].id, rank + 1, repr(float(score)), made_by["model"]
+            for rank, (row, score) in enumerate(found_for(index), start=1):
+                columns = passages[row].id, rank, repr(score), made_by["model"]
                 yield "{} Q0 {} {} {} {}\n".format(question, *columns)
 
     for kind in (MADE_BY, RECALL):  # of an earlier file
@@ -292,7 +309,7 @@ def _find_answers(
         pool.join()
 
 
-def write_recall(path: Path, flags: list[list[bool]], n_docs: int) -> dict[str, float]:
+def write_recall(path: Path, flags: list[Sequence[bool]], n_docs: int) -> dict[str, float]:
     """Write recall at 1, 5, 20 and 100 beside the retrieved data; nothing without gold answers.
 
     Returns: the values by name, in [0, 1].

@@ -24,9 +24,10 @@ def main(arguments: list[str] | None = None) -> None:
     rows = {}
     for path in options.files:
         if path.endswith((".json", ".jsonl")):
-            rows[path] = measure_retrieval(path)
+            rows[path] = measure_retrieval(path, options.regex_answers)
         elif options.data:
-            rows[path] = measure_answers(path, load_data(options.data))
+            data = load_data(options.data, regex_answers=options.regex_answers)
+            rows[path] = measure_answers(path, data)
         else:
             raise InputError(f"{path}: to judge answers, --data must name the questions' file")
     columns = list(dict.fromkeys(name for values in rows.values() for name in values))
