@@ -120,9 +120,13 @@ class Source:
             yield starts[is_text] + position
 
     def _is_blank_line(self, start: int) -> bool:
-        data = self.read(start, min(start + 4096, self.size))
-        line, line_end, _ = data.partition(b"\n")
-        return not line.strip() and (line_end != b"" or start + len(data) == self.size)
+        for position in range(start, self.size, 4096):
+            line, line_end, _ = self.read(position, min(position + 4096, self.size)).partition(
+                b"\n"
+            )
+            if line_end or line.strip():
+                return not line.strip()
+        return True
 
     def line_number(self, position: int) -> int:
         """The number, from 1, of the line at a byte position."""
