@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import json
 import time
 from argparse import ArgumentParser, Namespace
+from glob import escape
 
 from src.data.outputs import claim
 from src.data.passages import Passages
@@ -43,7 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
     log = start_log(None)
     path = shard_path(options.output_path, options.shard_id)
     announce(log, "embed", "a collection of passages with a retriever", device, precision, path)
-    distributed.run_on_main(lambda: claim(path, "use another --output_path or --shard_id"))
+    remedy, inputs = "use another --output_path or --shard_id", [options.passages]
+    distributed.run_on_main(lambda: claim(path, remedy, inputs=inputs))
 
     # Data. Duplicate ids are found now, not after hours of work.
     distributed.run_on_main(lambda: Passages(options.passages, passing_bar).find([]))
@@ -111,7 +113,7 @@ def next_step(parser: ArgumentParser, options: Namespace) -> tuple[str, list]:
         return what, ["generate_passage_embeddings.py", *command]
     command = ["passage_retrieval.py", "--model_path", options.model_path]
     command += changed(parser, vars(options), ["tokenizer", "plain_text", "no_fp16", "passages"])
-    command += ["--passages_embeddings", f"{str(shards[0]).removesuffix('00')}*"]
+    command += ["--passages_embeddings", f"{escape(str(shards[0]).removesuffix('00'))}*"]
     command += ["--data", "QUESTIONS.json", "--output_path", "RETRIEVED.json"]
     return "find passages for questions", command
 

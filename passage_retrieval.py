@@ -44,8 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
     # Environment
     device = distributed.join(options)
     part = distributed.rank(), distributed.world_size()
-    beside = (retrieved.MADE_BY, retrieved.RECALL)
-    distributed.run_on_main(lambda: claim_output(options.output_path, beside=beside))
+    beside, inputs = (retrieved.MADE_BY, retrieved.RECALL), (options.data, options.passages)
+    distributed.run_on_main(lambda: claim_output(options.output_path, beside=beside, inputs=inputs))
     log = start_log(None)
     is_found = options.from_trec != "none"
     method = options.from_trec if is_found else "BM25" if options.bm25 else "a retriever"
@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "results", "%s", options.output_path)
 
     # Data
-    data = distributed.raise_on_all(lambda: load_data(options.data, *part, bar=passing_bar))
+    data = distributed.raise_on_all(
+        lambda: load_data(options.data, *part, bar=passing_bar, regex_answers=options.regex_answers)
+    )
     of = f"{len(data):,} of {count(len(data), 'question')}"
     found_each = f"{count(options.n_docs, 'passage')} for each"
     say(log, "data", "%s of %s, %s", of, options.data, found_each)
@@ -79,18 +81,18 @@ def main(arguments: list[str] | None = None) -> None:
     # Files
     if distributed.is_main():
         path, as_trec = Path(options.output_path), options.output_format == "trec"
-        rows = found.rows()
         with passing_bar(len(data), "question", "looking for answers") as bar:
             made_by = {**search.made_by, "options": vars(options)}
-            results = path, data, passages, rows, found.scores
+            results = path, data, passages, found.positions, found.scores
             workers = options.validation_workers
             flags = retrieved.write_retrieved(*results, workers, made_by, as_trec, bar.update)
         recalls = retrieved.write_recall(path, flags, options.n_docs)
         shown = ", ".join(f"{name} {100 * value:.2f} %" for name, value in recalls.items())
         say(log, "answers", "%s", shown or "the data has none to look for")
-        if options.bm25 and not all(rows):
-            n_empty = f"{sum(not row for row in rows):,} of {count(len(rows), 'question')}"
-            say(log, "no match", "%s share no word with any passage", n_empty)
+        n_empty = int((found.positions < 0).all(axis=1).sum())
+        if options.bm25 and n_empty:
+            of = f"{n_empty:,} of {count(len(data), 'question')}"
+            say(log, "no match", "%s share no word with any passage", of)
         took = duration(time.perf_counter() - started)
         say(log, "done", "%s in %s: %s", count(len(data), "question"), took, path)
         print_next_steps(log, path, options.n_docs, as_trec, bool(recalls))

@@ -47,14 +47,15 @@ def main(arguments: list[str] | None = None) -> None:
     precision = resolve_precision(options.precision, device)
     rank, world_size = part = distributed.rank(), distributed.world_size()
     run, pin = Path(options.checkpoint_dir) / options.name, device.type == "cuda"
-    results.check_results(run)
+    results.check_results(run, options.eval_data)
     log = metrics.start_log(run / "run.log")
     metrics.write_options(run, vars(options))
     metrics.announce(log, "test", "a Fusion-in-Decoder reader", device, precision, run)
 
     # Data and model
     file, with_scores = options.eval_data, options.write_crossattention_scores
-    data = distributed.raise_on_all(lambda: load_data(file, *part, bar=metrics.passing_bar))
+    how = {"bar": metrics.passing_bar, "regex_answers": options.regex_answers}
+    data = distributed.raise_on_all(lambda: load_data(file, *part, **how))
     passages = describe_passages(data, options.n_context, "score them" if with_scores else "")
     say(log, "data", "using %s of %s examples of %s, %s", *[f"{len(data):,}"] * 2, file, passages)
     reader, tokenizer = open_reader(options, device, log)
@@ -73,8 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
     on_interrupt(lambda: "resumes after the last finished batch")
     sharding.shard(reader, device, precision, options.shard)
     generation, targets = select(GenerationOptions, options), select(TargetOptions, options)
-    how = device, precision, generation, with_scores, file, targets, results.right_answer(data)
-    new = answer_questions(reader, tokenizer, loader, *how)
+    rest = generation, with_scores, file, targets, results.right_answer(data)
+    new = answer_questions(reader, tokenizer, loader, device, precision, *rest)
     tally, done = Tally(data), 0
     with answer_file, metrics.progress_bar(len(batches), "batch", initial=n_finished) as bar:
         for done, answers in enumerate(itertools.chain(answer_file.finished, new), start=1):

@@ -8,6 +8,7 @@ and wrong options are answered at once.
 import argparse
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -81,13 +82,28 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_args(self, *arguments: Any) -> argparse.Namespace:
         options = super().parse_args(*arguments)
+        for value in vars(options).values():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and (not _is_utf8(text) or "\0" in text):
+                    self.error(f"{text!a} is no text in UTF-8; rename the file")
         if self._check:
             self._check(self, options)
         return options
 
     def error(self, message: str) -> NoReturn:
+        kind, _, words = message.partition("unrecognized arguments: ")
+        if not kind and any(map(os.path.exists, words.split())):
+            message += "; a pattern with * must be in quotes"
         print(f"error: {message} (python {self.prog} --help lists the options)", file=sys.stderr)
         sys.exit(2)
+
+
+def _is_utf8(text: str) -> bool:
+    """False for bytes that the shell took from a name in another encoding."""
+    try:
+        return bool(text.encode()) or not text
+    except UnicodeEncodeError:
+        return False
 
 
 def number(
@@ -330,6 +346,7 @@ _INDEXED = "the retriever that made the embeddings"
 _COMPILE = "compile the layers with PyTorch: takes a minute or so, then runs faster"
 _SHARD = "divide weights, gradients and optimizer among the processes (FSDP)"
 _PLAIN = "embed without the words question:, title: and context:, as DPR and Contriever do"
+_REGEX = "take answers as regular expressions (CuratedTREC's are)"
 _FRESH = "config file (JSON): start from fresh weights of this shape, with --tokenizer"
 _RESUMES = " (A stopped run resumes from its own checkpoint instead.)"
 
@@ -433,6 +450,7 @@ def test_reader_parser() -> _Parser:
     parser = _Parser(description, _check_test_reader)
     add, new = parser.group("data")
     add("--eval_data", "FILE", "eval_data.json", f"{_DATA} with the questions")
+    new("--regex_answers", bool, False, _REGEX)
     add("--write_results", bool, False, "write the answers to final_output.txt (id, tab, answer)")
     add("--write_crossattention_scores", bool, False,
         "write the data with passage scores to dataset_wscores.json")
@@ -524,6 +542,7 @@ def passage_retrieval_parser() -> _Parser:
     add("--data", "FILE", "data.json", "questions: .json, .jsonl, DPR's .csv", also=["--data_path"])
     add("--passages", "FILE", None, _COLLECTION, required=True)
     add("--output_path", "PATH", None, f"{_DATA} for the results", required=True)
+    new("--regex_answers", bool, False, _REGEX)
     new("--output_format", ["json", "trec"], "json", "trec: a run for trec_eval, without the texts")
     add("--n-docs", COUNT, 100, "passages for each question", also=["--n_docs"])
     add("--validation_workers", COUNT, 32, "maximum number of processes that look for answers")
@@ -552,6 +571,7 @@ def evaluation_parser() -> _Parser:
     add, _ = parser.group("data")
     add("files", "FILE", None, "data files with ctxs, TREC runs, or final_output.txt", nargs="+")
     add("--data", "FILE", None, "the questions that were answered, with their gold answers")
+    add("--regex_answers", bool, False, _REGEX)
     add("--qrels", "FILE", None, "judge by relevant passages, from TREC's qrels or BEIR's TSV")
     parser.group("measures")
     add("--k LIST", _count_list, "1,5,20,100", "numbers of passages for recall, such as 1,5,20,50")

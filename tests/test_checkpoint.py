@@ -1,6 +1,8 @@
 """A checkpoint is complete or absent; incomplete ones are ignored."""
 
 import contextlib
+import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -15,8 +17,11 @@ from src.training.checkpoint import (
     find_newest,
     load_state,
     read_meta,
+    read_state,
     recover_interrupted_saves,
+    resume_point,
 )
+from tests.conftest import ROOT, run, run_well
 
 
 def save_model(folder: Path) -> None:
@@ -71,14 +76,45 @@ def cut(name: str, size: int):
     return lambda path: os.truncate(path / name, size)
 
 
+def rewrite(path: Path, key: str, value: object) -> None:
+    meta = json.loads((path / "checkpoint.json").read_text())
+    (path / "checkpoint.json").write_text(json.dumps({**meta, key: value}))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         cut("model.safetensors", 100),
         cut("training_state.pt", 10),
         cut("checkpoint.json", 20),
-        lambda path: (path / "checkpoint.json").write_text("[]"),
         lambda path: (path / "model.safetensors").unlink(),
+        *[
+            lambda path, text=text: (path / "checkpoint.json").write_text(text)
+            for text in ("[]", "null", "3", '"x"', "{}", "[" * 99_999, '{"files": []}', "\0")
+        ],
+        *[
+            lambda path, key=key, value=value: rewrite(path, key, value)
+            for key, value in (
+                ("step", None),
+                ("step", "2"),
+                ("step", True),
+                ("step", -1),
+                ("step", 1),
+                ("position", None),
+                ("position", []),
+                ("position", {}),
+                ("position", {"step": 0}),
+                ("position", {"step": 2, "best": "x"}),
+                ("position", {"step": 2, "worst": 1}),
+                ("position", {"step": 2, "best": float("nan")}),
+                ("periodic", None),
+                ("options", None),
+                ("options", []),
+                ("files", None),
+                ("files", {"../x": 1}),
+            )
+        ],
+        lambda path: (shutil.rmtree(path), path.write_text("a file")),
     ],
 )
 def test_an_incomplete_checkpoint_is_ignored(damage, tmp_path):
@@ -86,6 +122,115 @@ def test_an_incomplete_checkpoint_is_ignored(damage, tmp_path):
     broken = make(tmp_path).save_step(*state(2))
     damage(broken)
     assert find_newest(tmp_path) == (tmp_path / "step-1", [str(broken)])
+    options = {"lr": 0.1, "keep_checkpoints": 0}
+    log = logging.getLogger("fid")
+    assert resume_point(tmp_path, options, log) == tmp_path / "step-1"
+    shutil.rmtree(tmp_path / "step-1")  # with no other left, training would start again
+    with pytest.raises(InputError, match=r"step-2: not a complete .* remove it to start again, or"):
+        resume_point(tmp_path, options, log)
+
+
+def test_latest_is_a_folder(tmp_path):
+    path = make(tmp_path).save_step(*state(1))
+    (tmp_path / "latest").unlink()
+    shutil.copytree(path, tmp_path / "latest")  # as a copy without links has it
+    with pytest.raises(InputError, match=r"latest: a folder, where a link .*; remove or rename it"):
+        resume_point(tmp_path, {"lr": 0.1, "keep_checkpoints": 0}, logging.getLogger("fid"))
+
+
+def adam(*shapes: tuple[int, ...]) -> torch.optim.Optimizer:
+    """An optimizer that has made an update."""
+    tensors = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer = torch.optim.AdamW(tensors)
+    for tensor in tensors:
+        tensor.grad = torch.ones_like(tensor)
+    optimizer.step()
+    return optimizer
+
+
+def edited(keys: str, value: object):
+    """Sets a part of the state, by the keys that lead to it."""
+
+    def edit(state: dict) -> None:
+        *path, last = [int(key) if key.isdigit() else key for key in keys.split()]
+        for key in path:
+            state = state[key]
+        state[last] = value
+
+    return edit
+
+
+STATES = {
+    "nothing": lambda state: state.clear(),
+    "no optimizer": lambda state: state.pop("optimizer"),
+    "no scaler": lambda state: state.pop("scaler"),
+    "a list": edited("optimizer", []),
+    "other shapes": edited("optimizer", adam((2, 3), (5,)).state_dict()),
+    "fewer": edited("optimizer", adam((2, 3)).state_dict()),
+    "more": edited("optimizer", adam((2, 3), (4,), (1,)).state_dict()),
+    "no moments": edited("optimizer state", {}),
+    "a transposed moment": edited("optimizer state 0 exp_avg", torch.ones(3, 2)),
+    "a moment of whole numbers": edited("optimizer state 0 exp_avg", torch.ones(2, 3).long()),
+    "a moment that is a list": edited("optimizer state 1 exp_avg", [1.0] * 4),
+    "a vector of steps": edited("optimizer state 1 step", torch.ones(4)),
+    "SGD's": edited("optimizer state 0", {"momentum_buffer": torch.ones(2, 3)}),
+    "a state of no tensor": edited("optimizer state 7", {}),
+    "a group without tensors": edited("optimizer param_groups 0 params", None),
+    "no random states": edited("random_states", []),
+    "a short random state": edited("random_states 0 cpu", torch.zeros(7, dtype=torch.uint8)),
+    "a random state of floats": edited("random_states 0 cpu", torch.zeros(5056)),
+    "zeros as a random state": edited("random_states 0 cpu", torch.zeros(5056, dtype=torch.uint8)),
+    "a scale that is nan": edited("scaler", {"scale": float("nan")}),
+    "half a scaler": edited("scaler", {"scale": 2.0}),
+}
+
+
+def whole_state() -> dict:
+    random_states = [{"cpu": torch.get_rng_state()}]
+    optimizer = adam((2, 3), (4,)).state_dict()
+    return {"optimizer": optimizer, "scaler": {}, "random_states": random_states}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_another_training_state_is_refused(case, tmp_path):
+    saved = whole_state()
+    torch.save(saved, tmp_path / "training_state.pt")
+    optimizer, scaler, random_states = read_state(tmp_path, adam((2, 3), (4,)), 0, 1)
+    assert torch.equal(optimizer["state"][0]["exp_avg"], saved["optimizer"]["state"][0]["exp_avg"])
+    assert (scaler, len(random_states)) == ({}, 1)
+    STATES[case](saved)
+    torch.save(saved, tmp_path / "training_state.pt")
+    message = f"^{tmp_path}/training_state.pt: not the training state of this model .*; remove"
+    with pytest.raises(InputError, match=message) as caught:
+        read_state(tmp_path, adam((2, 3), (4,)), 0, 1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_two_processes_end_when_one_finds_a_damaged_state(reference, tmp_path):
+    """(The random state of the second process alone is damaged.)"""
+    data, model = reference / "data.json", reference / "t5"
+    command = [
+        "train_reader.py",
+        "--train_data",
+        data,
+        "--eval_data",
+        "none",
+        "--model_path",
+        model,
+    ]
+    command += ["--text_maxlength", 16, "--num_workers", 0, "--checkpoint_dir", tmp_path]
+    command += ["--name", "run", "--dist_timeout", 30, "--total_steps"]
+    run_well(*command, 1, processes=2)
+    file = tmp_path / "run/checkpoint/step-1/training_state.pt"
+    saved = torch.load(file, weights_only=True)
+    saved["random_states"][1]["cpu"][:] = 0
+    torch.save(saved, file)
+    done = run(*command, 2, processes=2)
+    assert done.returncode != 0
+    assert "error: " + str(file) in done.stderr
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in done.stderr
+    assert "lost contact" not in done.stderr
 
 
 def test_a_failed_save_leaves_earlier_checkpoints(tmp_path):

@@ -4,24 +4,20 @@ A data file is a JSON list (`.json`), one JSON object a line (`.jsonl`), or DPR'
 and its answers (`.csv`); see `docs/formats.md`.
 """
 
-import ast
 import contextlib
-import csv
 import dataclasses
 import json
 import logging
 import math
 import multiprocessing
 import os
-import re
 import signal
-import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from src.data.files import tsv_reader
+from src.data.formats import ROWS, Pattern, parse_row, with_our_names
 from src.data.json_files import BadValue, JsonItems, check_characters
 from src.data.passages import Passage
 from src.runtime.errors import InputError, shorten
@@ -31,12 +27,13 @@ _BYTES_WORTH_A_PROCESS = 1 << 25  # of examples to check
 
 
 class Examples(JsonItems):
-    """The examples of a data file, of JSON or of DPR's rows; `examples[i]` decodes the i-th.
-    NQ-open's `answer` and BEIR's `_id` and `text` are renamed to ours.
+    """The examples of a data file, of JSON or of DPR's rows; `examples[i]` decodes the i-th, with
+    other people's names replaced by ours.
 
     Args: target: the passages' score is that under this name of their `scores`.
 
-    `unscored` holds the indices of those that `load_data` found without scored passages.
+    `unscored` holds the indices of those that `load_data` found without scored passages;
+    `answers_are_regexes` says whether each answer is a regular expression.
     """
 
     def __init__(self, path: str | Path, target: str | None = None):
@@ -44,15 +41,20 @@ class Examples(JsonItems):
         self._target = target
         start = int(self._spans[0, 0])
         is_json = self.source.read(start, start + 1) in (b"{", b"[")
-        self._has_rows = Path(self.path).suffix in _ROWS and not is_json
+        self._has_rows = Path(self.path.removesuffix(".gz")).suffix in ROWS and not is_json
         self.unscored: list[int] = []
+        self.answers_are_regexes = False
 
     def __getitem__(self, index: int) -> dict:
-        example = _with_our_names(super().__getitem__(index))
-        return _with_target(example, self._target) if self._target else example
+        example, key = super().__getitem__(index), self.key(index)
+        try:
+            example = with_our_names(example if key is None else {"id": key, **example})
+            return _with_target(example, self._target) if self._target else example
+        except BadValue as error:
+            raise InputError(f"{self.where(index)}{error}") from None
 
     def _parse(self, text: str) -> Any:
-        example = _parse_row(text) if self._has_rows else json.loads(text)
+        example = parse_row(text) if self._has_rows else json.loads(text)
         # How JSON writes surrogates, perhaps unpaired; Python's literals have more ways.
         if self._has_rows or "\\ud" in text or "\\uD" in text:
             check_characters(example)
@@ -60,48 +62,6 @@ class Examples(JsonItems):
 
 
 # ----------------------------------------------------------------------------------------------
-# Other people's questions
-
-_ROWS = (".csv", ".tsv", ".txt")  # names of files with DPR's rows
-_STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-_STRINGS = re.compile(rf"\[\s*(?:{_STRING}\s*(?:,\s*{_STRING}\s*)*,?)?\s*\]")
-
-
-def _parse_row(line: str) -> dict:
-    """An example from a row of DPR's: question, tab, the answers as a Python list of texts.
-
-    Fields are quoted as `csv` writes them. Errors: `BadValue`.
-    """
-    line = line + "\n"
-    try:
-        fields = next(tsv_reader([line]))
-    except csv.Error as error:
-        raise BadValue(f"not a row of TSV ({error}); correct it, or give JSON") from None
-    if len(fields) != 2 or fields[1].endswith("\n"):  # an open quote mark takes the line's end in
-        raise BadValue(
-            "a row must be a question, a tab and a list of answers like ['Paris', 'Lyon'], not "
-            f"{shorten(line, 60)}; correct it, or give JSON"
-        )
-    question, answers = fields[0], fields[1].strip()
-    with warnings.catch_warnings(), contextlib.suppress(ValueError, SyntaxError):
-        warnings.simplefilter("ignore")  # about backslashes that mean nothing
-        if _STRINGS.fullmatch(answers):  # Python's parser of literals sees nothing but strings
-            return {"question": question, "answers": ast.literal_eval(answers)}
-    raise BadValue(
-        "the answers of a row must be a list of texts like ['Paris', 'Lyon'], not "
-        f"{shorten(answers, 60)}; correct it, or give JSON"
-    )
-
-
-def _with_our_names(example: dict) -> dict:
-    """The example under the names of our format, if it has those of NQ-open or BEIR."""
-    theirs = {"answer": "answers"}
-    if "question" not in example and "_id" in example:
-        theirs |= {"_id": "id", "text": "question"}
-    names = {name: ours for name, ours in theirs.items() if ours not in example}
-    return {names.get(name, name): value for name, value in example.items()}
-
-
 def _with_target(example: dict, target: str) -> dict:
     """The example with passages scored by a target, as far as the file has it; `has_answer` is also
     in retrieved data (`hasanswer`) and in DPR's (`positive_ctxs`, `negative_ctxs`)."""
@@ -147,7 +107,11 @@ class Example:
 def parse_example(raw: dict, index: int, where: str) -> Example:
     """Check one decoded example. Errors: `InputError` that says `where` and what is wrong."""
     try:
-        question, target = _text(raw.get("question"), '"question"'), raw.get("target")
+        if "question" not in raw:
+            fields = shorten(list(raw), 200)
+            problem = f'no "question" among its fields {fields}; docs/formats.md has all names read'
+            raise BadValue(f": {problem}")
+        question, target = _text(raw["question"], '"question"'), raw.get("target")
         if not question.strip():
             raise BadValue(f': "question" must be text, not {shorten(question)}')
         contexts = _list(raw.get("ctxs"), '"ctxs" must be a list of passages')
@@ -213,7 +177,13 @@ def read_example(examples: Examples, index: int) -> Example:
     """The checked example at an index of a file."""
     raw = examples[index]
     try:
-        return parse_example(raw, index, "")
+        example = parse_example(raw, index, "")
+        if examples.answers_are_regexes:
+            patterns = list(map(Pattern, example.answers))
+            return dataclasses.replace(example, answers=patterns)
+        return example
+    except BadValue as error:
+        raise InputError(f"{examples.where(index)}{error}") from None
     except InputError:  # the line number costs a pass over the file: only when it is needed
         return parse_example(raw, index, examples.where(index))
 
@@ -226,6 +196,7 @@ def load_data(
     needs_scores: int = 0,
     bar: Bar = no_bar,
     target: str | None = None,
+    regex_answers: bool = False,
 ) -> Examples:
     """Open a data file and check this process's share of its examples (`rank`, `rank +
     world_size`, ...), so that a broken one is reported now and not in the middle of the night.
@@ -237,22 +208,34 @@ def load_data(
             on one of their first `needs_scores` passages are listed in `unscored`; 0: none are.
         bar: for the examples that are checked.
         target: see `Examples`.
+        regex_answers: whether the answers are regular expressions.
     """
     examples = Examples(path, target)
+    examples.answers_are_regexes = regex_answers
 
-    def check(index: int) -> bool:
+    def check(index: int) -> int:
         example = read_example(examples, index)
         if needs_target and example.target is None and not example.answers:
             where = examples.where(index)
             raise InputError(f'{where}: "target" or "answers" is needed to train on it')
         passages = example.passages[:needs_scores]
-        return not needs_scores or any(passage.score is not None for passage in passages)
+        lacks_scores = needs_scores and all(passage.score is None for passage in passages)
+        is_empty = example.answers and not any(map(str.strip, example.answers))
+        return _UNSCORED * bool(lacks_scores) + _EMPTY * bool(is_empty)
 
     size = examples.source.size // world_size  # of a process's share
     n_processes = min(available_cpus(), size // _BYTES_WORTH_A_PROCESS, 16)
     indices = range(rank, len(examples), world_size)
-    examples.unscored = _check_all(check, indices, n_processes, bar)
+    found = _check_all(check, indices, n_processes, bar)
+    examples.unscored = [index for index, flags in found if flags & _UNSCORED]
+    if n_empty := sum(flags & _EMPTY > 0 for _, flags in found):
+        numbers = f"{n_empty:,} of {count(len(indices), 'question')} of {path}"
+        text = "%s have empty answers alone, which count as found in every passage"
+        logging.getLogger("fid").warning(text, numbers)
     return examples
+
+
+_UNSCORED, _EMPTY = 1, 2  # what `load_data` notes of an example: all answers empty
 
 
 def skip_unscored(
@@ -293,30 +276,37 @@ def describe_passages(examples: Examples, n_context: int, needed_to: str = "") -
 
 
 def _check_all(
-    check: Callable[[int], bool], indices: range, n_processes: int, bar: Bar
-) -> list[int]:
-    """The indices that fail a check, divided among processes. Errors: the check's first one."""
+    check: Callable[[int], int], indices: range, n_processes: int, bar: Bar
+) -> list[tuple[int, int]]:
+    """The indices of which a check returns something, and that; divided among processes.
+
+    Errors: the check's first one.
+    """
     parts = [indices[start : start + 100] for start in range(0, len(indices), 100)]
-    failed = []
+    found = []
     with contextlib.ExitStack() as stack:
         shown = stack.enter_context(bar(len(indices), "example", "checking examples"))
         if n_processes < 2:
-            results = ([index for index in part if not check(index)] for part in parts)
+            results = (_found(check, part) for part in parts)
         else:  # forked: the file is open already, and only results are sent
             context = multiprocessing.get_context("fork")
             pool = ProcessPoolExecutor(n_processes, context, _start_checking, (check,))
             results = stack.enter_context(pool).map(_check_part, parts)
         for part, more in zip(parts, results, strict=True):
-            failed += more
+            found += more
             shown.update(len(part))
-    return failed
+    return found
 
 
-def _check_part(indices: range) -> list[int]:
-    return [index for index in indices if not _check(index)]
+def _found(check: Callable[[int], int], indices: range) -> list[tuple[int, int]]:
+    return [(index, flags) for index in indices if (flags := check(index))]
 
 
-def _start_checking(check: Callable[[int], bool]) -> None:
+def _check_part(indices: range) -> list[tuple[int, int]]:
+    return _found(_check, indices)
+
+
+def _start_checking(check: Callable[[int], int]) -> None:
     global _check
     _check = check
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

@@ -1,5 +1,6 @@
 """Files that are read by byte positions, and the caches made from them."""
 
+import codecs
 import contextlib
 import csv
 import fcntl
@@ -17,7 +18,7 @@ import numpy as np
 
 from src.data.outputs import atomic_file, remove_leftovers, require_regular
 from src.runtime.errors import InputError, first_line
-from src.runtime.terminal import Bar
+from src.runtime.terminal import Bar, no_bar
 
 # ----------------------------------------------------------------------------------------------
 # Files read by byte positions
@@ -76,14 +77,25 @@ class Source:
             raise InputError(f"{self.path} changed while it was being read; run the command again")
 
     def chunks(self, start: int, end: int | None = None) -> Iterator[tuple[int, bytes]]:
-        """Chunks of bytes with their positions. Errors: `InputError` for a NUL byte, which no text
-        has: the file is binary, UTF-16, or was never fully written."""
-        end = self.size if end is None else end
-        for position in range(start, end, _CHUNK):
-            data = self.read(position, min(position + _CHUNK, end))
+        """Chunks of bytes with their positions, to the file's end or before `end`.
+
+        Errors: `InputError` for a NUL byte, which no text has: the file is binary, UTF-16, or was
+        never fully written; and, to the file's end, for bytes that are not UTF-8.
+        """
+        stop, decoder = self.size if end is None else end, codecs.getincrementaldecoder("utf-8")()
+        for position in range(start, stop, _CHUNK):
+            data = self.read(position, min(position + _CHUNK, stop))
+            after = position + len(data)
             if b"\0" in data:
                 problem = "a NUL byte, so not UTF-8 text; re-encode the file, or copy it again"
                 raise self.error(position + data.index(b"\0"), problem)
+            try:
+                if end is None:
+                    decoder.decode(data, final=after == stop)
+            except UnicodeDecodeError as error:  # its object begins before a character cut in two
+                problem = f"byte {error.object[error.start]:#x} is not UTF-8 text"
+                at = after - len(error.object) + error.start
+                raise self.error(at, f"{problem}; re-encode the file") from None
             yield position, data
 
     def skip_blanks(self, start: int) -> int:
@@ -108,9 +120,13 @@ class Source:
             yield starts[is_text] + position
 
     def _is_blank_line(self, start: int) -> bool:
-        data = self.read(start, min(start + 4096, self.size))
-        line, line_end, _ = data.partition(b"\n")
-        return not line.strip() and (line_end != b"" or start + len(data) == self.size)
+        for position in range(start, self.size, 4096):
+            line, line_end, _ = self.read(position, min(position + 4096, self.size)).partition(
+                b"\n"
+            )
+            if line_end or line.strip():
+                return not line.strip()
+        return True
 
     def line_number(self, position: int) -> int:
         """The number, from 1, of the line at a byte position."""
@@ -181,12 +197,49 @@ def cached_array(
     return array[:-4]
 
 
-def unpack(path: str, bar: Bar) -> str:
+_UNPACK, _TO_LINES = "unpack it, and give the file in it", "write it as JSONL"
+_NO_TEXT = {  # formats by their first bytes, and the remedy
+    b"BZh": f"a bzip2 archive; {_UNPACK} (bunzip2 -k)",
+    b"\xfd7zXZ\0": f"an xz archive; {_UNPACK} (xz -dk)",
+    b"\x28\xb5\x2f\xfd": f"a zstd archive; {_UNPACK} (zstd -dk)",
+    b"PK\x03\x04": f"a zip archive; {_UNPACK}",
+    b"7z\xbc\xaf\x27\x1c": f"a 7z archive; {_UNPACK}",
+    b"\xff\xfe": "UTF-16 text; re-encode it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "UTF-16 text; re-encode it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"PAR1": f"a Parquet table; {_TO_LINES} (to_json(..., lines=True) in pandas)",
+    b"\xff\xff\xff\xff": f"an Arrow table; {_TO_LINES} (to_json in datasets)",
+    b"ARROW1": f"an Arrow table; {_TO_LINES} (to_json in datasets)",
+    b"\x80": f"a Python pickle, which could run code; {_TO_LINES}",
+    b"\x89HDF": f"an HDF5 file; {_TO_LINES}",
+    b"SQLite format 3": f"an SQLite database; {_TO_LINES}",
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself (git lfs pull)",
+    b"<!DOCTYPE": "a web page; download the file itself",
+    b"<html": "a web page; download the file itself",
+}
+
+
+def _check_is_text(path: str, head: bytes) -> None:
+    """Errors: `InputError` that names the format of what is known not to be our kind of text."""
+    for beginning, name in _NO_TEXT.items():
+        if head.startswith(beginning):
+            raise InputError(f"{path}: {name}")
+    if head[257:262] == b"ustar":
+        raise InputError(f"{path}: a tar archive; {_UNPACK} (tar -xf)")
+
+
+def open_text(path: str, bar: Bar = no_bar) -> Source:
+    """A text file, gzipped or not. Errors: `InputError` also for other archives and formats."""
+    return Source(path, _unpack(path, bar))
+
+
+def _unpack(path: str, bar: Bar) -> str:
     """The path itself, or that of a gzipped file's plain text, which is unpacked next to it once: a
     position in an archive cannot be read without everything before it."""
     source = Source(path)
     with source.file as file:
-        if file.read(2) != b"\x1f\x8b":
+        head = file.read(512)
+        if head[:2] != b"\x1f\x8b":
+            _check_is_text(path, head)
             return path
         with contextlib.suppress(OSError):  # where the file system can lock, one process unpacks
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -208,6 +261,8 @@ def unpack(path: str, bar: Bar) -> str:
             ):
                 position = 0
                 while piece := packed.read(_CHUNK):
+                    if position == 0:
+                        _check_is_text(path, piece)
                     if b"\0" in piece:
                         raise InputError(f"{path}: a NUL byte, so not UTF-8 text; fetch it again")
                     plain.write(piece)

@@ -1,6 +1,7 @@
 """JSON lists and lines, opened by byte offsets: an item is decoded when it is asked for, so no
 process ever holds the objects of a whole file."""
 
+import contextlib
 import copy
 import json
 import re
@@ -10,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from src.data.files import Source
+from src.data.files import Source, open_text
 from src.runtime.errors import InputError, first_line, shorten
 
 
@@ -43,13 +44,14 @@ def decode(
 
 def read_json(path: str | Path) -> Any:
     """The contents of a small JSON file. Errors: `InputError`."""
-    source = Source(str(path))
-    data = b"".join(data for _, data in source.chunks(0))
+    source = open_text(str(path))
+    data = b"".join(data for _, data in source.chunks(source.start))
     return decode(source, 0, data.rstrip())
 
 
 class JsonItems(Sequence[dict]):
-    """The objects of a `.json` list or `.jsonl` file; `items[i]` decodes the i-th.
+    """The objects of a `.json` list or `.jsonl` file, or of an object of objects keyed by numbers;
+    `items[i]` decodes the i-th.
 
     Args:
         key: the file holds one object, and the list is under this key of it.
@@ -59,8 +61,8 @@ class JsonItems(Sequence[dict]):
 
     def __init__(self, path: str | Path, key: str | None = None):
         self.path = str(path)
-        self.source = Source(self.path)
-        self._spans = _find_objects(self.source, key)
+        self.source = open_text(self.path)
+        self._spans, self._is_keyed = _find_objects(self.source, key)
         self._numbers = np.arange(len(self._spans))  # of the items in the file
 
     def __len__(self) -> int:
@@ -77,6 +79,13 @@ class JsonItems(Sequence[dict]):
 
     def _parse(self, text: str) -> Any:
         return json.loads(text)
+
+    def key(self, index: int) -> str | None:
+        """The number under which the file, if it is one object, has an item."""
+        start = int(self._spans[index, 0])
+        before = self.source.read(max(start - 100, 0), start) if self._is_keyed else b""
+        found = re.search(rb'"(\d+)"\s*:\s*$', before)
+        return found[1].decode() if found else None
 
     def where(self, index: int) -> str:
         """The file and example for an error message, numbered from 1 as editors and people do."""
@@ -112,6 +121,7 @@ def json_list(items: Iterable[dict]) -> Iterator[str]:
 # ----------------------------------------------------------------------------------------------
 # Where the objects are
 
+_HEAD = 1 << 16  # bytes that tell a file's kind
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 # What each byte does to the depth of nesting.
 _DEPTH = np.zeros(256, dtype=np.int8)
@@ -119,27 +129,54 @@ _DEPTH[[ord("["), ord("{")]] = 1
 _DEPTH[[ord("]"), ord("}")]] = -1
 
 
-def _find_objects(source: Source, key: str | None) -> np.ndarray:
-    """The byte spans [n, 2] of the objects in a file; `[` at its start tells a list from lines."""
+def _find_objects(source: Source, key: str | None) -> tuple[np.ndarray, bool]:
+    """The byte spans [n, 2] of the objects in a file, and whether it is one object that has them
+    under numbers. Otherwise `[` at its start tells a list from lines."""
     start = source.skip_blanks(source.start)
-    opening = source.read(start, min(start + 1, source.size))
-    if not opening:
+    head = source.read(start, min(start + _HEAD, source.size))
+    if not head:
         raise InputError(f"{source.path}: the file is empty; give one with examples")
-    if key is not None or opening == b"[":
-        end = None
+    is_keyed = key is None and re.match(rb'\{\s*"\d+"\s*:\s*\{', head) is not None
+    key = "Data" if re.match(rb'\{\s*"Data"\s*:\s*\[', head) else key  # TriviaQA as published
+    if key is not None or is_keyed or head[:1] == b"[":
+        begin, end = start, None
         if key is not None:
             start, end = _find_list(source, start, key)
         spans, list_end = _find_nested(source, start)
-        _check_commas(source, spans, start + 1, list_end)
+        _check_between(source, spans, start + 1, list_end, is_keyed)
+        if end is not None:  # what is around the list
+            around = source.read(begin, start) + b"[]" + source.read(list_end + 1, end + 1)
+            decode(source, begin, around)
         rest = source.skip_blanks((list_end if end is None else end) + 1)
         if rest < source.size:
             raise source.error(rest, "bad JSON (text after its end); correct it, or copy it again")
     else:
         starts = np.concatenate(list(source.line_starts(start)))
         spans = np.stack([starts, np.append(starts[1:], source.size)], axis=1)
+        if head[:1] == b"{" and len(spans) > 1:
+            _check_first_line(source, *spans[0].tolist())
     if len(spans) == 0:
         raise InputError(f"{source.path}: there are no examples in this file; give one with some")
-    return spans
+    return spans, is_keyed
+
+
+def _check_first_line(source: Source, start: int, end: int) -> None:
+    """Errors: `InputError` if it only begins an object that is written over several lines."""
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(source.read(start, end))
+        return
+    problem = None
+    with contextlib.suppress(ValueError, RecursionError):  # an `InputError` is a ValueError, too
+        end = _find_nested(source, start)[1] + 1
+        first = json.loads(source.read(start, end))
+        problem = "objects over several lines; write each on a line (jq -c . FILE)"
+        if source.skip_blanks(end) == source.size:
+            fields = shorten(list(first), 200)
+            problem = (
+                f"one object over several lines, with the fields {fields}; give a list of them"
+            )
+    if problem:
+        raise source.error(start, problem)
 
 
 def _find_list(source: Source, start: int, key: str) -> tuple[int, int]:
@@ -185,7 +222,10 @@ def _find_nested(source: Source, start: int) -> tuple[np.ndarray, int]:
         ends.append(brackets[(depths == 1) & (steps == -1)] + position + 1)
         if len(closing):
             spans = np.stack([np.concatenate(starts), np.concatenate(ends)], axis=1)
-            return spans, int(brackets[-1]) + position
+            end = int(brackets[-1]) + position
+            if source.read(start, start + 1) + source.read(end, end + 1) not in (b"[]", b"{}"):
+                raise source.error(end, "bad JSON (another bracket was open); correct it")
+            return spans, end
         depth = int(depths[-1]) if len(depths) else depth
     kind = "list" if source.read(start, start + 1) == b"[" else "object"
     raise InputError(
@@ -207,12 +247,17 @@ def _without_escaped(view: np.ndarray, quotes: np.ndarray, first_is_escaped: boo
     return quotes[~escaped]
 
 
-def _check_commas(source: Source, spans: np.ndarray, begin: int, list_end: int) -> None:
-    """One comma between two objects of a list, and nothing before the first or after the last."""
+def _check_between(
+    source: Source, spans: np.ndarray, begin: int, list_end: int, is_keyed: bool
+) -> None:
+    """One comma between two objects, and nothing before the first or after the last; with
+    `is_keyed`, a number before each."""
+    key = rb'[ \t\r\n]*"\d+"[ \t\r\n]*:' if is_keyed else b""
     for number, (start, end) in enumerate([*spans.tolist(), (list_end, list_end)]):
-        between = source.read(begin, start).strip()
-        if between != (b"," if 0 < number < len(spans) else b""):
+        between = source.read(begin, start).strip(b" \t\r\n")
+        comma = b"," if 0 < number < len(spans) else b""
+        if not re.fullmatch(comma + (key if number < len(spans) else b""), between):
             found = shorten(between.decode(errors="replace"), 40)
-            problem = f"the list must hold objects with one comma between two, not {found}"
+            problem = f"there must be objects with one comma between two, not {found}"
             raise source.error(begin, f"bad JSON ({problem})")
         begin = end

@@ -42,7 +42,13 @@ def require_regular(*paths: Path) -> None:
         raise OSError(errno.EEXIST, f"{path.name or path} is {kind}, not a regular file")
 
 
-def claim(target: Path, remedy: str, lock_file: Path | None = None, wait: bool = False) -> None:
+def claim(
+    target: Path,
+    remedy: str,
+    lock_file: Path | None = None,
+    wait: bool = False,
+    inputs: Iterable[str] = (),
+) -> None:
     """Reserve an output until this command ends, and remove what killed writers left of it. If this
     command is killed, the kernel frees the output at once.
 
@@ -51,6 +57,7 @@ def claim(target: Path, remedy: str, lock_file: Path | None = None, wait: bool =
         lock_file: a lasting file in the target, a folder; none: one is made beside the target, and
             removed at the end. It is locked by `flock`, unless the file system cannot do that.
         wait: for another command that has reserved it, rather than fail.
+        inputs: files that the command reads, and so must not replace.
     Errors: `InputError` when another command has reserved it, or it cannot be written.
     """
     file = (lock_file or _lock_file(target)).absolute()
@@ -59,6 +66,8 @@ def claim(target: Path, remedy: str, lock_file: Path | None = None, wait: bool =
     with writing(target, remedy):
         file.parent.mkdir(parents=True, exist_ok=True)
         require_regular(file)
+        _require_short(target)
+        require_no_input([target], inputs)
         while True:
             handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             if _lock(handle, wait) is False:
@@ -77,16 +86,42 @@ def claim(target: Path, remedy: str, lock_file: Path | None = None, wait: bool =
     remove_leftovers(file.parent, "" if lock_file else target.name)
 
 
-def claim_output(path: str, option: str = "--output_path", beside: Sequence[str] = ()) -> None:
+def claim_output(
+    path: str,
+    option: str = "--output_path",
+    beside: Sequence[str] = (),
+    inputs: Iterable[str] = (),
+) -> None:
     """Reserve a file that an option names, so that a wrong one is reported at the start.
 
-    Args: beside: suffixes of the files that are written next to it.
-    Errors: `InputError` when it cannot be written or replaced, or another command writes it.
+    Args:
+        beside: suffixes of the files that are written next to it.
+        inputs: files that the command reads.
+    Errors: `InputError` when it cannot be written or replaced, would replace an input, or another
+        command writes it.
     """
     target, remedy = Path(path), f"give another {option}"
+    outputs = [target, *(Path(f"{target}{suffix}") for suffix in beside)]
     with writing(target, remedy):
-        require_regular(target, *(Path(f"{target}{suffix}") for suffix in beside))
+        require_regular(*outputs)
+        require_no_input(outputs, inputs)
+        _require_short(*outputs)
     claim(target, remedy)
+
+
+def _require_short(*paths: Path) -> None:
+    """Errors: `OSError` for a name that is too long, as it is while it is being written."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(path.with_name(f".{path.name}.12345678.partial"))
+
+
+def require_no_input(outputs: Iterable[Path], inputs: Iterable[str]) -> None:
+    """Errors: `OSError` for an output that is one of the files that a command reads."""
+    existing = [name for name in inputs if os.path.exists(name)]
+    for output in filter(os.path.exists, outputs):
+        if any(os.path.samefile(output, name) for name in existing):
+            raise OSError(errno.EEXIST, f"{output.name} is a file that this command reads")
 
 
 def load_or_claim(folder: Path, load: Callable[[], Value | None], remedy: str) -> Value | None:

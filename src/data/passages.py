@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from src.data.files import LONGEST_ROW, Source, cached_array, tsv_reader, unpack
+from src.data.files import LONGEST_ROW, Source, cached_array, open_text, tsv_reader
 from src.data.json_files import BadValue, check_characters, decode
 from src.runtime.errors import InputError, shorten
 from src.runtime.terminal import Bar, no_bar
@@ -48,12 +48,11 @@ class Passage(NamedTuple):
 class Passages(Sequence[Passage]):
     """The passages of a TSV or JSONL file; `passages[i]` decodes the i-th.
 
-    TSV is read as Python's `csv.reader(file, delimiter="\\t")` reads it; empty lines are skipped.
+    TSV is read as Python's `csv.reader(file, delimiter="\\t")` reads it; blank lines are skipped.
     The columns are those that a header names, else id, text and title, or id and text.
 
     Errors: `InputError` when the file is missing, empty, cut off inside a quoted field, has an
-    unknown header or a row with another number of columns, or has an id twice. Text that is not
-    UTF-8 is found when its passage is read.
+    unknown header or a row with another number of columns, has an id twice, or is not UTF-8.
 
     Args:
         bar: for what takes long with a new collection.
@@ -61,7 +60,7 @@ class Passages(Sequence[Passage]):
 
     def __init__(self, path: str | Path, bar: Bar = no_bar):
         self.path, self._bar = str(path), bar
-        self._source = Source(self.path, unpack(self.path, bar))
+        self._source = open_text(self.path, bar)
         found = cached_array(self._source, ".offsets", lambda: _find_passages(self._source, bar))
         self._offsets = found[:-4]  # [n + 1]: where each passage begins, and where the last ends
         # The columns of id, text and title (-1: none), and the number of columns (0 in JSONL).
@@ -82,7 +81,9 @@ class Passages(Sequence[Passage]):
 
     def _parse_row(self, row: str) -> Passage:
         row = row.rstrip("\r\n")
-        fields = next(tsv_reader([row])) if '"' in row else row.split("\t")
+        # (A blank line may follow; a quoted field may hold line ends.)
+        is_plain = not _UNPLAIN.search(row)
+        fields = row.split("\t") if is_plain else next(tsv_reader(io.StringIO(row, newline="")))
         if len(fields) != self._n_columns:
             raise BadValue("not a whole row; remove the caches next to it (.NAME.offsets, .ids)")
         identity, text, title = self._columns
@@ -186,6 +187,7 @@ def _reopen(path: str, source: Source) -> Passages:
     return Passages(path)
 
 
+_UNPLAIN = re.compile('["\r\n]')
 _PART = 1 << 14  # passages read at a time
 _DPR_PREFIX = "wiki:"  # in DPR's embeddings of Wikipedia, but not in its TSV
 _EMPTY = (None, "", {}, [])
@@ -204,7 +206,7 @@ def _parse_json(line: str) -> Passage:
         for field in ("id", "text", "title")
     )
     if "text" not in raw and "contents" in raw and title is None and isinstance(text, str):
-        title, text = _split_contents(text)
+        title, text = split_contents(text)
     if isinstance(identity, bool) or not isinstance(identity, str | int):
         raise BadValue(f'"id" or "_id" must be text or a whole number, not {shorten(identity)}')
     if not isinstance(text, str):
@@ -216,7 +218,7 @@ def _parse_json(line: str) -> Passage:
     return Passage(str(identity), title or "", text, more=dict(sorted(more.items())))
 
 
-def _split_contents(contents: str) -> tuple[str, str]:
+def split_contents(contents: str) -> tuple[str, str]:
     """Title and text of pyserini's `contents`: the first line is the title if text follows it.
 
     Its Wikipedia has the titles as DPR's TSV does, in quote marks that are doubled inside.
@@ -292,7 +294,7 @@ def _find_rows(source: Source) -> Iterator[tuple[int, list[str]]]:
                 return
             if row and row[-1].endswith(_END):
                 break
-            if row:
+            if len(row) > 1 or "".join(row).strip():  # not a blank line
                 yield begin, row
             begin = position
     except csv.Error:  # longer than LONGEST_ROW

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import regex
 
 from src.data.examples import Examples, read_example
+from src.data.formats import Pattern
 from src.runtime.errors import InputError, shorten
 
 _ARTICLES = regex.compile(r"\b(a|an|the)\b", regex.UNICODE)
@@ -34,9 +35,15 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether the normalised prediction equals one of the normalised answers."""
+    """Whether the normalised prediction equals one of the normalised answers. (A `Pattern` must
+    match the prediction as it is, from its start.)"""
     predicted = normalize_answer(prediction)
-    return any(normalize_answer(answer) == predicted for answer in answers)
+    return any(
+        answer.finds(prediction, from_start=True)
+        if isinstance(answer, Pattern)
+        else normalize_answer(answer) == predicted
+        for answer in answers
+    )
 
 
 def _token_f1(predicted: list[str], right: list[str]) -> float:
@@ -57,8 +64,11 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def judge(prediction: str, answers: Sequence[str]) -> tuple[bool, float]:
-    """Exact match and F1 of an answer."""
-    return exact_match(prediction, answers), f1(prediction, answers)
+    """Exact match and F1 of an answer; for patterns, F1 is exact match."""
+    is_right = exact_match(prediction, answers)
+    if any(isinstance(answer, Pattern) for answer in answers):
+        return is_right, float(is_right)
+    return is_right, f1(prediction, answers)
 
 
 def tokenize(text: str) -> list[str]:
@@ -75,9 +85,12 @@ def _tokenize_all(answers: tuple[str, ...]) -> list[tuple[str, list[str]]]:
 def has_answer(answers: Sequence[str], text: str) -> bool:
     """Whether one of the answers is in the text as a run of whole tokens (see `tokenize`).
 
-    An answer without any token (empty, or only spaces) is in every text, as in the reference.
+    An answer without any token (empty, or only spaces) is in every text, as in the reference. A
+    `Pattern` is searched for in the text as it is.
     Source: answer recall in DPR (Karpukhin et al., 2020, section 4).
     """
+    if any(isinstance(answer, Pattern) for answer in answers):
+        return any(answer.finds(text) for answer in answers)
     if not text.isascii():
         text = unicodedata.normalize("NFD", text)
         if "Σ" in text:  # whose lower case depends on what is before and after it
@@ -166,8 +179,8 @@ def read_answers(path: str, data: Examples) -> list[str]:
     """The answers in a file of lines `id<TAB>answer`, one for each example of the data, in its
     order. Errors: `InputError` when the two do not belong together."""
     try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().split("\n")[:-1]
+        with open(path, encoding="utf-8-sig") as file:
+            lines = file.read().removesuffix("\n").split("\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError as error:

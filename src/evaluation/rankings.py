@@ -72,10 +72,10 @@ class Ranking:
         return 100 * sum(0 < (first or 0) <= k for first in self.firsts) / self.n_judged
 
 
-def rank_answers(path: str, name: str = "") -> Ranking:
+def rank_answers(path: str, name: str = "", regex_answers: bool = False) -> Ranking:
     """Read a file of questions with passages. Errors: `InputError` when it has no passages, or no
     gold answers."""
-    data, ranking = load_data(path), Ranking(name)
+    data, ranking = load_data(path, regex_answers=regex_answers), Ranking(name)
     for index in range(len(data)):
         example = read_example(data, index)
         ranking.add(example, find_answers(example.answers, (p.text for p in example.passages)))
@@ -87,10 +87,12 @@ def rank_answers(path: str, name: str = "") -> Ranking:
     return ranking
 
 
-def judge_retrieval(path: str, ks: Sequence[int]) -> tuple[str, dict[str, np.ndarray]]:
+def judge_retrieval(
+    path: str, ks: Sequence[int], regex_answers: bool = False
+) -> tuple[str, dict[str, np.ndarray]]:
     """A digest of the questions, and for those with answers whether the first k passages have one,
     for each k up to the number of passages, [n]. Errors: those of `rank_answers`."""
-    ranking = rank_answers(path)
+    ranking = rank_answers(path, regex_answers=regex_answers)
     firsts = np.array([first for first in ranking.firsts if first is not None])
     depths = [k for k in ks if k <= ranking.depth]
     return ranking.questions, {f"recall@{k}": (firsts > 0) & (firsts <= k) for k in depths}

@@ -4,6 +4,7 @@ Each process appends the answers of its batches to its own part. Batches are ass
 processes in turn, so reading the parts in turn gives the input's order, with nothing in memory.
 """
 
+import contextlib
 import json
 import logging
 from argparse import Namespace
@@ -13,7 +14,7 @@ from typing import Any
 
 from src.data.examples import Examples, parse_example, read_example
 from src.data.json_files import json_list
-from src.data.outputs import require_regular, write_whole, writing
+from src.data.outputs import require_no_input, require_regular, write_whole, writing
 from src.evaluation.answers import ANSWERS, SCORES, exact_match, find_answers, judge
 from src.evaluation.retrieved import MADE_BY, OnExamples, beside, write_beside
 from src.models.answering import Answer
@@ -24,12 +25,14 @@ from src.training.metrics import Average, passing_bar
 ANSWER_RECORDS, CURVE = "answers.jsonl", "n_context_curve.json"
 
 
-def check_results(folder: Path) -> None:
-    """Errors: `InputError`, before hours of work, if a result would replace anything but a file."""
+def check_results(folder: Path, *inputs: str) -> None:
+    """Errors: `InputError`, before hours of work, if a result would replace anything but a file, or
+    one of the inputs."""
     names = ANSWERS, SCORES, f"{SCORES}{MADE_BY}", ANSWER_RECORDS, CURVE
     for path in (folder / name for name in names):
         with writing(path, "remove it, or use another --name"):
             require_regular(path)
+            require_no_input([path], inputs)
 
 
 def _part(folder: Path, rank: int) -> Path:
@@ -52,12 +55,13 @@ class AnswerFile:
             require_regular(self.path)
         self.finished: list[list[Answer]] = []
         header = json.dumps({"made_by": made_by}) + "\n"
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("\n")]  # the last may be incomplete
-        if kept and kept[0] == header:
-            self.finished = [_read_batch(line) for line in kept[1:]]
-        else:
-            kept = [header]
+        content = self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
+        lines, kept = content.splitlines(keepends=True), [header]
+        if lines and lines[0] == header:
+            with contextlib.suppress(ValueError, TypeError, RecursionError):  # damaged from here on
+                for line in lines[1:]:
+                    self.finished.append(_read_batch(line))
+                    kept.append(line)
         write_whole(self.path, kept)
 
     def __enter__(self) -> "AnswerFile":
@@ -144,7 +148,13 @@ def remove_parts(folder: Path) -> None:
 
 
 def _read_batch(line: str) -> list[Answer]:
-    return [Answer(*row) for row in json.loads(line)]
+    """Errors: ValueError or TypeError for anything else, such as a line without its end."""
+    if not line.endswith("\n"):
+        raise ValueError("no end of the line")
+    batch = [Answer(*row) for row in json.loads(line)]
+    if not all(type(one.index) is int and isinstance(one.text, str) for one in batch):
+        raise ValueError("not answers")
+    return batch
 
 
 def read_parts(folder: Path, world_size: int) -> Iterator[Answer]:

@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,44 +45,51 @@ def write_retrieved(
     path: Path,
     data: Examples,
     passages: Passages,
-    rows: list[list[int]],
+    positions: np.ndarray,
     scores: np.ndarray,
     workers: int,
     made_by: dict[str, Any],
     as_trec: bool = False,
     on_examples: OnExamples = lambda n: None,
-) -> list[list[bool]]:
+) -> list[Sequence[bool]]:
     """Write questions with the passages found for them, and beside them what made them.
 
     Args:
         path: the data in the reader's format; `.jsonl` gives a line for each example, any other
             name a JSON list.
-        rows, scores: of each question's passages in the collection, best first.
+        positions, scores: [q, k], of each question's passages in the collection, best first; -1
+            where there are fewer.
         workers: maximum number of processes that look for answers.
         made_by: as JSON values; `model` is the last column of a TREC run.
         as_trec: write a TREC run instead.
 
     Returns: for each question with gold answers, whether each of its passages contains one.
     """
-    flags = []
+    flags: list[Sequence[bool]] = []
+
+    def found_for(index: int) -> Iterator[tuple[int, float]]:
+        for row, score in zip(positions[index].tolist(), scores[index].tolist(), strict=True):
+            if row >= 0:
+                yield row, score
 
     def task(index: int) -> Task:
-        return read_example(data, index).answers, [passages[row].text for row in rows[index]]
+        answers = read_example(data, index).answers
+        return answers, [passages[row].text for row, _ in found_for(index)]
 
     def found() -> Iterator[tuple[int, list[bool]]]:
         hits = _find_answers(task, len(data), scores.size, workers)
         for index, (has_answers, contained) in enumerate(hits):
             if has_answers:
-                flags.append(contained)
+                flags.append(np.array(contained, bool))  # a list takes eight times as much memory
             yield index, contained if has_answers else []
             on_examples(1)
 
     def examples() -> Iterator[dict[str, Any]]:
         for index, contained in found():
             contexts = []
-            for number, (row, score) in enumerate(zip(rows[index], scores[index], strict=False)):
+            for number, (row, score) in enumerate(found_for(index)):
                 identity, title, text, *_, more = passages[row]
-                context = {"id": identity, "title": title, "text": text, "score": float(score)}
+                context = {"id": identity, "title": title, "text": text, "score": score}
                 hit = {"hasanswer": contained[number]} if contained else {}
                 contexts.append(
                     {**context, **hit, **{n: more[n] for n in more if n not in context}}
@@ -92,8 +99,8 @@ def write_retrieved(
     def trec_lines() -> Iterator[str]:
         for index, _ in found():
             question = read_example(data, index).id
-            for rank, (row, score) in enumerate(zip(rows[index], scores[index], strict=False)):
-                columns = passages[row].id, rank + 1, repr(float(score)), made_by["model"]
+            for rank, (row, score) in enumerate(found_for(index), start=1):
+                columns = passages[row].id, rank, repr(score), made_by["model"]
                 yield "{} Q0 {} {} {} {}\n".format(question, *columns)
 
     for kind in (MADE_BY, RECALL):  # of an earlier file
@@ -139,7 +146,7 @@ def _match_one(index: int) -> tuple[bool, list[bool]]:
     return match(_task(index))
 
 
-def write_recall(path: Path, flags: list[list[bool]], n_docs: int) -> dict[str, float]:
+def write_recall(path: Path, flags: list[Sequence[bool]], n_docs: int) -> dict[str, float]:
     """Write recall at 1, 5, 20 and 100 beside the retrieved data; nothing without gold answers.
 
     Returns: the values by name, in [0, 1].

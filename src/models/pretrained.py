@@ -27,6 +27,7 @@ from safetensors import safe_open
 from sentencepiece import SentencePieceProcessor
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
     BertTokenizer,
@@ -38,6 +39,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from src.data.json_files import read_json
 from src.runtime.errors import InputError, first_line, shorten
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
@@ -63,7 +65,12 @@ def load_config(path: str, model_type: str, *others: str) -> PreTrainedConfig:
     """The config of a model of one of these types: by hub name, folder, or JSON file."""
     _check_path(path)
     with _reporting(path, "no model config can be read there", "give a model's folder or hub name"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if Path(path).is_file():
+            values = read_json(path)  # with a byte-order mark, too
+            config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+        else:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        _check_sizes(config)
     if config.model_type not in (model_type, *others):
         wanted = {
             "t5": "a T5 or a reader (model_type t5, mt5 or umt5)",
@@ -79,6 +86,19 @@ def load_config(path: str, model_type: str, *others: str) -> PreTrainedConfig:
         )
     config._attn_implementation = None  # a config.json could name a kernel to download and run
     return config
+
+
+def _check_sizes(config: PreTrainedConfig) -> None:
+    """Errors: ValueError for sizes and token ids with which no model works."""
+    for name, value in config.to_dict().items():
+        is_size = re.fullmatch(r"num_.*(layers|heads)|d_\w+|\w+_size", name)
+        if is_size and isinstance(value, int) and value < 1:
+            raise ValueError(f"{name} is {value}")
+        ids = value if isinstance(value, list) else [value]
+        if name.endswith("token_id") and not all(
+            one is None or (isinstance(one, int) and 0 <= one < config.vocab_size) for one in ids
+        ):
+            raise ValueError(f"{name} {value} is not among the {config.vocab_size} tokens")
 
 
 def build(model_class: Callable[[Config], Model], path: str, config: Config) -> Model:
@@ -110,6 +130,9 @@ def from_pretrained(
             raise InputError(
                 f"{path}: the weights have other shapes than its config.json says; {_SAVED_WITH}"
             ) from None
+    if getattr(model, "generation_config", None) is not None:
+        with _reporting(path, "its generation_config.json is refused", "correct or remove it"):
+            model.generation_config.validate(strict=True)  # or saving would fail, after training
     for name, found, wanted in sorted(report["mismatched_keys"]):
         raise InputError(
             f"{path}: by its config.json {name} is {list(wanted)}, but in the weights it is "
@@ -266,9 +289,17 @@ def read_tensors(path: str, *keys: str) -> list[torch.Tensor | None]:
 def _check_path(path: str, needs_config: bool = True) -> None:
     """Report a wrong path without asking the hub."""
     folder, problem = Path(path), None
-    if folder.is_dir() and needs_config:
+    if folder.is_file() and folder.suffix != ".json":
+        problem = (
+            "a file, not a model's folder; a checkpoint of PyTorch, such as DPR's .cp, must be "
+            "converted (Transformers has convert_dpr_original_checkpoint_to_pytorch.py)"
+        )
+    elif folder.is_dir() and needs_config:
         if not (folder / "config.json").exists():
-            problem = "no config.json in this folder; give the folder of a model"
+            inner = ("checkpoint/best_dev", "checkpoint/latest", "best_dev", "latest")
+            found = [name for name in inner if (folder / name / "config.json").exists()]
+            model = f"its model: {folder / found[0]}" if found else "the folder of a model"
+            problem = f"no config.json in this folder; give {model}"
         elif (folder / "adapter_config.json").exists():
             problem = (
                 "holds an adapter (adapter_config.json); merge it into its model and give that"
@@ -310,9 +341,9 @@ def _reporting(path: str, what: str, cure: str):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             yield
-    except InputError:
+    except (InputError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # hub, safetensors, torch.load and tokenizers each have their own
+    except BaseException as error:  # each library has its own; a panic in Rust is no Exception
         why = first_line(error, 200)
         if isinstance(error, pickle.UnpicklingError):  # torch.load advises to run the file's code
             why = "refused: more than tensors in it, or damaged"

@@ -55,6 +55,9 @@ def reports_input_errors(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> None:
         on_interrupt(lambda: "starts again")
+        for stream in (sys.stdout, sys.stderr):  # whatever is printed, in any encoding
+            with contextlib.suppress(AttributeError):
+                stream.reconfigure(errors="backslashreplace")
         try:
             with at_end:
                 _run(main, *args, **kwargs)
@@ -111,6 +114,8 @@ def _report(error: Exception) -> None:
         _end(f"{where}{error.strerror}; make room, and the same command resumes")
     if isinstance(error, BrokenPipeError) and drop_unread_output():
         sys.exit(128 + signal.SIGPIPE)
+    if isinstance(error, OSError) and isinstance(error.filename, str | bytes | os.PathLike):
+        _end(f"{os.fsdecode(error.filename)}: {error.strerror}; check the path, and try again")
     if isinstance(error, InputError):
         # A data-loading worker passes on its traceback, with the message on the last line.
         _end(str(error).strip().split("\n")[-1].removeprefix("src.runtime.errors.InputError: "))

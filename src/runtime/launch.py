@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,12 +26,24 @@ class Launch:
     port: int = 29500
     launcher: str = "none"
 
+    def __post_init__(self) -> None:
+        """Errors: ValueError for values that no launcher gives."""
+        if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.world_size):
+            ranks = f"rank {self.rank} (on its machine: {self.local_rank})"
+            raise ValueError(f"{ranks} of {self.world_size} processes")
+        if not 0 < self.port < 65_536:
+            raise ValueError(f"port {self.port}")
+        if not re.fullmatch(r"[\w.:%-]+", self.address):
+            raise ValueError(f"the address {self.address!r}")
+
 
 def detect_launch(environ: Mapping[str, str], local_rank: int | None = None) -> Launch:
     """Read the launcher's environment variables. Without a launcher there is one process, on any
     number of GPUs, and in a SLURM batch script without srun. `local_rank`: the option of that name,
     which launchers before torchrun passed."""
     try:
+        if ("RANK" in environ) != ("WORLD_SIZE" in environ):
+            raise ValueError("RANK and WORLD_SIZE must be set together, or not at all")
         if "RANK" in environ and "WORLD_SIZE" in environ:
             return Launch(
                 rank=int(environ["RANK"]),

@@ -31,7 +31,10 @@ def open_shards(
     """
     paths: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
-        found = [str(pattern)] if os.path.exists(pattern) else sorted(glob.glob(str(pattern)))
+        # The name itself, or with [ meaning itself, or as any pattern.
+        found = [str(pattern)] if os.path.exists(pattern) else []
+        for attempt in (str(pattern).replace("[", "[[]"), str(pattern)):
+            found = found or sorted(glob.glob(attempt))
         if not found:
             raise InputError(
                 f"{pattern}: there are no embeddings of this name; "
@@ -84,8 +87,8 @@ def _check_together(shards: list[Shard]) -> None:
         start, next_start = before.number("first"), shard.number("first")
         if start is not None and start + len(before) != next_start:
             raise InputError(
-                f"{before.path} ends at passage {start + len(before)}, but {shard.path} begins at "
-                f"{next_start}; make both again, {_OR_ALLOW}"
+                f"{before.path} ends at passage {start + len(before):,}, but {shard.path} begins "
+                f"at {next_start:,}; make both again, {_OR_ALLOW}"
             )
 
 
@@ -98,8 +101,8 @@ def check_count(shards: Sequence[Shard], collection: str, n_passages: int) -> No
     if rows != n_passages and not all(shard.metadata for shard in shards):
         others = f" to {shards[-1].path}" if len(shards) > 1 else ""
         raise InputError(
-            f"{shards[0].path}{others}: {rows} embeddings, but {collection} has "
-            f"{n_passages} passages; give all shards of this collection, {_OR_ALLOW}"
+            f"{shards[0].path}{others}: {rows:,} embeddings, but {collection} has "
+            f"{n_passages:,} passages; give all shards of this collection, {_OR_ALLOW}"
         )
 
 

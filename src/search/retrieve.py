@@ -151,6 +151,9 @@ class EmbeddingSearch:
         of = f"{len(exact):,} embeddings of size {exact.dimension} in {count(len(shards), 'shard')}"
         kind = options.factory or "exact"
         say(log, "search", "%s; %s search takes about %s of memory", of, kind, size(memory))
+        if len(exact) < len(passages):
+            n_lost = f"{len(passages) - len(exact):,} of {count(len(passages), 'passage')}"
+            say(log, "missing", "%s have no embedding and cannot be found", n_lost)
         self._embedder = self._load_retriever(device, log)
         self._index = _open_index(options, exact, device, log)
 

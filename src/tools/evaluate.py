@@ -59,9 +59,10 @@ def _judge(path: str, options: argparse.Namespace, qrels: dict | None) -> Judged
             print(f"{path}: {left_out}, and left out as in trec_eval", file=sys.stderr)
         return sorted(questions), _sorted(questions, values)
     if path.endswith((".json", ".jsonl")):
-        return judge_retrieval(path, options.k)
+        return judge_retrieval(path, options.k, options.regex_answers)
     if options.data:
-        return options.data, judge_answers(path, load_data(options.data))
+        data = load_data(options.data, regex_answers=options.regex_answers)
+        return options.data, judge_answers(path, data)
     how = (
         "to judge answers, --data must name the questions' file; to judge a TREC run, give --qrels"
     )

@@ -10,6 +10,7 @@ hard links: files of a checkpoint are only ever replaced, never written into.
 
 import json
 import logging
+import math
 import os
 import shutil
 import warnings
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from src.data.outputs import atomic_folder, write_whole
+from src.data.outputs import atomic_folder, write_whole, writing
 from src.runtime import distributed
 from src.runtime.errors import InputError, first_line
 
@@ -170,13 +171,27 @@ def resume_point(folder: Path, options: dict[str, Any], log: logging.Logger) -> 
     """The run's newest complete checkpoint, or None, after cleaning up. Logs what was done, and
     which options have changed since.
 
-    Errors: `InputError` when an option has changed that cannot change.
+    Errors: `InputError` when an option has changed that cannot change, when no checkpoint in the
+        folder is complete (training would start again), and when it cannot be cleaned up.
     """
-    if distributed.is_main() and folder.exists():
-        for line in recover_interrupted_saves(folder, options["keep_checkpoints"]):
-            log.info("%s", line)
-    distributed.barrier()
+
+    def recover() -> None:
+        link = folder / "latest"
+        if link.is_dir() and not link.is_symlink():
+            problem = "a folder, where a link to the newest checkpoint belongs; remove or rename it"
+            raise InputError(f"{link}: {problem}")
+        with writing(folder, "give another --checkpoint_dir or --name"):
+            if os.path.lexists(folder):
+                for line in recover_interrupted_saves(folder, options["keep_checkpoints"]):
+                    log.info("%s", line)
+
+    distributed.run_on_main(recover)
     newest, incomplete = find_newest(folder)
+    if incomplete and newest is None:
+        raise InputError(
+            f"{incomplete[-1]}: not a complete checkpoint of this program, and no other is left "
+            "to resume from; remove it to start again, or give another --name"
+        )
     for path in incomplete:
         log.info("ignoring %s: not a complete checkpoint of this program", path)
     if newest:
@@ -210,10 +225,73 @@ def read_meta(path: Path) -> dict[str, Any] | None:
     """The contents of `checkpoint.json`, or None when the checkpoint is not complete."""
     try:
         meta = json.loads((path / META_FILE).read_text())
-        sizes = {name: (path / name).stat().st_size for name in meta["files"]}
-        return meta if sizes == meta["files"] and "position" in meta else None
-    except (OSError, ValueError, KeyError, TypeError):
+        step, position, files = meta["step"], meta["position"], meta["files"]
+        best, due = position.get("best"), position.get("evaluation_due", False)
+        is_whole = (
+            set(position) <= {"step", "examples_seen", "best", "evaluation_due"}
+            and all(type(n) is int and n >= 0 for n in (step, position.get("examples_seen", 0)))
+            and position["step"] == step
+            and (best is None or (type(best) in (int, float) and math.isfinite(best)))
+            and {type(due), type(meta["periodic"])} == {bool}
+            and type(meta["options"]) is dict
+            and all(Path(name).name == name for name in files)
+            and files == {name: (path / name).stat().st_size for name in files}
+        )
+        return meta if is_whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def read_state(
+    path: Path, optimizer: torch.optim.Optimizer, rank: int, step: int
+) -> tuple[dict[str, Any], dict[str, float], list[dict[str, torch.Tensor]]]:
+    """The training state in a checkpoint: the optimizer's, the loss scaler's (empty without fp16),
+    and the random states of all processes. They are checked to be of this model, because PyTorch
+    takes tensors of any shape, and some kernels then never return.
+
+    Args: rank: whose random state is checked; step: the updates that were made.
+    Errors: `InputError`.
+    """
+    saved = load_state(path)
+    try:
+        ours, theirs, scaler = optimizer.param_groups, saved["optimizer"], saved["scaler"]
+        parameters = [parameter for group in ours for parameter in group["params"]]
+        numbers = [number for group in theirs["param_groups"] for number in group["params"]]
+        n_known = len(set(theirs["state"]) & set(numbers))
+        is_empty = not (n_known or scaler or step == 0)
+        if (len(ours), len(parameters)) != (len(theirs["param_groups"]), len(numbers)) or is_empty:
+            raise ValueError(f"for {n_known} of {len(numbers)} tensors, not {len(parameters)}")
+        if n_known != len(theirs["state"]):
+            raise ValueError("the optimizer has a state without a tensor")
+        for number, parameter in zip(numbers, parameters, strict=True):
+            moments = theirs["state"].get(number, {})
+            found = {name: list(value.shape) for name, value in moments.items()}
+            shape = list(parameter.shape)
+            if found not in ({}, {"step": [], "exp_avg": shape, "exp_avg_sq": shape}):
+                raise ValueError(f"the optimizer has {found} for a tensor of shape {shape}")
+            if not all(value.is_floating_point() for value in moments.values()):
+                raise ValueError("the optimizer's tensors are not floating point")
+        if not all(type(n) in (int, float) and math.isfinite(n) for n in scaler.values()):
+            raise ValueError("the loss scale is not a number")
+        if scaler:
+            torch.amp.GradScaler("cpu").load_state_dict(scaler)
+        states = saved["random_states"]
+        if not states or any(state["cpu"].dtype != torch.uint8 for state in states):
+            raise ValueError("there are no random states")
+        for device, state in states[min(rank, len(states) - 1)].items():
+            if device == "cpu" or torch.cuda.is_available():
+                torch.Generator(device).set_state(state)
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+        problem = f"not the training state of this model ({first_line(error)})"
+        raise _bad_state(path, problem) from None
+    return theirs, scaler, states
+
+
+def _bad_state(path: Path, problem: str) -> InputError:
+    return InputError(
+        f"{path / STATE_FILE}: {problem}; remove {path}, and the same command resumes from the "
+        "checkpoint before it"
+    )
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -223,10 +301,7 @@ def load_state(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore", UserWarning)  # the one line below says it
             return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a broken or hostile file
-        raise InputError(
-            f"{path / STATE_FILE}: cannot be read ({first_line(error)}); remove {path}, and the "
-            "same command resumes from the checkpoint before it"
-        ) from error
+        raise _bad_state(path, f"cannot be read ({first_line(error)})") from error
 
 
 def changed_options(path: Path, before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -50,7 +50,8 @@ def start_log(file: Path | None) -> logging.Logger:
     log.setLevel(logging.INFO if distributed.is_main() else logging.CRITICAL)
     if not distributed.is_main():
         return log
-    for handler in [_BesideTheBar(), *([logging.FileHandler(file)] if file else [])]:
+    text = {"encoding": "utf-8", "errors": "backslashreplace"}
+    for handler in [_BesideTheBar(), *([logging.FileHandler(file, **text)] if file else [])]:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
     return log
@@ -130,13 +131,13 @@ def _keep_until(path: Path, step: int, evaluation_due: bool) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             values = json.loads(line)
             again = evaluation_due and any(name.startswith("dev/") for name in values)
             if values["step"] <= (step - 1 if again else step):
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             continue  # cut off when the run was killed
     write_whole(path, kept, _ELSEWHERE)
 

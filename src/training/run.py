@@ -39,6 +39,7 @@ from src.training.checkpoint import (
     describe_resume,
     load_state,
     read_meta,
+    read_state,
     resume_point,
 )
 from src.training.loop import Evaluation, LossFunction, Position, check_finite, train
@@ -239,23 +240,30 @@ class State:
         """Resume from a checkpoint, whose weights the model has already. The optimizer keeps its
         own hyperparameters, which may have changed. The random state is the checkpoint's, unless
         the seed or the number of processes has changed."""
-        saved, meta = load_state(checkpoint), read_meta(checkpoint)
-        groups = self.optimizer.param_groups
+        meta, groups, rank = read_meta(checkpoint), self.optimizer.param_groups, distributed.rank()
+        if sharding.has_shares(checkpoint) or self.is_sharded:
+            saved = load_state(checkpoint)
+            optimizer, scaler, random_states = map(
+                saved.get, ("optimizer", "scaler", "random_states")
+            )
+        else:
+            optimizer, scaler, random_states = distributed.raise_on_all(
+                lambda: read_state(checkpoint, self.optimizer, rank, meta["step"])
+            )
         current = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         if sharding.has_shares(checkpoint):
             sharding.read_shares(checkpoint, self.optimizer, self._parameters)
         elif self.is_sharded:
-            sharding.divide_state(saved["optimizer"], self.optimizer)
+            sharding.divide_state(optimizer, self.optimizer)
         else:
-            self.optimizer.load_state_dict(saved["optimizer"])
+            self.optimizer.load_state_dict(optimizer)
         for group, values in zip(self.optimizer.param_groups, current, strict=True):
             group.update(values)
-        if saved["scaler"]:  # trained in fp16
-            self.scaler.load_state_dict(saved["scaler"])
-        random_states = saved["random_states"]
+        if scaler:  # trained in fp16
+            self.scaler.load_state_dict(scaler)
         same_seed = meta["options"].get("seed") == seed
         if same_seed and len(random_states) == distributed.world_size():
-            random_state = random_states[distributed.rank()]
+            random_state = random_states[rank]
             torch.set_rng_state(random_state["cpu"])
             if "cuda" in random_state and torch.cuda.is_available():
                 torch.cuda.set_rng_state(random_state["cuda"])
