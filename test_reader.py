@@ -92,9 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Files, results, next step
     distributed.barrier()
-    if rank == 0:
-        results.write_files(run, data, world_size, options, made_by, log)
-    distributed.barrier()
+    files = run, data, world_size, options, made_by, log
+    distributed.run_on_main(lambda: results.write_files(*files))
     stop_request.finish()
     distributed.run_on_main(lambda: results.remove_parts(run))
     joint = tally.over_all(generation.contexts)
