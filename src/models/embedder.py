@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from src.data.batches import passage_text
-from src.data.passages import Passages
+from src.data.passages import Passage, Passages
+from src.models.encoders import longest
 from src.models.lengths import prefetch_one
 from src.models.retriever import Retriever
 from src.runtime import distributed
@@ -57,10 +57,15 @@ class TextEmbedder:
         is_question = side == "questions"
         config = retriever.config
         apply_mask = config.apply_question_mask if is_question else config.apply_passage_mask
-        if max_length > config.max_position_embeddings:
+        if max_length > longest(config):
             raise InputError(
-                f"this retriever reads at most {config.max_position_embeddings} tokens, not "
+                f"this retriever reads at most {longest(config)} tokens, not "
                 f"{max_length}: lower --{side[:-1]}_maxlength"
+            )
+        if config.side not in (None, side):
+            raise InputError(
+                f"{tokenizer.name_or_path}: this encoder is one of {config.side}, and cannot embed "
+                f"{side}; give the other one of the pair"
             )
         self._embed = retriever.embed_questions if is_question else retriever.embed_passages
         self._tokenizer, self._max_length = tokenizer, max_length
@@ -123,15 +128,18 @@ def _copy_to_cpu(rows: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
 
 
 def embed_blocks(
-    embed: TextEmbedder, passages: Passages, rows: range, use_title: bool, plain: bool
+    embed: TextEmbedder, passages: Passages, rows: range, text: Callable[[Passage], str]
 ) -> Iterator[tuple[list[str], np.ndarray]]:
     """Embed these rows of a collection, in rounds of a block for each process. Yields the ids and
-    embeddings [n, D] of a round in the main process, and nothing in the others."""
+    embeddings [n, D] of a round in the main process, and nothing in the others.
+
+    Args: text: writes a passage as the retriever reads it.
+    """
 
     def read(start: int) -> tuple[slice, list[str], list[list[int]]]:
         """Of a block: the rows to embed, their ids, and the tokens of all."""
         block = [passages[row] for row in range(start, min(start + BLOCK_ROWS, len(passages)))]
-        texts = [passage_text(p.title, p.text, use_title, plain) for p in block]
+        texts = [text(passage) for passage in block]
         wanted = slice(max(0, rows.start - start), max(0, min(len(block), rows.stop - start)))
         return wanted, [passage.id for passage in block[wanted]], embed.tokenize(texts)
 

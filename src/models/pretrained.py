@@ -25,6 +25,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 from sentencepiece import SentencePieceProcessor
+from tokenizers import normalizers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -45,6 +46,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 _COPY = "was the file cut off? copy it, or make the model, again"
 _SAVED_WITH = "give the config.json that was saved with these weights, or make the model again"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.txt")
+_TOKENIZER_FILES += ("vocab.json", "sentencepiece.bpe.model")
 
 
 def quiet_transformers() -> None:
@@ -59,15 +61,18 @@ def hide_bars() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_config(path: str, model_type: str, *others: str) -> PreTrainedConfig:
+def load_config(path: str, *kinds: str) -> PreTrainedConfig:
     """The config of a model of one of these types: by hub name, folder, or JSON file."""
     _check_path(path)
     with _reporting(path, "no model config can be read there", "give a model's folder or hub name"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if config.model_type not in (model_type, *others):
-        wanted = {"t5": "a T5 or a reader", "bert": "a BERT or a retriever"}[model_type]
+    if config.model_type not in kinds:
+        needed, give = "t5", "a T5 or a reader"
+        if kinds != ("t5",):
+            needed = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+            give = "one of these or a retriever"
         raise InputError(
-            f"{path}: a {config.model_type} model, but a {model_type} is needed here; give {wanted}"
+            f"{path}: a {config.model_type} model, but a {needed} is needed here; give {give}"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(
@@ -148,6 +153,10 @@ def load_tokenizer(
         if len(tokenizer) <= len(tokenizer.added_tokens_encoder) + 1:  # Transformers made one up
             raise ValueError("it has no vocabulary")
         tokenizer.pieces = _load_pieces(tokenizer)
+        if (read_json(source, "sentence_bert_config.json") or {}).get("do_lower_case"):
+            own = tokenizer.backend_tokenizer.normalizer
+            parts = [normalizers.Lowercase(), *([own] if own else [])]
+            tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(parts)
         tokenizer.clean_up_tokenization_spaces = True  # whatever the folder says
     return tokenizer
 
@@ -232,21 +241,34 @@ def check_vocabulary(
         )
 
 
-def digest(model: nn.Module, settings: Iterable[str] = ()) -> str:
-    """A short text, equal for two models if and only if their weights and settings are."""
+def digest(model: nn.Module, settings: Iterable[str] = (), without: str = "\0") -> str:
+    """A short text, equal for two models if and only if their settings and weights (but those whose
+    names begin with `without`) are."""
     found = hashlib.blake2b(digest_size=16)
     for setting in settings:
         found.update(f"{setting}\n".encode())
     for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(without):
+            continue
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         found.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
 
 
-def read_tensors(path: str, *keys: str) -> list[torch.Tensor | None]:
-    """Some tensors, in float32, of the weights at a folder or hub name; None if not among them."""
+def read_json(path: str, name: str) -> Any:
+    """A JSON file of the model at a folder or hub name; None if it has no such file."""
+    file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return None
+    with _reporting(str(file), "not a JSON file", _COPY):
+        return json.loads(Path(file).read_text(encoding="utf-8-sig"))
+
+
+def read_tensors(path: str, *keys: str, folder: str = "") -> list[torch.Tensor | None]:
+    """Some tensors, in float32, of the weights at a folder or hub name, or in `folder/` inside it;
+    None if not among them."""
     files = (
-        cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        cached_file(path, folder + name, _raise_exceptions_for_missing_entries=False)
         for name in ("model.safetensors", "pytorch_model.bin")
     )
     file = next((file for file in files if file), None)
@@ -258,6 +280,19 @@ def read_tensors(path: str, *keys: str) -> list[torch.Tensor | None]:
     with safe_open(file, framework="pt") as stored:
         names = set(stored.keys())
         return [stored.get_tensor(key).float() if key in names else None for key in keys]
+
+
+def load_layers(module: nn.Module, path: str, prefix: str, folder: str = "") -> None:
+    """Read all of a module's weights (see `read_tensors`), whose names begin with this prefix.
+
+    Errors: `InputError` if some are missing, or have other shapes than in the config.
+    """
+    names = list(module.state_dict())
+    with _reporting(path, "the model's weights cannot be read", _SAVED_WITH):
+        found = read_tensors(path, *(prefix + name for name in names), folder=folder)
+        if missing := [name for name, tensor in zip(names, found, strict=True) if tensor is None]:
+            raise ValueError(f"they lack {folder}{prefix}{missing[0]}")
+        module.load_state_dict(dict(zip(names, found, strict=True)))
 
 
 def _check_path(path: str, needs_config: bool = True) -> None:
