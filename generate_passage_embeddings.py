@@ -13,7 +13,6 @@ from src.runtime.errors import on_interrupt, reports_input_errors
 if __name__ == "__main__":
     reports_input_errors(passage_embeddings_parser().parse_args)()  # answers --help at once
 
-import functools
 import json
 import time
 from argparse import ArgumentParser, Namespace
@@ -56,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Model
     own = encoder_settings(options)
     retriever, tokenizer = open_retriever(options.model_path, options.tokenizer, **own)
-    dimension, write = retriever.config.indexing_dimension, retriever.texts[1]
+    dimension = retriever.config.indexing_dimension
     size = f"{sum(p.numel() for p in retriever.parameters()) / 1e6:.1f}M parameters"
     say(log, "model", "%s, embeddings of size %d, from %s", size, dimension, options.model_path)
     max_length = options.passage_maxlength or retriever.config.passage_maxlength
@@ -85,8 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     on_interrupt(lambda: "resumes after the last finished block")
     bar = progress_bar(last - first, "passage", initial=before)
     rows = range(first + before, last)
-    text = functools.partial(write, use_title=not options.no_title)
-    for block in embed_blocks(embed, passages, rows, lambda p: text(p.title, p.text)):
+    for block in embed_blocks(embed, passages, rows, not options.no_title, retriever.texts[1]):
         distributed.run_on_main(lambda block=block: writer.append(*block))
         bar.update(writer.position - bar.n if writer else 0)
         if distributed.any_process(stop_request.requested):

@@ -22,13 +22,7 @@ from src.data.batches import RetrieverCollator, RetrieverDataset, TextCollator
 from src.evaluation.rankings import count_inversions, last_gold_index, top_k_overlap
 from src.models.losses import check_dev_loss, compare_to_reader, retriever_loss
 from src.models.pretrained import load_tokenizer
-from src.models.retriever import (
-    check_settings,
-    encoder_path,
-    gold_ranks,
-    load_retriever,
-    start_retriever,
-)
+from src.models.retriever import check_settings, gold_ranks, load_retriever, start_retriever
 from src.runtime.device import autocast
 from src.runtime.terminal import say_next
 from src.training.loop import Evaluation, move_to
@@ -60,15 +54,12 @@ def main(arguments: list[str] | None = None) -> None:
         source = str(run.resumed_from or options.model_path)
         retriever = load_retriever(source, options.dropout, **own)
         check_settings(retriever.config, settings, source)
-        retriever.config.side = None  # also a question encoder of DPR learns to embed passages
     else:
         source = options.model_config if run.is_fresh else options.retriever_model
         retriever = start_retriever(source, options.dropout, **settings, **own)
-    if options.two_towers:
-        retriever.split_towers()
-    tokenizer = load_tokenizer(base if run.is_fresh else encoder_path(source), base)
-    retriever.skip_prefixes(tokenizer)
-    config = retriever.config
+    tokenizer = load_tokenizer(base if run.is_fresh else source, base)
+    retriever.begin_training(tokenizer, options.two_towers)
+    config, form = retriever.config, (options.n_context, not options.no_title, *retriever.texts)
     detail = f"embeddings of size {config.indexing_dimension}, "
     run.prepare(retriever, tokenizer, source, retriever.layers, detail)
 
@@ -89,9 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
             yield loss.item(), int(n_passages), gold_ranks(scores, batch["present"])
 
     def evaluate() -> dict[str, float]:
-        dataset = RetrieverDataset(
-            dev_data, options.n_context, not options.no_title, *retriever.texts
-        )
+        dataset = RetrieverDataset(dev_data, *form)
         top = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= options.n_context]
         names = ["loss", "inversions", *[f"{kind}_top{k}" for kind in ("avg", "idx") for k in top]]
         averages = {name: Average() for name in names}
@@ -106,9 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         return {name: average.value() for name, average in joint.items() if average.weight}
 
     # Training
-    dataset = RetrieverDataset(
-        train_data, options.n_context, not options.no_title, *retriever.texts
-    )
+    dataset = RetrieverDataset(train_data, *form)
     loss = functools.partial(retriever_loss, use_negatives=options.in_batch_negatives)
     evaluation = Evaluation(evaluate, "loss", higher_is_better=False) if dev_data else None
     weights = fit(run, retriever, tokenizer, loss, dataset, collate, evaluation)

@@ -202,7 +202,8 @@ FIXED = {
         "model_path": REFERENCE, "model_config": "shape.json", "tokenizer": "other",
         "retriever_model": "other", "indexing_dimension": 16, "question_maxlength": 7,
         "passage_maxlength": 7, "no_projection": None, "no_question_mask": None,
-        "no_passage_mask": None, "extract_cls": None,
+        "no_passage_mask": None, "extract_cls": None, "pooling": "cls", "normalize": None,
+        "question_prefix": "query: ", "passage_prefix": "passage: ", "two_towers": None,
     },
 }  # fmt: skip
 ELSEWHERE = {"help", "name", "checkpoint_dir", "local_rank"}  # where the run is

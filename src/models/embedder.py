@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from src.data.passages import Passage, Passages
+from src.data.passages import Passages
 from src.models.encoders import longest
 from src.models.lengths import prefetch_one
 from src.models.retriever import Retriever
@@ -128,18 +128,20 @@ def _copy_to_cpu(rows: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
 
 
 def embed_blocks(
-    embed: TextEmbedder, passages: Passages, rows: range, text: Callable[[Passage], str]
+    embed: TextEmbedder,
+    passages: Passages,
+    rows: range,
+    use_title: bool,
+    write: Callable[[str, str, bool], str],
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Embed these rows of a collection, in rounds of a block for each process. Yields the ids and
-    embeddings [n, D] of a round in the main process, and nothing in the others.
-
-    Args: text: writes a passage as the retriever reads it.
-    """
+    """Embed these rows of a collection, which the retriever's `texts` write, in rounds of a block
+    for each process. Yields the ids and embeddings [n, D] of a round in the main process, and
+    nothing in the others."""
 
     def read(start: int) -> tuple[slice, list[str], list[list[int]]]:
         """Of a block: the rows to embed, their ids, and the tokens of all."""
         block = [passages[row] for row in range(start, min(start + BLOCK_ROWS, len(passages)))]
-        texts = [text(passage) for passage in block]
+        texts = [write(passage.title, passage.text, use_title) for passage in block]
         wanted = slice(max(0, rows.start - start), max(0, min(len(block), rows.stop - start)))
         return wanted, [passage.id for passage in block[wanted]], embed.tokenize(texts)
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from src.data.batches import question_text
-from src.models.pretrained import read_json
+from src.models.pretrained import encoder_folder, read_json
 from src.runtime.errors import InputError, shorten
 
 KINDS = ("bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta")
@@ -120,7 +120,8 @@ def describe(config: PreTrainedConfig) -> list[str]:
     if values["question_prefix"] == values["passage_prefix"] == "":  # --plain_text
         values |= {"question_prefix": None, "passage_prefix": None}
     changed = [name for name in others if values[name] != getattr(Settings(), name)]
-    return [f"{name} {values[name]}" for name in original + changed]
+    as_text = {name: json.dumps(values[name], sort_keys=True) for name in changed}
+    return [f"{name} {(values | as_text)[name]}" for name in original + changed]
 
 
 def longest(config: PreTrainedConfig) -> int:
@@ -187,17 +188,6 @@ def dpr(config: PreTrainedConfig, path: str) -> Found:
     return settings | {"head": head}, [("", f"{prefix}_encoder.encode_proj.")]
 
 
-def transformer_folder(path: str, modules: Any) -> str:
-    """The encoder's folder in a folder of sentence-transformers."""
-    try:
-        name = Path(modules[0]["path"])
-    except (TypeError, LookupError):
-        _refuse(path, "modules.json", modules)
-    if name.is_absolute() or ".." in name.parts or (name.parts and not Path(path).is_dir()):
-        _refuse(path, "path in modules.json", name)
-    return str(Path(path) / name) if name.parts else path
-
-
 def sentence_transformer(path: str, modules: list[dict[str, str]], longest: int) -> Found:
     """The settings in a folder of sentence-transformers, whose encoder reads `longest` tokens.
 
@@ -206,7 +196,7 @@ def sentence_transformer(path: str, modules: list[dict[str, str]], longest: int)
     settings, sources, order = {"head": []}, [], []
     for module in modules:
         package, _, kind = str(module.get("type")).rpartition(".")
-        order.append(kind if package.startswith("sentence_transformers") else "")
+        order.append(kind if package.startswith("sentence_transformers") else module.get("type"))
         if kind not in ("Pooling", "Dense", "Normalize"):
             continue
         values = _read(path, f"{module['path']}/config.json", kind)
@@ -221,12 +211,13 @@ def sentence_transformer(path: str, modules: list[dict[str, str]], longest: int)
             layer = {"size": values["out_features"], "bias": values.get("bias", True)}
             settings["head"].append(layer | {"activation": activation})
             sources.append((f"{module['path']}/", "linear."))
-    settings["normalize"] = order[-1] == "Normalize"
-    expected = ["Transformer", "Pooling", *["Dense"] * len(sources)]
-    if order != expected + ["Normalize"] * settings["normalize"]:
-        _refuse(path, "modules.json", [module.get("type") for module in modules])
+    if order[-1] == "Normalize":
+        settings["normalize"] = True
+        order.pop()
+    if order != ["Transformer", "Pooling", *["Dense"] * len(sources)]:
+        _refuse(path, "modules.json", order)
 
-    folder, file = transformer_folder(path, modules), "sentence_{}_config.json"
+    folder, file = encoder_folder(path), "sentence_{}_config.json"
     names = ("bert", "roberta", "distilbert", "camembert", "xlm-roberta")  # of older versions
     file = next((file.format(n) for n in names if read_json(folder, file.format(n))), "none")
     most, question, passage = map(_read(folder, file, "Transformer").get, _LENGTHS)

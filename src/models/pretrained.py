@@ -133,15 +133,28 @@ def _check_index(path: str) -> None:
                     raise ValueError(f"{shorten(file)} is outside its folder")
 
 
+def encoder_folder(path: str) -> str:
+    """The folder of a model's own files: in older folders of sentence-transformers, one inside."""
+    modules = None if Path(path).is_file() else read_json(path, "modules.json")
+    if modules is None:
+        return path
+    with _reporting(path, "its modules.json cannot be used", "give another model"):
+        name = Path(modules[0]["path"])
+        if name.is_absolute() or ".." in name.parts or (name.parts and not Path(path).is_dir()):
+            raise ValueError(f"path {shorten(str(name))}")
+    return str(Path(path) / name) if name.parts else path
+
+
 def load_tokenizer(
     path: str, fallback: str, option: str = "--tokenizer"
 ) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder if it has one, else that of `fallback`, a folder or hub
     name (the option's value, or the base model)."""
-    folder = Path(path)
+    folder = Path(encoder_folder(path) if Path(path).is_dir() else path)
     own = not folder.exists() or any((folder / name).exists() for name in _TOKENIZER_FILES)
     source = path if own else fallback
     _check_path(source, needs_config=False)
+    source = encoder_folder(source)
     files = {path.name for path in Path(source).glob("*")}
     bare = "vocab.txt" in files and not files & {"tokenizer.json", "tokenizer_config.json"}
     with _reporting(source, "no tokenizer can be read there", f"give one with {option}"):
@@ -290,8 +303,14 @@ def load_layers(module: nn.Module, path: str, prefix: str, folder: str = "") -> 
     names = list(module.state_dict())
     with _reporting(path, "the model's weights cannot be read", _SAVED_WITH):
         found = read_tensors(path, *(prefix + name for name in names), folder=folder)
-        if missing := [name for name, tensor in zip(names, found, strict=True) if tensor is None]:
-            raise ValueError(f"they lack {folder}{prefix}{missing[0]}")
+        for name, tensor in zip(names, found, strict=True):
+            shape, wanted = (
+                None if tensor is None else tensor.shape,
+                module.state_dict()[name].shape,
+            )
+            if shape != wanted:
+                is_found = "missing" if shape is None else list(shape)
+                raise ValueError(f"{folder}{prefix}{name} is {is_found}, not {list(wanted)}")
         module.load_state_dict(dict(zip(names, found, strict=True)))
 
 

@@ -33,6 +33,7 @@ from src.models.pretrained import (
     build,
     check_vocabulary,
     digest,
+    encoder_folder,
     from_pretrained,
     load_config,
     load_layers,
@@ -141,11 +142,13 @@ class Retriever(nn.Module):
             parts.append(self.embed_passages(ids[rows, :width], mask[rows, :width]))
         return torch.cat(parts)[order.argsort()]
 
-    def split_towers(self) -> None:
-        """From now on, passages have an encoder of their own, which starts as a copy."""
-        if self.passage_tower is None:
+    def begin_training(self, tokenizer: PreTrainedTokenizerBase, two_towers: bool) -> None:
+        """Embed both sides from now on: with two towers, passages by a copy of the encoder."""
+        self.config.side = None  # also a question encoder of DPR learns to embed passages
+        if two_towers and self.passage_tower is None:
             self.passage_tower = copy.deepcopy(self)
             self.passage_tower.config.side, self.config.two_towers = "passages", True
+        self.skip_prefixes(tokenizer)
 
     def skip_prefixes(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Unless the tokens of prefixes are to be pooled, count them."""
@@ -219,16 +222,10 @@ def open_retriever(
     option names."""
     retriever = load_retriever(path, **settings)
     fallback = tokenizer if tokenizer != "none" else "bert-base-uncased"
-    own_tokenizer = load_tokenizer(encoder_path(path), fallback, option)
+    own_tokenizer = load_tokenizer(path, fallback, option)
     check_vocabulary(retriever.config, own_tokenizer, option)
     retriever.skip_prefixes(own_tokenizer)
     return retriever, own_tokenizer
-
-
-def encoder_path(path: str) -> str:
-    """The encoder's folder or hub name: in older folders of sentence-transformers, one inside."""
-    modules = None if Path(path).is_file() else read_json(path, "modules.json")
-    return path if modules is None else encoders.transformer_folder(path, modules)
 
 
 def load_retriever(path: str, dropout: float | None = None, **settings: Any) -> Retriever:
@@ -240,7 +237,7 @@ def load_retriever(path: str, dropout: float | None = None, **settings: Any) -> 
         that do not say. Errors: `InputError` if the folder says something else.
     """
     quiet_transformers()
-    encoder = encoder_path(path)
+    encoder = encoder_folder(path)
     config = load_config(encoder, *encoders.KINDS, "dpr")
     found, sources = {}, []
     if hasattr(config, "indexing_dimension"):
@@ -268,7 +265,7 @@ def start_retriever(path: str, dropout: float | None = None, **settings: Any) ->
     Args: settings: fields of `encoders.Settings`; masks are applied by default, and without a
         projection the indexing dimension is the encoder's hidden size.
     """
-    encoder = encoder_path(path)
+    encoder = encoder_folder(path)
     config = load_config(encoder, *encoders.KINDS)
     if hasattr(config, "indexing_dimension") and not Path(path).is_file():
         raise InputError(f"{path}: a retriever already, not a BERT; give it with --model_path")
