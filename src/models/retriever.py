@@ -270,9 +270,9 @@ def start_retriever(path: str, dropout: float | None = None, **settings: Any) ->
     if hasattr(config, "indexing_dimension") and not Path(path).is_file():
         raise InputError(f"{path}: a retriever already, not a BERT; give it with --model_path")
     kept = encoders.settings_of(config, path) if hasattr(config, "indexing_dimension") else {}
-    kept = {name: kept[name] for name in kept if "mask" not in name}  # of a retriever's config file
-    settings = {"projection": True} | kept | {"side": None, "two_towers": False} | settings
-    retriever = _with_weights(encoder, config, dropout, settings)
+    others = ("pooling", "apply_question_mask", "apply_passage_mask", "side", "two_towers")
+    kept = {name: kept[name] for name in kept if name not in others}  # of a retriever's config file
+    retriever = _with_weights(encoder, config, dropout, {"projection": True} | kept | settings)
     config = retriever.config
     wanted, longest = max(config.question_maxlength, config.passage_maxlength), encoders.longest
     if wanted > longest(config):
