@@ -7,7 +7,7 @@ Writes one shard (wikipedia_embeddings/wiki_00); as many jobs as there are shard
 side. Started again with the same command, it resumes after the last finished block.
 """
 
-from src.options import changed, passage_embeddings_parser
+from src.options import changed, encoder_settings, passage_embeddings_parser
 from src.runtime.errors import on_interrupt, reports_input_errors
 from src.tools.footprint import parse_args
 
@@ -22,7 +22,7 @@ from glob import escape
 from src.data.outputs import claim
 from src.data.passages import Passages
 from src.models.embedder import TextEmbedder, embed_blocks
-from src.models.retriever import fingerprint, open_retriever
+from src.models.retriever import fingerprint, open_retriever, text_settings
 from src.runtime import distributed
 from src.runtime.device import compile_layers
 from src.runtime.launch import StopRequest
@@ -56,14 +56,15 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "data", "shard %d of %d: %s", options.shard_id, options.num_shards, of)
 
     # Model
-    retriever, tokenizer = open_retriever(options.model_path, options.tokenizer)
+    own = encoder_settings(options)
+    retriever, tokenizer = open_retriever(options.model_path, options.tokenizer, **own)
     dimension = retriever.config.indexing_dimension
     size = f"{sum(p.numel() for p in retriever.parameters()) / 1e6:.1f}M parameters"
     say(log, "model", "%s, embeddings of size %d, from %s", size, dimension, options.model_path)
     max_length = options.passage_maxlength or retriever.config.passage_maxlength
     settings = {"title": not options.no_title, "max_length": max_length, "precision": precision}
     metadata = {"model": fingerprint(retriever), "passages": passages.fingerprint()}
-    metadata["options"] = json.dumps(settings | {"plain_text": options.plain_text})
+    metadata["options"] = json.dumps(settings | text_settings(retriever.config, own))
     metadata |= {"shard_id": str(options.shard_id), "num_shards": str(options.num_shards)}
     metadata["first"] = str(first)
     if is_finished(path, metadata):
@@ -73,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         distributed.stop()
         return
     retriever = (retriever.half() if precision == "fp16" else retriever).to(device).eval()
-    compile_layers(retriever.model.encoder.layer if options.compile else [])
+    compile_layers(retriever.layers if options.compile else [])
     n = options.per_gpu_batch_size
     embed = TextEmbedder(retriever, tokenizer, "passages", max_length, n, device)
 
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     on_interrupt(lambda: "resumes after the last finished block")
     bar = progress_bar(last - first, "passage", initial=before)
     rows = range(first + before, last)
-    for block in embed_blocks(embed, passages, rows, not options.no_title, options.plain_text):
+    for block in embed_blocks(embed, passages, rows, not options.no_title, retriever.texts[1]):
         distributed.run_on_main(lambda block=block: writer.append(*block))
         bar.update(writer.position - bar.n if writer else 0)
         if distributed.any_process(stop_request.requested):
@@ -112,7 +113,8 @@ def next_step(parser: ArgumentParser, options: Namespace) -> tuple[str, list]:
         what = f"embed the next shard ({len(missing)} of {count(len(shards), 'shard')} to go)"
         return what, ["generate_passage_embeddings.py", *command]
     command = ["passage_retrieval.py", "--model_path", options.model_path]
-    command += changed(parser, vars(options), ["tokenizer", "plain_text", "no_fp16", "passages"])
+    names = "tokenizer plain_text pooling normalize question_prefix passage_prefix no_fp16 passages"
+    command += changed(parser, vars(options), names.split())
     command += ["--passages_embeddings", f"{escape(str(shards[0]).removesuffix('00'))}*"]
     command += ["--data", "QUESTIONS.json", "--output_path", "RETRIEVED.json"]
     return "find passages for questions", command

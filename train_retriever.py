@@ -7,7 +7,13 @@ Reads what `test_reader.py --write_crossattention_scores` wrote; writes checkpoi
 into `--checkpoint_dir/--name`. Run the same command again to resume.
 """
 
-from src.options import LossOptions, changed, select, train_retriever_parser
+from src.options import (
+    LossOptions,
+    changed,
+    encoder_settings,
+    select,
+    train_retriever_parser,
+)
 from src.runtime.errors import reports_input_errors
 from src.tools.footprint import parse_args
 
@@ -49,18 +55,21 @@ def main(arguments: list[str] | None = None) -> None:
         "extract_cls": True if options.extract_cls else None,
     }
     settings = {name: value for name, value in settings.items() if value is not None}
+    own = encoder_settings(options)
     base = options.tokenizer if options.tokenizer != "none" else "bert-base-uncased"
     if run.resumed_from or options.model_path != "none":
         source = str(run.resumed_from or options.model_path)
-        retriever = load_retriever(source, options.dropout)
+        retriever = load_retriever(source, options.dropout, **own)
         check_settings(retriever.config, settings, source)
     else:
         source = options.model_config if run.is_fresh else options.retriever_model
-        retriever = start_retriever(source, options.dropout, **settings)
+        retriever = start_retriever(source, options.dropout, **settings, **own)
     tokenizer = load_tokenizer(base if run.is_fresh else source, base)
-    config = retriever.config
+    retriever.begin_training(tokenizer, options.two_towers)
+    config, learning = retriever.config, (options.loss, options.seed)
+    form = options.n_context, not options.no_title, *learning, *retriever.texts
     detail = f"embeddings of size {config.indexing_dimension}, "
-    run.prepare(retriever, tokenizer, source, retriever.model.encoder.layer, detail)
+    run.prepare(retriever, tokenizer, source, retriever.layers, detail)
 
     # Evaluation: the loss, and how the retriever ranks the passages that the reader prefers
     collate = RetrieverCollator(
@@ -78,10 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
             check_dev_loss([] if loss.isfinite() else batch["index"], options.eval_data)
             yield loss.item(), int(n_passages), gold_ranks(scores, batch["present"])
 
-    reading = options.n_context, not options.no_title, options.loss, options.seed
-
     def evaluate() -> dict[str, float]:
-        dataset = RetrieverDataset(dev_data, *reading)
+        dataset = RetrieverDataset(dev_data, *form)
         top = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= options.n_context]
         names = ["loss", "inversions", *[f"{kind}_top{k}" for kind in ("avg", "idx") for k in top]]
         averages = {name: Average() for name in names}
@@ -96,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         return {name: average.value() for name, average in joint.items() if average.weight}
 
     # Training
-    dataset = RetrieverDataset(train_data, *reading)
+    dataset = RetrieverDataset(train_data, *form)
     loss = functools.partial(retriever_loss, options=how[0], use_negatives=how[1])
     best_by = options.best_by
     evaluation = Evaluation(evaluate, best_by, best_by == "avg_top1") if dev_data else None

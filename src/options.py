@@ -305,6 +305,10 @@ class SearchOptions(BM25Options):
     plain_text: bool
     model_path: str  # the retriever, and the tokenizer of one that has none
     tokenizer: str
+    pooling: str | None = None
+    normalize: bool = False
+    question_prefix: str | None = None
+    passage_prefix: str | None = None
     question_maxlength: int | None = None  # tokens; None: as the retriever was trained
     per_gpu_batch_size: int = 1
     n_subquantizers: int = 0  # passage_retrieval.py alone has these two
@@ -324,6 +328,15 @@ def select(kind: type[Values], options: argparse.Namespace) -> Values:
     values = vars(options)
     names = [field.name for field in dataclasses.fields(kind) if field.name in values]
     return kind(**{name: values[name] for name in names})
+
+
+def encoder_settings(options: argparse.Namespace | SearchOptions) -> dict[str, Any]:
+    """How to embed, where the options say so; a retriever's folder may have settings of its own."""
+    names = ("pooling", "normalize", "question_prefix", "passage_prefix")
+    given = {name: getattr(options, name) for name in names}
+    if getattr(options, "plain_text", False):
+        given |= {"question_prefix": "", "passage_prefix": ""}
+    return {name: value for name, value in given.items() if value not in (None, False)}
 
 
 def conversation_search(options: argparse.Namespace) -> SearchOptions:
@@ -347,6 +360,7 @@ _COMPILE = "compile the layers with PyTorch: takes a minute or so, then runs fas
 _SHARD = "divide weights, gradients and optimizer among the processes (FSDP)"
 _PLAIN = "embed without the words question:, title: and context:, as DPR and Contriever do"
 _REGEX = "take answers as regular expressions (CuratedTREC's are)"
+_PREFIX = 'text before a {}, such as "{}: "; none: {}'
 _FRESH = "config file (JSON): start from fresh weights of this shape, with --tokenizer"
 _RESUMES = " (A stopped run resumes from its own checkpoint instead.)"
 
@@ -385,6 +399,13 @@ def _search(add: Add, new: Add) -> None:
     add("--indexing_batch_size", COUNT, 50000, "embeddings in memory at a time")
     new("--index_factory TEXT", _factory, "", "FAISS factory string of a compressed index")
     add("--no_fp16", bool, False, "embed questions in fp32 on a GPU too")
+
+
+def _encoder(new: Add) -> None:
+    new("--pooling", ["cls", "mean"], None, "embed by the first token or the mean; none: mean")
+    new("--normalize", bool, False, "scale embeddings to length 1, for cosine similarity")
+    new("--question_prefix", "TEXT", None, _PREFIX.format("question", "query", "question:"))
+    new("--passage_prefix", "TEXT", None, _PREFIX.format("passage", "passage", "title: ..."))
 
 
 def _reader(parser: _Parser, model_help: str) -> None:
@@ -473,6 +494,7 @@ def test_reader_parser() -> _Parser:
     new("--retriever_path", "MODEL", "none", _INDEXED)
     new("--retriever_tokenizer", "NAME", "none", _BERT)
     new("--plain_text", bool, False, _PLAIN)
+    _encoder(new)
     _search(new, new)
     _run(parser)
     return parser
@@ -498,7 +520,7 @@ def train_retriever_parser() -> _Parser:
     new("--margin", number(float, at_least=0), 0.1, "margin between two passages (margin)")
     new("--best_by", ["loss", "inversions", "avg_top1"], "loss", "dev metric that picks best_dev")
     parser.group("a new retriever (an existing one keeps its own settings)")
-    new("--retriever_model", "MODEL", "bert-base-uncased", "the BERT to start from")
+    new("--retriever_model", "MODEL", "bert-base-uncased", "the encoder to start from")
     new("--model_config", "FILE", "none", f"BERT {_FRESH}")
     add("--indexing_dimension", COUNT, None,
         "size of an embedding; none: 768, or BERT's hidden size with --no_projection")
@@ -507,7 +529,9 @@ def train_retriever_parser() -> _Parser:
     add("--passage_maxlength", COUNT, None, "maximum tokens of a passage; none: 200")
     add("--no_question_mask", bool, False, "do not mask padding in questions")
     add("--no_passage_mask", bool, False, "do not mask padding in passages")
-    add("--extract_cls", bool, False, "embed by the first token instead of the mean")
+    add("--extract_cls", bool, False, "the same as --pooling cls")
+    _encoder(new)
+    new("--two_towers", bool, False, "one encoder for questions, another for passages")
     _training(parser)
     return parser
 
@@ -522,10 +546,11 @@ def passage_embeddings_parser() -> _Parser:
     add("--shard_id", COUNT_OR_ZERO, 0, "index of the shard, from 0")
     add("--num_shards", COUNT, 1, "number of shards")
     parser.group("retriever")
-    add("--model_path", "MODEL", "none", "the retriever, or a BERT to use as it is")
+    add("--model_path", "MODEL", "none", "the retriever, or an encoder to use as it is")
     new("--tokenizer", "NAME", "none", _BERT)
     add("--no_title", bool, False, "embed passages without their titles")
     new("--plain_text", bool, False, _PLAIN)
+    _encoder(new)
     parser.group("embedding")
     add("--passage_maxlength", COUNT, None, "maximum tokens of a passage; none: the model's")
     add("--no_fp16", bool, False, "compute and store fp32 on a GPU too")
@@ -551,6 +576,7 @@ def passage_retrieval_parser() -> _Parser:
     add("--model_path", "MODEL", "none", _INDEXED)
     new("--tokenizer", "NAME", "none", _BERT)
     new("--plain_text", bool, False, _PLAIN)
+    _encoder(new)
     parser.group("search")
     _search(add, new)
     add("--question_maxlength", COUNT, None, "maximum tokens of a question; none: the model's")
@@ -679,6 +705,14 @@ def _check_train_retriever(parser: _Parser, options: argparse.Namespace) -> None
     for name, losses in unused.items():
         if loss in losses:
             _error_if_given(parser, options, name, f"--loss {loss} does not use {{}}: leave it out")
+    if options.extract_cls and options.pooling not in (None, "cls"):
+        parser.error(f"--extract_cls and --pooling {options.pooling}: give one of them")
+
+
+def _check_prefixes(parser: _Parser, options: argparse.Namespace) -> None:
+    if options.plain_text:
+        both = "--plain_text embeds without prefixes: leave out it or {}"
+        _error_if_given(parser, options, "question_prefix passage_prefix", both)
 
 
 def _check_passage_embeddings(parser: _Parser, options: argparse.Namespace) -> None:
@@ -687,6 +721,7 @@ def _check_passage_embeddings(parser: _Parser, options: argparse.Namespace) -> N
         parser.error(f"--shard_id {shard} of --num_shards {n}: shards count from 0 to {n - 1}")
     if options.model_path == "none":
         parser.error("--model_path is missing: give the folder of a retriever")
+    _check_prefixes(parser, options)
 
 
 def _check_passage_retrieval(parser: _Parser, options: argparse.Namespace) -> None:
@@ -708,10 +743,12 @@ def _check_search(parser: _Parser, options: argparse.Namespace, model: str) -> N
     if not options.bm25 and options.passages_embeddings == "none":
         parser.error('--passages_embeddings is missing, for example "wikipedia_embeddings/*"')
     if options.bm25:
-        names = "passages_embeddings index_factory n_subquantizers"
+        names = "passages_embeddings index_factory n_subquantizers pooling normalize"
+        names += " question_prefix passage_prefix"
         unused = "--bm25 uses neither embeddings nor an index of them: leave out {}"
         _error_if_given(parser, options, names, unused)
         return
+    _check_prefixes(parser, options)
     names = " ".join(field.name for field in dataclasses.fields(BM25Options))
     _error_if_given(parser, options, names, "{}: for BM25; add --bm25, or leave this out")
 

@@ -380,7 +380,7 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
          r"dpr\.json: no example has passages under .* \(the first has .*'positive_ctxs'.\), but "
          "they are needed to distil from them; find some with passage_retrieval"),
         ("--model_path {t5}",
-         "t5: a t5 model, but a bert is needed here; give a BERT or a retriever"),
+         "t5: a t5 model, but a bert, camembert, .* or dpr is needed here; give one of these or "),
         ("--model_path none --retriever_model {retriever}",
          "retriever: a retriever already, not a BERT; give it with --model_path"),
         ("--indexing_dimension 16",
@@ -390,7 +390,7 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
         ("--model_path none --model_config {bert.json} --no_projection --indexing_dimension 16",
          "without a projection .*48, not 16: leave out --indexing_dimension or --no_projection"),
         ("--model_path {retriever_text}",
-         f"retriever_text: the model's weights cannot be read .*{_COPY}"),
+         "retriever_text: in its config.json indexing_dimension is 'wide'; fix its value"),
         ("--model_path none --model_config {odd_bert.json}",
          r"odd_bert\.json: no model can be built .*hidden size \(25\).*; fix its values"),
         ("--model_path {retriever_cut}",

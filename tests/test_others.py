@@ -15,8 +15,8 @@ from transformers import (
     BertModel,
     BertTokenizer,
     DPRConfig,
-    DPRContextEncoder,
     DPRQuestionEncoder,
+    DPRReader,
 )
 
 import generate_passage_embeddings
@@ -172,14 +172,10 @@ def test_dprs_own_shards_and_questions(prefix, reference, passages, tokenizer, t
     assert (tmp_path / "found.json.recall.json").exists()
 
 
-def test_dprs_other_models_are_refused(tmp_path):
-    DPRContextEncoder(DPRConfig(**SHAPE)).save_pretrained(tmp_path / "context")
-    DPRQuestionEncoder(DPRConfig(**SHAPE, projection_dim=8)).save_pretrained(tmp_path / "small")
-    for name in ("context", "small"):
-        with pytest.raises(
-            InputError, match=rf"{name}: of DPR's models, only question encoders without a"
-        ):
-            load_retriever(str(tmp_path / name))
+def test_dprs_reader_is_refused(tmp_path):
+    DPRReader(DPRConfig(**SHAPE)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"only question encoders and context .* not \['DPRReader"):
+        load_retriever(str(tmp_path))
 
 
 def test_dprs_questions_in_the_readers_scripts(reference, tmp_path):

@@ -218,7 +218,9 @@ FIXED = {
         "model_path": REFERENCE, "model_config": "shape.json", "tokenizer": "other",
         "retriever_model": "other", "indexing_dimension": 16, "question_maxlength": 7,
         "passage_maxlength": 7, "no_projection": None, "no_question_mask": None,
-        "no_passage_mask": None, "extract_cls": None, "best_by": "inversions",
+        "no_passage_mask": None, "extract_cls": None, "best_by": "inversions", "pooling": "cls",
+        "normalize": None, "question_prefix": "query: ", "passage_prefix": "passage: ",
+        "two_towers": None,
     },
 }  # fmt: skip
 # Where the run is; and what ends before there is one.

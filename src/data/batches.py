@@ -138,15 +138,18 @@ def _padded(rows: list[list[int]], width: int, value: int) -> torch.Tensor:
 # Text and tokens of the retriever
 
 
-def question_text(question: str, plain: bool = False) -> str:
-    """The text of a question as the retriever embeds it; `plain`: as DPR and Contriever do."""
-    return question if plain else f"question: {question}"
+def question_text(question: str, prefix: str | None = None) -> str:
+    """The text of a question as a retriever embeds it, after `question: ` or another prefix."""
+    return f"question: {question}" if prefix is None else prefix + question
 
 
-def passage_text(title: str, text: str, use_title: bool = True, plain: bool = False) -> str:
-    """The text of a passage as the retriever embeds it; `plain`: as Contriever does."""
-    if plain:
-        return f"{title} {text}" if use_title else text
+def passage_text(
+    title: str, text: str, use_title: bool = True, prefix: str | None = None, separator: str = " "
+) -> str:
+    """The text of a passage as a retriever embeds it: `title: ... context: ...` or, with a prefix
+    (which may be empty), that prefix, the title if there is one, a separator and the text."""
+    if prefix is not None:
+        return prefix + (f"{title}{separator}{text}" if use_title and title else text)
     return f"title: {title} context: {text}" if use_title else f"context: {text}"
 
 
@@ -203,6 +206,8 @@ class RetrieverDataset(Dataset):
     use_title: bool = True
     loss: str = "kl"
     seed: int = 0
+    question_text: Callable[[str], str] = question_text
+    passage_text: Callable[[str, str, bool], str] = passage_text
 
     def __getitem__(self, key: tuple[int, int]) -> RetrieverItem:
         epoch, index = key
@@ -218,8 +223,8 @@ class RetrieverDataset(Dataset):
                 raise InputError(f"{where}: the score {passage.score} is too large for float32")
         return RetrieverItem(
             index,
-            question_text(example.question),
-            [passage_text(p.title, p.text, self.use_title) for p in passages],
+            self.question_text(example.question),
+            [self.passage_text(p.title, p.text, self.use_title) for p in passages],
             [p.score for p in passages],
             self._token_log_probs(raw, passages) if self.loss.startswith("emdr2") else None,
         )

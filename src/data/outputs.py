@@ -241,7 +241,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     partial, handle = _new_partial(target, folder=True)
     try:
         yield partial
-        flush_to_disk(*partial.iterdir(), partial)
+        flush_to_disk(*partial.rglob("*"), partial)
         if os.path.lexists(target):
             if target.is_symlink() or not target.is_dir():
                 raise OSError(errno.EEXIST, f"{target.name} is not a folder")

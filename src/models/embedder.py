@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from src.data.batches import passage_text
 from src.data.passages import Passages
+from src.models.encoders import longest
 from src.models.lengths import prefetch_one
 from src.models.retriever import Retriever
 from src.runtime import distributed
@@ -22,6 +22,8 @@ from src.runtime.errors import InputError
 # is sorted into batches as a whole, also if a shard begins or ends inside it: so a passage's
 # embedding is the same to the bit in any shard, and by any number of processes.
 BLOCK_ROWS = 2048
+# Tokens of a batch on a CPU: its activations fit in the cache, which makes it a quarter faster.
+_CPU_TOKENS = 1024
 
 
 def token_batches(lengths: list[int], most_tokens: int) -> list[tuple[int, int]]:
@@ -38,7 +40,8 @@ def token_batches(lengths: list[int], most_tokens: int) -> list[tuple[int, int]]
 class TextEmbedder:
     """Embeds texts in batches of similar length, and returns the embeddings in the texts' order.
 
-    A batch has at most as many tokens, padding included, as `batch_size` texts of `max_length`.
+    A batch has at most as many tokens, padding included, as `batch_size` texts of `max_length`, and
+    on a CPU not many.
 
     Args:
         side: "questions" or "passages".
@@ -57,15 +60,22 @@ class TextEmbedder:
         is_question = side == "questions"
         config = retriever.config
         apply_mask = config.apply_question_mask if is_question else config.apply_passage_mask
-        if max_length > config.max_position_embeddings:
+        if max_length > longest(config):
             raise InputError(
-                f"this retriever reads at most {config.max_position_embeddings} tokens, not "
+                f"this retriever reads at most {longest(config)} tokens, not "
                 f"{max_length}: lower --{side[:-1]}_maxlength"
+            )
+        if config.side not in (None, side):
+            raise InputError(
+                f"{tokenizer.name_or_path}: this encoder is one of {config.side}, and cannot embed "
+                f"{side}; give the other one of the pair"
             )
         self._embed = retriever.embed_questions if is_question else retriever.embed_passages
         self._tokenizer, self._max_length = tokenizer, max_length
         self._shortest = 1 if apply_mask else max_length  # a mean over padding needs all of it
         self._most_tokens = batch_size * max_length
+        if device.type == "cpu":
+            self._most_tokens = min(self._most_tokens, _CPU_TOKENS)
         self._dimension, self.device = config.indexing_dimension, device
         self._dtype = next(retriever.parameters()).dtype
 
@@ -123,15 +133,20 @@ def _copy_to_cpu(rows: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
 
 
 def embed_blocks(
-    embed: TextEmbedder, passages: Passages, rows: range, use_title: bool, plain: bool
+    embed: TextEmbedder,
+    passages: Passages,
+    rows: range,
+    use_title: bool,
+    write: Callable[[str, str, bool], str],
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Embed these rows of a collection, in rounds of a block for each process. Yields the ids and
-    embeddings [n, D] of a round in the main process, and nothing in the others."""
+    """Embed these rows of a collection, which the retriever's `texts` write, in rounds of a block
+    for each process. Yields the ids and embeddings [n, D] of a round in the main process, and
+    nothing in the others."""
 
     def read(start: int) -> tuple[slice, list[str], list[list[int]]]:
         """Of a block: the rows to embed, their ids, and the tokens of all."""
         block = [passages[row] for row in range(start, min(start + BLOCK_ROWS, len(passages)))]
-        texts = [passage_text(p.title, p.text, use_title, plain) for p in block]
+        texts = [write(passage.title, passage.text, use_title) for passage in block]
         wanted = slice(max(0, rows.start - start), max(0, min(len(block), rows.stop - start)))
         return wanted, [passage.id for passage in block[wanted]], embed.tokenize(texts)
 

@@ -24,7 +24,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
-from sentencepiece import SentencePieceProcessor
+from tokenizers import normalizers
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -34,12 +34,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    T5Tokenizer,
     dynamic_module_utils,
 )
 from transformers.utils import cached_file
 
 from src.data.json_files import read_json
+from src.models.pieces import load_pieces
 from src.runtime.errors import InputError, first_line, shorten
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
@@ -47,6 +47,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 _COPY = "was the file cut off? copy it, or make the model, again"
 _SAVED_WITH = "give the config.json that was saved with these weights, or make the model again"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.txt")
+_TOKENIZER_FILES += ("vocab.json", "sentencepiece.bpe.model")
 
 
 def quiet_transformers() -> None:
@@ -61,7 +62,7 @@ def hide_bars() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_config(path: str, model_type: str, *others: str) -> PreTrainedConfig:
+def load_config(path: str, *kinds: str) -> PreTrainedConfig:
     """The config of a model of one of these types: by hub name, folder, or JSON file."""
     _check_path(path)
     with _reporting(path, "no model config can be read there", "give a model's folder or hub name"):
@@ -71,13 +72,13 @@ def load_config(path: str, model_type: str, *others: str) -> PreTrainedConfig:
         else:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         _check_sizes(config)
-    if config.model_type not in (model_type, *others):
-        wanted = {
-            "t5": "a T5 or a reader (model_type t5, mt5 or umt5)",
-            "bert": "a BERT or a retriever",
-        }[model_type]
+    if config.model_type not in kinds:
+        needed, give = "t5", "a T5 or a reader (model_type t5, mt5 or umt5)"
+        if "t5" not in kinds:
+            needed = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+            give = "one of these or a retriever"
         raise InputError(
-            f"{path}: a {config.model_type} model, but a {model_type} is needed here; give {wanted}"
+            f"{path}: a {config.model_type} model, but a {needed} is needed here; give {give}"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(
@@ -154,15 +155,28 @@ def _check_index(path: str) -> None:
                     raise ValueError(f"{shorten(file)} is outside its folder")
 
 
+def encoder_folder(path: str) -> str:
+    """The folder of a model's own files: in older folders of sentence-transformers, one inside."""
+    modules = None if Path(path).is_file() else read_json(path, "modules.json")
+    if modules is None:
+        return path
+    with _reporting(path, "its modules.json cannot be used", "give another model"):
+        name = Path(modules[0]["path"])
+        if name.is_absolute() or ".." in name.parts or (name.parts and not Path(path).is_dir()):
+            raise ValueError(f"path {shorten(str(name))}")
+    return str(Path(path) / name) if name.parts else path
+
+
 def load_tokenizer(
     path: str, fallback: str, option: str = "--tokenizer"
 ) -> PreTrainedTokenizerBase:
     """The tokenizer in a model's folder if it has one, else that of `fallback`, a folder or hub
     name (the option's value, or the base model)."""
-    folder = Path(path)
+    folder = Path(encoder_folder(path) if Path(path).is_dir() else path)
     own = not folder.exists() or any((folder / name).exists() for name in _TOKENIZER_FILES)
     source = path if own else fallback
     _check_path(source, needs_config=False)
+    source = encoder_folder(source)
     files = {path.name for path in Path(source).glob("*")}
     bare = "vocab.txt" in files and not files & {"tokenizer.json", "tokenizer_config.json"}
     with _reporting(source, "no tokenizer can be read there", f"give one with {option}"):
@@ -173,49 +187,13 @@ def load_tokenizer(
             raise ValueError(f"its tokenizer_class gives a {type(tokenizer).__name__}")
         if len(tokenizer) <= len(tokenizer.added_tokens_encoder) + 1:  # Transformers made one up
             raise ValueError("it has no vocabulary")
-        tokenizer.pieces = _load_pieces(tokenizer)
+        tokenizer.pieces = load_pieces(tokenizer)
+        if (read_json(source, "sentence_bert_config.json") or {}).get("do_lower_case"):
+            own = tokenizer.backend_tokenizer.normalizer
+            parts = [normalizers.Lowercase(), *([own] if own else [])]
+            tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(parts)
         tokenizer.clean_up_tokenization_spaces = True  # whatever the folder says
     return tokenizer
-
-
-class SentencePieces:
-    """Token ids by a T5's own `spiece.model`, equal to those of transformers 3.0.2.
-
-    The tokenizers library reads the same file, but normalizes grapheme by grapheme: it drops a
-    mark after a compatibility character (U+FB01 U+0301) and splits at U+0085. It is slower, too.
-    """
-
-    def __init__(self, model_file: str, special: dict[str, int]):
-        self.model = SentencePieceProcessor(model_file=model_file)
-        self._special = special
-        self._split = re.compile("(" + "|".join(map(re.escape, special)) + ")")
-
-    def encode(self, text: str) -> list[int]:
-        """Ids without a final end-of-sequence token. Special tokens in the text are recognised,
-        and the spaces around them dropped."""
-        parts = self._split.split(text)  # odd ones are special tokens
-        ids = []
-        for i, part in enumerate(parts):
-            if i % 2:
-                ids.append(self._special[part])
-                continue
-            part = part.lstrip() if i else part
-            part = part.rstrip() if i + 1 < len(parts) else part
-            ids += self.model.encode(part) if part.strip() else []
-        return ids
-
-
-def _load_pieces(tokenizer: PreTrainedTokenizerBase) -> SentencePieces | None:
-    """None unless it is a T5's tokenizer with a `spiece.model` of the same vocabulary: if the
-    folder's tokenizer.json has another one, Transformers uses that."""
-    file = getattr(tokenizer, "vocab_file", None)
-    if not isinstance(tokenizer, T5Tokenizer) or not file or not file.endswith(".model"):
-        return None
-    special = tokenizer.added_tokens_encoder
-    pieces = SentencePieces(file, dict(sorted(special.items(), key=lambda item: -len(item[0]))))
-    ids = list(range(len(pieces.model)))
-    same = tokenizer.convert_ids_to_tokens(ids) == pieces.model.id_to_piece(ids)
-    return pieces if same else None
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
@@ -258,21 +236,34 @@ def check_vocabulary(
         )
 
 
-def digest(model: nn.Module, settings: Iterable[str] = ()) -> str:
-    """A short text, equal for two models if and only if their weights and settings are."""
+def digest(model: nn.Module, settings: Iterable[str] = (), without: str = "\0") -> str:
+    """A short text, equal for two models if and only if their settings and weights (but those whose
+    names begin with `without`) are."""
     found = hashlib.blake2b(digest_size=16)
     for setting in settings:
         found.update(f"{setting}\n".encode())
     for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(without):
+            continue
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         found.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
 
 
-def read_tensors(path: str, *keys: str) -> list[torch.Tensor | None]:
-    """Some tensors, in float32, of the weights at a folder or hub name; None if not among them."""
+def read_model_json(path: str, name: str) -> Any:
+    """A JSON file of the model at a folder or hub name; None if it has no such file."""
+    file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    if file is None:
+        return None
+    with _reporting(str(file), "not a JSON file", _COPY):
+        return json.loads(Path(file).read_text(encoding="utf-8-sig"))
+
+
+def read_tensors(path: str, *keys: str, folder: str = "") -> list[torch.Tensor | None]:
+    """Some tensors, in float32, of the weights at a folder or hub name, or in `folder/` inside it;
+    None if not among them."""
     files = (
-        cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        cached_file(path, folder + name, _raise_exceptions_for_missing_entries=False)
         for name in ("model.safetensors", "pytorch_model.bin")
     )
     file = next((file for file in files if file), None)
@@ -284,6 +275,25 @@ def read_tensors(path: str, *keys: str) -> list[torch.Tensor | None]:
     with safe_open(file, framework="pt") as stored:
         names = set(stored.keys())
         return [stored.get_tensor(key).float() if key in names else None for key in keys]
+
+
+def load_layers(module: nn.Module, path: str, prefix: str, folder: str = "") -> None:
+    """Read all of a module's weights (see `read_tensors`), whose names begin with this prefix.
+
+    Errors: `InputError` if some are missing, or have other shapes than in the config.
+    """
+    names = list(module.state_dict())
+    with _reporting(path, "the model's weights cannot be read", _SAVED_WITH):
+        found = read_tensors(path, *(prefix + name for name in names), folder=folder)
+        for name, tensor in zip(names, found, strict=True):
+            shape, wanted = (
+                None if tensor is None else tensor.shape,
+                module.state_dict()[name].shape,
+            )
+            if shape != wanted:
+                is_found = "missing" if shape is None else list(shape)
+                raise ValueError(f"{folder}{prefix}{name} is {is_found}, not {list(wanted)}")
+        module.load_state_dict(dict(zip(names, found, strict=True)))
 
 
 def _check_path(path: str, needs_config: bool = True) -> None:

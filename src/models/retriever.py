@@ -1,109 +1,122 @@
-"""The retriever: a BERT that embeds questions and passages, distilled from the reader.
+"""The retriever: an encoder that embeds questions and passages, distilled from the reader.
 
 Izacard and Grave, 2021 (https://arxiv.org/abs/2012.04584), section 3: one encoder for both sides,
 the similarity is a scaled dot product, and the loss pulls the softmax of a question's similarities
-towards the softmax of the reader's passage scores.
+towards the softmax of the reader's passage scores. Or two encoders, one for each side, as in DPR
+(Karpukhin et al., 2020, https://arxiv.org/abs/2004.04906, section 3).
 
 Shapes: B questions, N passages of a question, L tokens, D size of an embedding, P passages of all.
 """
 
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.functional import normalize
 from transformers import (
+    MODEL_MAPPING,
     BertConfig,
-    BertModel,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from src.data.batches import passage_text, question_text
+from src.models import encoders
 from src.models.lengths import MIN_TOKENS, length_groups, longest_first
 from src.models.pretrained import (
     build,
     check_vocabulary,
     digest,
+    encoder_folder,
     from_pretrained,
     load_config,
+    load_layers,
     load_tokenizer,
     quiet_transformers,
+    read_model_json,
 )
 from src.runtime.device import full_precision
-from src.runtime.errors import InputError, shorten
+from src.runtime.errors import InputError
+
+PASSAGE_TOWER = "passage_encoder"  # the folder of a second tower, in that of the first
+# The names of weights by the original code and our earlier versions, and by DPR.
+_KEYS = {r"^model\.": "", r"^(question|ctx)_encoder\.bert_model\.": ""}
+_DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
+_DROPOUTS += ("embedding_dropout", "mlp_dropout")
 
 
-class RetrieverConfig(BertConfig):
-    """BERT's shape, and how its hidden states become one embedding.
+class Retriever(nn.Module):
+    """The bi-encoder. Its weights are `model.*` (the encoder), `proj.*`, `norm.*`, `head.*`, and
+    with two towers `passage_tower.*`, a retriever of its own.
 
-    Args:
-        projection: whether a linear layer to `indexing_dimension` and a LayerNorm follow BERT.
-        apply_question_mask, apply_passage_mask: whether padding is masked; without it, texts are
-            always padded to `*_maxlength`, and all positions count.
-        extract_cls: take the first token's state instead of the mean over tokens.
+    Args: config: the encoder's, with the fields of `encoders.Settings`.
     """
 
-    indexing_dimension: int = 768
-    projection: bool = True
-    apply_question_mask: bool = False
-    apply_passage_mask: bool = False
-    extract_cls: bool = False
-    question_maxlength: int = 40
-    passage_maxlength: int = 200
-
-
-class Retriever(PreTrainedModel):
-    """The bi-encoder. Its weights are `model.*` (BERT), `proj.*` and `norm.*`."""
-
-    config_class = RetrieverConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    # BERT's pooler is in the reference's checkpoints, but nothing reads it.
-    _keys_to_ignore_on_load_unexpected = (r"model\.pooler\.", r"embeddings\.position_ids")
-
-    def __init__(self, config: RetrieverConfig):
-        super().__init__(config)
-        self.model = BertModel(config, add_pooling_layer=False)
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.config, self.passage_tower = config, None
+        self.skip = {"questions": 0, "passages": 0}  # tokens that are not pooled
+        kind, without_pooler = _encoder_class(config)
+        self.model = kind(config, **without_pooler)
+        self.head = encoders.make_head(config)
         if config.projection:
             self.proj = nn.Linear(config.hidden_size, config.indexing_dimension)
             self.norm = nn.LayerNorm(config.indexing_dimension)
-        elif config.indexing_dimension != config.hidden_size:
+            nn.init.normal_(self.proj.weight, std=config.initializer_range)
+            nn.init.zeros_(self.proj.bias)
+        elif config.indexing_dimension != _pooled_size(config):
             raise InputError(
-                f"without a projection the indexing dimension is BERT's hidden size "
+                f"without a projection the indexing dimension is the encoder's hidden size "
                 f"{config.hidden_size}, not {config.indexing_dimension}: leave out "
                 "--indexing_dimension or --no_projection"
             )
-        self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-            nn.init.zeros_(module.bias)
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The encoder's layers."""
+        lists = [part for part in self.model.modules() if isinstance(part, nn.ModuleList)]
+        return next(part for part in lists if len(part) == self.config.num_hidden_layers)
+
+    @property
+    def texts(self) -> tuple[Callable[[str], str], Callable[..., str]]:
+        """What writes its questions, and its passages: title, text, whether to use the title."""
+        of, separator = self.config, self.config.title_separator
+        passage = functools.partial(passage_text, prefix=of.passage_prefix, separator=separator)
+        return functools.partial(question_text, prefix=of.question_prefix), passage
 
     def embed_questions(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Token ids and mask [B, L] -> embeddings [B, D]."""
-        return self._embed(ids, mask, self.config.apply_question_mask)
+        return self._embed(ids, mask, self.config.apply_question_mask, self.skip["questions"])
 
     def embed_passages(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Token ids and mask [P, L] -> embeddings [P, D]."""
-        return self._embed(ids, mask, self.config.apply_passage_mask)
+        tower = self if self.passage_tower is None else self.passage_tower
+        return tower._embed(ids, mask, self.config.apply_passage_mask, self.skip["passages"])
 
-    def _embed(self, ids: torch.Tensor, mask: torch.Tensor, apply_mask: bool) -> torch.Tensor:
-        output = self.model(input_ids=ids, attention_mask=mask if apply_mask else None)
-        states = output.last_hidden_state
+    def _embed(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, apply_mask: bool, skip: int
+    ) -> torch.Tensor:
+        mask = mask if apply_mask else None
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         if self.config.projection:
             states = self.norm(self.proj(states))
-        states = states.float()  # sums of autocast's bf16 would lose digits
-        if self.config.extract_cls:
-            pooled = states[:, 0]
-        elif apply_mask:
-            states = states.masked_fill(~mask.bool().unsqueeze(2), 0.0)
-            pooled = states.sum(dim=1) / mask.sum(dim=1, keepdim=True)
-        else:
-            pooled = states.mean(dim=1)
+        # Sums of autocast's bf16 would lose digits.
+        pooled = encoders.pool(states.float(), mask, self.config.pooling, skip)
+        for layer in self.head:
+            pooled = layer(pooled.to(self.dtype)).float()
+        if self.config.normalize:
+            pooled = normalize(pooled, dim=1)
         return pooled.to(self.dtype)  # of the weights: half when embedding on a GPU
 
     def forward(
@@ -132,6 +145,43 @@ class Retriever(PreTrainedModel):
             parts.append(self.embed_passages(ids[rows, :width], mask[rows, :width]))
         return torch.cat(parts)[order.argsort()]
 
+    def begin_training(self, tokenizer: PreTrainedTokenizerBase, two_towers: bool) -> None:
+        """Embed both sides from now on: with two towers, passages by a copy of the encoder."""
+        self.config.side = None  # also a question encoder of DPR learns to embed passages
+        if two_towers and self.passage_tower is None:
+            self.passage_tower = copy.deepcopy(self)
+            self.passage_tower.config.side, self.config.two_towers = "passages", True
+        self.skip_prefixes(tokenizer)
+
+    def skip_prefixes(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Unless the tokens of prefixes are to be pooled, count them."""
+        for side in self.skip if not self.config.pool_prefix else ():
+            prefix = getattr(self.config, f"{side[:-1]}_prefix")
+            ids = tokenizer(prefix)["input_ids"] if prefix else []
+            self.skip[side] = len(ids) - bool(ids and ids[-1] in tokenizer.all_special_ids)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config and weights, so that Transformers opens the encoder, under its own names,
+        and sentence-transformers opens the retriever, or else refuses to. A second tower has a
+        folder of the same kind."""
+        weights = {name.removeprefix("model."): tensor for name, tensor in self.state_dict().items()
+                   if not name.startswith("passage_tower.")}  # fmt: skip
+        self.model.save_pretrained(folder, state_dict=dict(weights))
+        encoders.write_modules(self.config, weights, Path(folder))
+        if self.passage_tower is not None:
+            self.passage_tower.save_pretrained(Path(folder) / PASSAGE_TOWER)
+
+
+def _pooled_size(config: PreTrainedConfig) -> int:
+    return config.head[-1]["size"] if config.head else config.hidden_size
+
+
+def _encoder_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], dict[str, bool]]:
+    """The class of the encoder, and what it takes to leave out a pooler, which nothing reads."""
+    kind = MODEL_MAPPING[type(config)]
+    has_pooler = "add_pooling_layer" in inspect.signature(kind).parameters
+    return kind, {"add_pooling_layer": False} if has_pooler else {}
+
 
 def similarities(questions: torch.Tensor, passages: torch.Tensor) -> torch.Tensor:
     """Embeddings [B, D] and passages [B, N, D] or [M, D] -> scaled dot products (section 3.1)
@@ -150,10 +200,18 @@ def gold_ranks(scores: torch.Tensor, present: torch.Tensor) -> list[list[int]]:
     return [ranks[:n] for ranks, n in zip(order, present.sum(dim=1).tolist(), strict=True)]
 
 
-def fingerprint(retriever: Retriever) -> str:
-    """A short text, equal for two retrievers if and only if they embed everything alike."""
-    names = sorted(RetrieverConfig.__annotations__)
-    return digest(retriever, [f"{name} {getattr(retriever.config, name)}" for name in names])
+def fingerprint(retriever: Retriever, side: str = "passages") -> str:
+    """A short text, equal for two retrievers if and only if they embed everything of this side
+    ("questions" or "passages") alike."""
+    tower = retriever if side == "questions" else retriever.passage_tower or retriever
+    return digest(tower, encoders.describe(retriever.config), without="passage_tower.")
+
+
+def text_settings(config: PreTrainedConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """What embeddings record of a retriever's texts, and of the settings given by options."""
+    is_plain = config.question_prefix == config.passage_prefix == ""
+    kept = {name: given[name] for name in given if not (is_plain and name.endswith("_prefix"))}
+    return {"plain_text": is_plain} | kept | ({"side": config.side} if config.side else {})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -161,56 +219,74 @@ def fingerprint(retriever: Retriever) -> str:
 
 
 def open_retriever(
-    path: str, tokenizer: str, option: str = "--tokenizer"
+    path: str, tokenizer: str, option: str = "--tokenizer", **settings: Any
 ) -> tuple[Retriever, PreTrainedTokenizerBase]:
-    """A retriever with its tokenizer or, if it has none, the one that an option names."""
-    quiet_transformers()
-    retriever = load_retriever(path)
+    """A retriever (see `load_retriever`) with its tokenizer or, if it has none, the one that an
+    option names."""
+    retriever = load_retriever(path, **settings)
     fallback = tokenizer if tokenizer != "none" else "bert-base-uncased"
     own_tokenizer = load_tokenizer(path, fallback, option)
     check_vocabulary(retriever.config, own_tokenizer, option)
+    retriever.skip_prefixes(own_tokenizer)
     return retriever, own_tokenizer
 
 
-def load_retriever(path: str, dropout: float | None = None) -> Retriever:
-    """A retriever by folder or hub name: a checkpoint of ours or of the reference; any other BERT
-    (such as Contriever), without projection and by the mean over real tokens; or DPR's question
-    encoder (Karpukhin et al., 2020, section 3), by its first token."""
-    bert = load_config(path, "bert", "dpr")
-    if bert.model_type == "dpr":
-        if bert.architectures != ["DPRQuestionEncoder"] or bert.projection_dim:
+def load_retriever(path: str, dropout: float | None = None, **settings: Any) -> Retriever:
+    """A retriever by folder or hub name: a checkpoint of ours or of the original code; a folder of
+    sentence-transformers; a question or context encoder of DPR; or any other encoder, without
+    projection and, unless the settings say otherwise, by the mean over real tokens.
+
+    Args: settings: `pooling`, `normalize`, `question_prefix` and `passage_prefix`, for folders
+        that do not say. Errors: `InputError` if the folder says something else.
+    """
+    quiet_transformers()
+    encoder = encoder_folder(path)
+    config = load_config(encoder, *encoders.KINDS, "dpr")
+    found, sources = {}, []
+    if hasattr(config, "indexing_dimension"):
+        found = encoders.settings_of(config, path)
+        sources = [("", f"head.{number}.0.") for number in range(len(found["head"]))]
+    elif config.model_type == "dpr":
+        found, sources = encoders.dpr(config, path)
+        shape = config.to_dict()
+        config = BertConfig(**{key: shape[key] for key in shape if key != "model_type"})
+    elif modules := read_model_json(path, "modules.json"):
+        longest = encoders.longest(config)
+        found, sources = encoders.sentence_transformer(path, modules, longest)
+    for name, wanted in settings.items():
+        has = found.get(name, wanted)
+        if has != wanted and (has or not name.endswith("_prefix")):
             raise InputError(
-                f"{path}: of DPR's models, only question encoders without a projection can be "
-                f"used, not {shorten(bert.architectures)}; give one, and the passages' embeddings "
-                "as DPR's pickles"
+                f"{path}: this retriever has {name} {has}, not {wanted}; leave out --{name}"
             )
-        return _around_bert(path, bert, dropout, projection=False, extract_cls=True)
-    if not hasattr(bert, "indexing_dimension"):
-        return start_retriever(path, dropout, projection=False)
-    return from_pretrained(Retriever, path, _retriever_config(bert, dropout))
+    return _with_weights(encoder, config, dropout, found | settings, sources, path)
 
 
 def start_retriever(path: str, dropout: float | None = None, **settings: Any) -> Retriever:
-    """A retriever around a pretrained BERT, or around fresh weights if `path` is a config file.
+    """A retriever around a pretrained encoder, or around fresh weights if `path` is a config file.
 
-    Args: settings: fields of `RetrieverConfig`; masks are applied by default, and without a
-        projection the indexing dimension is BERT's hidden size.
+    Args: settings: fields of `encoders.Settings`; masks are applied by default, and without a
+        projection the indexing dimension is the encoder's hidden size.
     """
-    bert = load_config(path, "bert")
-    if hasattr(bert, "indexing_dimension") and not Path(path).is_file():
+    encoder = encoder_folder(path)
+    config = load_config(encoder, *encoders.KINDS)
+    if hasattr(config, "indexing_dimension") and not Path(path).is_file():
         raise InputError(f"{path}: a retriever already, not a BERT; give it with --model_path")
-    retriever = _around_bert(path, bert, dropout, **settings)
+    kept = encoders.settings_of(config, path) if hasattr(config, "indexing_dimension") else {}
+    others = ("pooling", "apply_question_mask", "apply_passage_mask", "side", "two_towers")
+    kept = {name: kept[name] for name in kept if name not in others}  # of a retriever's config file
+    retriever = _with_weights(encoder, config, dropout, {"projection": True} | kept | settings)
     config = retriever.config
-    longest = max(config.question_maxlength, config.passage_maxlength)
-    if longest > config.max_position_embeddings:
+    wanted, longest = max(config.question_maxlength, config.passage_maxlength), encoders.longest
+    if wanted > longest(config):
         raise InputError(
-            f"{path}: reads at most {config.max_position_embeddings} tokens, not {longest}; "
+            f"{path}: reads at most {longest(config)} tokens, not {wanted}; "
             "lower --question_maxlength or --passage_maxlength"
         )
     return retriever
 
 
-def check_settings(config: RetrieverConfig, settings: dict[str, Any], path: str) -> None:
+def check_settings(config: PreTrainedConfig, settings: dict[str, Any], path: str) -> None:
     """An existing retriever keeps its settings: asking for others is an error."""
     for name, wanted in settings.items():
         if getattr(config, name) != wanted:
@@ -220,34 +296,36 @@ def check_settings(config: RetrieverConfig, settings: dict[str, Any], path: str)
             )
 
 
-def _around_bert(
-    path: str, bert: PreTrainedConfig, dropout: float | None, **settings: Any
+def _with_weights(
+    encoder: str,
+    config: PreTrainedConfig,
+    dropout: float | None,
+    settings: dict[str, Any],
+    sources: Sequence[tuple[str, str]] = (),
+    path: str = "",
 ) -> Retriever:
-    """A retriever around the BERT at `path`, which has this config; fresh if that is its file."""
-    defaults = {"apply_question_mask": True, "apply_passage_mask": True}
-    if not settings.get("projection", True):
-        defaults["indexing_dimension"] = bert.hidden_size
-    retriever = build(Retriever, path, _retriever_config(bert, dropout, **defaults | settings))
-    if not Path(path).is_file():
-        weights = from_pretrained(
-            BertModel,
-            path,
-            BertConfig(**_shape(bert)),
-            add_pooling_layer=False,
-            key_mapping={r"^question_encoder\.bert_model\.": ""},  # DPR's
-        )
-        retriever.model.load_state_dict(weights.state_dict())
+    """A retriever with this config and settings around the encoder at a path (fresh if that is a
+    config file), and with the projection, the head (from its `sources`) and the second tower at
+    `path` (fresh if empty)."""
+    masks = {"apply_question_mask": True, "apply_passage_mask": True, "projection": False}
+    for name, value in vars(encoders.Settings(**masks | settings)).items():
+        setattr(config, name, value)
+    if not config.projection and "indexing_dimension" not in settings:
+        config.indexing_dimension = _pooled_size(config)
+    for name in _DROPOUTS if dropout is not None else ():
+        if hasattr(config, name):
+            setattr(config, name, dropout)
+    retriever = build(Retriever, path or encoder, config)
+    if Path(encoder).is_file():
+        return retriever
+    kind, without_pooler = _encoder_class(config)
+    weights = from_pretrained(kind, encoder, config, key_mapping=_KEYS, **without_pooler)
+    retriever.model.load_state_dict(weights.state_dict())
+    if path and config.projection:
+        load_layers(retriever.proj, path, "proj.")
+        load_layers(retriever.norm, path, "norm.")
+    for (linear, _), (folder, prefix) in zip(retriever.head, sources, strict=True):
+        load_layers(linear, path, prefix, folder)
+    if config.two_towers:
+        retriever.passage_tower = load_retriever(f"{path}/{PASSAGE_TOWER}", dropout)
     return retriever
-
-
-def _retriever_config(
-    bert: PreTrainedConfig, dropout: float | None, **settings: Any
-) -> RetrieverConfig:
-    config = RetrieverConfig(**_shape(bert) | settings)
-    if dropout is not None:
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    return config
-
-
-def _shape(bert: PreTrainedConfig) -> dict[str, Any]:
-    return {key: value for key, value in bert.to_dict().items() if key != "model_type"}

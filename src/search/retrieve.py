@@ -5,6 +5,7 @@
 `search(queries, k) -> Found`, and is named in `_open_index` or `open_search`.
 """
 
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -14,12 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from src.data.batches import question_text
 from src.data.passages import Passages
 from src.data.trec import read_run
 from src.models.embedder import TextEmbedder
-from src.models.retriever import fingerprint, open_retriever
-from src.options import SearchOptions
+from src.models.retriever import fingerprint, open_retriever, text_settings
+from src.options import SearchOptions, encoder_settings
 from src.runtime import distributed
 from src.runtime.errors import InputError, shorten
 from src.runtime.terminal import count, say, size
@@ -160,23 +160,29 @@ class EmbeddingSearch:
     def _load_retriever(self, device: torch.device, log: logging.Logger) -> TextEmbedder:
         options = self._options
         path, tokenizer, option = options.model_path, options.tokenizer, options.tokenizer_option
-        retriever, tokenizer = open_retriever(path, tokenizer, option)
+        settings = encoder_settings(options)
+        retriever, tokenizer = open_retriever(path, tokenizer, option, **settings)
         shard, model = self._exact.shards[0], fingerprint(retriever)
         collection, theirs = self._passages.fingerprint(), shard.metadata
-        self.made_by = {"model": model, "passages": collection, "embeddings": theirs}
+        questions = fingerprint(retriever, "questions")
+        self.made_by = {"model": questions, "passages": collection, "embeddings": theirs}
         if theirs and not options.allow_mismatch:
-            plain = json.loads(theirs.get("options", "{}")).get("plain_text", False)
-            for what, name, ours, other in (
-                ("the model", options.model_path, model, theirs.get("model")),
-                ("the collection", self._passages.path, collection, theirs.get("passages")),
-                ("--plain_text", "this command", options.plain_text, plain),
-            ):
-                require_same(what, name, ours, shard.path, other)
+            config, made = retriever.config, json.loads(theirs.get("options", "{}"))
+            if config.side == "questions" and made.get("side") == "passages":
+                model = theirs.get("model")  # DPR's encoders do not know each other
+            plain, texts = made.get("plain_text", False), text_settings(config, settings)
+            require = functools.partial(require_same, other_path=shard.path)
+            for name in sorted(settings.keys() & made.keys()):
+                require(f"--{name}", "this command", getattr(config, name), other=made[name])
+            require("the model", options.model_path, model, other=theirs.get("model"))
+            require("the collection", self._passages.path, collection, other=theirs.get("passages"))
+            require("--plain_text", "this command", texts["plain_text"], other=plain)
         n_parameters = sum(p.numel() for p in retriever.parameters()) / 1e6
         say(log, "retriever", "%.1fM parameters, from %s", n_parameters, options.model_path)
         if not options.no_fp16 and device.type == "cuda":
             retriever = retriever.half()
         length = options.question_maxlength or retriever.config.question_maxlength
+        retriever.passage_tower, self._text = None, retriever.texts[0]
         retriever, batch_size = retriever.to(device).eval(), options.per_gpu_batch_size
         return TextEmbedder(retriever, tokenizer, "questions", length, batch_size, device)
 
@@ -202,8 +208,7 @@ class EmbeddingSearch:
         with passing_bar(len(questions), "question", "embedding questions") as bar:
             for start in range(0, len(questions), _QUESTIONS_AT_ONCE):
                 some = questions[start : start + _QUESTIONS_AT_ONCE]
-                texts = [question_text(text, self._options.plain_text) for text in some]
-                parts.append(self._embedder(texts))
+                parts.append(self._embedder([self._text(question) for question in some]))
                 bar.update(len(some))
         return np.concatenate(parts)
 

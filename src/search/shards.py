@@ -34,11 +34,11 @@ _DTYPES |= {"I64": np.dtype("<i8"), "U8": np.dtype("u1")}
 
 
 def shard_path(output_path: str, shard_id: int) -> Path:
-    """The path of a shard: `folder` or `folder/` gives `folder/wiki_00`; a path with a further
-    component is a prefix: `dir/passages` gives `dir/passages_00`."""
-    folder, name = os.path.split(output_path)
+    """The path of a shard: `folder`, `./folder` or `folder/` gives `folder/wiki_00`; a path with a
+    further component is a prefix: `dir/passages` gives `dir/passages_00`."""
+    folder, name = os.path.split(re.sub("^([.]/+)+(?=[^/])", "", output_path))
     if not folder or not name:
-        folder, name = output_path, "wiki"
+        folder, name = folder or name, "wiki"
     return Path(folder) / f"{name}_{shard_id:02d}"
 
 

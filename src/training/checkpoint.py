@@ -31,7 +31,7 @@ STATE_FILE, META_FILE = "training_state.pt", "checkpoint.json"
 _FIXED = """
 model_path model_size model_config tokenizer legacy_position_table retriever_model
 indexing_dimension question_maxlength passage_maxlength no_projection no_question_mask
-no_passage_mask extract_cls best_by
+no_passage_mask extract_cls best_by pooling normalize question_prefix passage_prefix two_towers
 """
 _MEANING = {  # of a change, where that is not obvious
     "eval_data": "the best value so far, and best_dev, are by the earlier file",
@@ -89,11 +89,13 @@ class Checkpoints:
                 same = self.folder / f"step-{position['step']}"  # saved before it was evaluated
                 if target != same and (saved := read_meta(same)):
                     for file in saved["files"]:
+                        (partial / file).parent.mkdir(parents=True, exist_ok=True)
                         _link(same / file, partial / file)
                 else:
                     self._save_model(partial)
                     torch.save(state, partial / STATE_FILE)
-                sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+                files = sorted(file for file in partial.rglob("*") if file.is_file())
+                sizes = {str(file.relative_to(partial)): file.stat().st_size for file in files}
                 meta = {"step": position["step"], "periodic": periodic, "position": position}
                 meta |= {"options": self._options, "files": sizes}
                 (partial / META_FILE).write_text(_as_text(meta))
