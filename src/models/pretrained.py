@@ -157,7 +157,7 @@ def _check_index(path: str) -> None:
 
 def encoder_folder(path: str) -> str:
     """The folder of a model's own files: in older folders of sentence-transformers, one inside."""
-    modules = None if Path(path).is_file() else read_json(path, "modules.json")
+    modules = None if Path(path).is_file() else read_model_json(path, "modules.json")
     if modules is None:
         return path
     with _reporting(path, "its modules.json cannot be used", "give another model"):
@@ -188,7 +188,7 @@ def load_tokenizer(
         if len(tokenizer) <= len(tokenizer.added_tokens_encoder) + 1:  # Transformers made one up
             raise ValueError("it has no vocabulary")
         tokenizer.pieces = load_pieces(tokenizer)
-        if (read_json(source, "sentence_bert_config.json") or {}).get("do_lower_case"):
+        if (read_model_json(source, "sentence_bert_config.json") or {}).get("do_lower_case"):
             own = tokenizer.backend_tokenizer.normalizer
             parts = [normalizers.Lowercase(), *([own] if own else [])]
             tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(parts)

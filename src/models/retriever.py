@@ -160,16 +160,20 @@ class Retriever(nn.Module):
             ids = tokenizer(prefix)["input_ids"] if prefix else []
             self.skip[side] = len(ids) - bool(ids and ids[-1] in tokenizer.all_special_ids)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config and weights, so that Transformers opens the encoder, under its own names,
-        and sentence-transformers opens the retriever, or else refuses to. A second tower has a
-        folder of the same kind."""
-        weights = {name.removeprefix("model."): tensor for name, tensor in self.state_dict().items()
-                   if not name.startswith("passage_tower.")}  # fmt: skip
+    def save_pretrained(
+        self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """Write config and weights (of `state_dict`, if this process does not have all of them), so
+        that Transformers opens the encoder, under its own names, and sentence-transformers opens
+        the retriever, or else refuses to. A second tower has a folder of the same kind."""
+        state, tower = self.state_dict() if state_dict is None else state_dict, "passage_tower."
+        weights = {name.removeprefix("model."): tensor for name, tensor in state.items()
+                   if not name.startswith(tower)}  # fmt: skip
         self.model.save_pretrained(folder, state_dict=dict(weights))
         encoders.write_modules(self.config, weights, Path(folder))
         if self.passage_tower is not None:
-            self.passage_tower.save_pretrained(Path(folder) / PASSAGE_TOWER)
+            of_tower = {k.removeprefix(tower): v for k, v in state.items() if k.startswith(tower)}
+            self.passage_tower.save_pretrained(Path(folder) / PASSAGE_TOWER, of_tower)
 
 
 def _pooled_size(config: PreTrainedConfig) -> int:

@@ -111,22 +111,30 @@ def retriever_shape(options: Options) -> Shape:
     import torch
     from transformers import BertConfig
 
+    from src.models import encoders
     from src.models.pretrained import load_config
-    from src.models.retriever import Retriever, RetrieverConfig
+    from src.models.retriever import Retriever
 
     path = _path(options, "model_path", "model_config", "retriever_model") or "bert-base-uncased"
-    bert = BertConfig() if path == "bert-base-uncased" else load_config(path, "bert", "dpr")
-    values = {name: value for name, value in bert.to_dict().items() if name != "model_type"}
-    if not hasattr(bert, "indexing_dimension"):
+    is_bert = path == "bert-base-uncased"
+    c = BertConfig() if is_bert else load_config(path, *encoders.KINDS, "dpr")
+    if hasattr(c, "indexing_dimension"):
+        values = encoders.settings_of(c, path)
+    else:
         is_new = getattr(options, "model_path", "none") == "none"
-        values["projection"] = is_new and not getattr(options, "no_projection", False)
-        default = 768 if values["projection"] else bert.hidden_size
-        values["indexing_dimension"] = getattr(options, "indexing_dimension", None) or default
-    c = RetrieverConfig(**values)
+        projection = is_new and not getattr(options, "no_projection", False)
+        default = 768 if projection else c.hidden_size
+        dimension = getattr(options, "indexing_dimension", None) or default
+        values = {"projection": projection, "indexing_dimension": dimension}
+    if c.model_type == "dpr":
+        c = BertConfig(**{k: v for k, v in c.to_dict().items() if k != "model_type"})
+    for name, value in vars(encoders.Settings(**values)).items():
+        setattr(c, name, value)
+    d_ff = c.hidden_dim if c.model_type == "distilbert" else c.intermediate_size
     with torch.device("meta"):
         parameters = _size(Retriever(c))
     return Shape(
-        c.hidden_size, c.hidden_size, c.intermediate_size, c.num_attention_heads, c.vocab_size,
+        c.hidden_size, c.hidden_size, d_ff, c.num_attention_heads, c.vocab_size,
         c.num_hidden_layers, parameters, block=c.vocab_size * c.hidden_size,
         embedding=c.indexing_dimension,
     )  # fmt: skip
