@@ -3,12 +3,12 @@
     python bench/bench_retriever.py --passages FILE [--model FOLDER] [--rounds 3] [--batch 32]
 
 The plain way: eager attention, float32, batches in the file's order, every passage padded to
-`passage_maxlength`, mean over real tokens. sentence-transformers, where it is installed (`pip install
-sentence-transformers`), sorts texts by length, as we do: it is the honest baseline. `--model` names
-any BERT that takes a mean, such as all-MiniLM-L6-v2; without it, fresh weights in
+`passage_maxlength`, mean over real tokens. sentence-transformers, if installed (with pip), sorts
+texts by length as we do: it is the honest baseline. `--model` names any BERT that takes a mean,
+such as all-MiniLM-L6-v2; without it, fresh weights in
 the shape of all-MiniLM-L6-v2 and a tokenizer learned from the passages. Ratios are of medians of
-interleaved runs; all tokenize, and give the same embeddings, scaled to length 1, to 1e-5. Memory is the peak of a
-fresh process, less that of one that only imports what both do.
+interleaved runs; all tokenize, and give the same embeddings, scaled to length 1, to 1e-5. Memory is
+the peak of a fresh process, less that of one that only imports what both do.
 """
 
 import argparse

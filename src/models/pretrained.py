@@ -139,10 +139,13 @@ def encoder_folder(path: str) -> str:
     if modules is None:
         return path
     with _reporting(path, "its modules.json cannot be used", "give another model"):
-        name = Path(modules[0]["path"])
-        if name.is_absolute() or ".." in name.parts or (name.parts and not Path(path).is_dir()):
-            raise ValueError(f"path {shorten(str(name))}")
-    return str(Path(path) / name) if name.parts else path
+        names = [Path(module["path"]) for module in modules]
+        for name in names:
+            if name.is_absolute() or ".." in name.parts:
+                raise ValueError(f"{shorten(str(name))} is outside its folder")
+        if names[0].parts and not Path(path).is_dir():
+            raise ValueError("its encoder is in a folder inside: download it, and give its folder")
+    return str(Path(path) / names[0]) if names[0].parts else path
 
 
 def load_tokenizer(
