@@ -7,7 +7,7 @@ Writes one shard (wikipedia_embeddings/wiki_00); as many jobs as there are shard
 side. Started again with the same command, it resumes after the last finished block.
 """
 
-from src.options import changed, encoder_settings, passage_embeddings_parser
+from src.options import changed, encoding, passage_embeddings_parser
 from src.runtime.errors import on_interrupt, reports_input_errors
 from src.tools.footprint import parse_args
 
@@ -56,15 +56,16 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "data", "shard %d of %d: %s", options.shard_id, options.num_shards, of)
 
     # Model
-    own = encoder_settings(options)
-    retriever, tokenizer = open_retriever(options.model_path, options.tokenizer, **own)
+    retriever, tokenizer = open_retriever(
+        options.model_path, options.tokenizer, **encoding(options)
+    )
     dimension = retriever.config.indexing_dimension
     size = f"{sum(p.numel() for p in retriever.parameters()) / 1e6:.1f}M parameters"
     say(log, "model", "%s, embeddings of size %d, from %s", size, dimension, options.model_path)
     max_length = options.passage_maxlength or retriever.config.passage_maxlength
     settings = {"title": not options.no_title, "max_length": max_length, "precision": precision}
     metadata = {"model": fingerprint(retriever), "passages": passages.fingerprint()}
-    metadata["options"] = json.dumps(settings | text_settings(retriever.config, own))
+    metadata["options"] = json.dumps(settings | text_settings(retriever.config, encoding(options)))
     metadata |= {"shard_id": str(options.shard_id), "num_shards": str(options.num_shards)}
     metadata["first"] = str(first)
     if is_finished(path, metadata):

@@ -7,13 +7,7 @@ Reads what `test_reader.py --write_crossattention_scores` wrote; writes checkpoi
 into `--checkpoint_dir/--name`. Run the same command again to resume.
 """
 
-from src.options import (
-    LossOptions,
-    changed,
-    encoder_settings,
-    select,
-    train_retriever_parser,
-)
+from src.options import LossOptions, changed, encoding, select, train_retriever_parser
 from src.runtime.errors import reports_input_errors
 from src.tools.footprint import parse_args
 
@@ -55,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         "extract_cls": True if options.extract_cls else None,
     }
     settings = {name: value for name, value in settings.items() if value is not None}
-    own = encoder_settings(options)
+    own = encoding(options)
     base = options.tokenizer if options.tokenizer != "none" else "bert-base-uncased"
     if run.resumed_from or options.model_path != "none":
         source = str(run.resumed_from or options.model_path)

@@ -330,7 +330,7 @@ def select(kind: type[Values], options: argparse.Namespace) -> Values:
     return kind(**{name: values[name] for name in names})
 
 
-def encoder_settings(options: argparse.Namespace | SearchOptions) -> dict[str, Any]:
+def encoding(options: argparse.Namespace | SearchOptions) -> dict[str, Any]:
     """How to embed, where the options say so; a retriever's folder may have settings of its own."""
     names = ("pooling", "normalize", "question_prefix", "passage_prefix")
     given = {name: getattr(options, name) for name in names}

@@ -23,12 +23,8 @@ from src.runtime.errors import InputError, shorten
 
 KINDS = ("bert", "camembert", "distilbert", "electra", "modernbert", "mpnet", "roberta")
 KINDS += ("xlm-roberta",)
-_POOLING = {
-    "cls": "cls_token",
-    "mean": "mean_tokens",
-    "max": "max_tokens",
-    "lasttoken": "lasttoken",
-}
+_POOLING = {"cls": "cls_token", "lasttoken": "lasttoken"}  # as older folders say it
+_POOLING |= {"mean": "mean_tokens", "max": "max_tokens"}
 _MODULE = "sentence_transformers.models."
 _LENGTHS = ("max_seq_length", "query_length", "document_length")
 _ACTIVATIONS = [
@@ -104,9 +100,8 @@ def settings_of(config: PreTrainedConfig, path: str) -> dict[str, Any]:
         default = getattr(Settings(), name)
         is_known = isinstance(value, str | None if default is None else type(default))
         if not is_known or (name == "pooling" and value not in _POOLING):
-            raise InputError(
-                f"{path}: in its config.json {name} is {shorten(value)}; fix its value"
-            )
+            value = shorten(value)
+            raise InputError(f"{path}: in its config.json {name} is {value}; fix its value")
     return vars(Settings(**found))
 
 
@@ -263,22 +258,28 @@ def write_modules(config: PreTrainedConfig, weights: dict[str, torch.Tensor], fo
         "projection_before_pooling": config.projection,
         "unmasked_padding": not (config.apply_question_mask and config.apply_passage_mask),
     }
-    why, modules = next((name for name, holds in problems.items() if holds), None), []
-    parts = [(f"not_in_sentence_transformers.{why}", {}, {})] if why else _modules(config, weights)
-    for number, (kind, values, tensors) in enumerate(parts):
+    files: dict[str, Any] = {"modules.json": []}
+    if why := [name for name in problems if problems[name]]:
+        modules = [(f"not_in_sentence_transformers.{why[0]}", {}, {})]
+    else:
+        modules = _modules(config, weights)
+        prompts = {"query": question_text("", config.question_prefix)}
+        prompts["document"] = config.passage_prefix or ""  # None: the caller writes title: ...
+        similarity = "cosine" if config.normalize else "dot"
+        file = "config_sentence_transformers.json"
+        files[file] = {"prompts": prompts, "similarity_fn_name": similarity}
+    for number, (kind, values, tensors) in enumerate(modules):
         path = f"{number}_{kind.rpartition('.')[2]}" if number else ""
-        modules.append({"idx": number, "name": str(number), "path": path, "type": kind})
-        (folder / path).mkdir(exist_ok=True)
+        module = {"idx": number, "name": str(number), "path": path, "type": kind}
+        files["modules.json"].append(module)
         if values or number:
-            file = "config.json" if number else "sentence_bert_config.json"
-            (folder / path / file).write_text(json.dumps(values, indent=2))
+            files[f"{path}/config.json" if number else "sentence_bert_config.json"] = values
         if tensors:
+            (folder / path).mkdir(exist_ok=True)
             save_file(tensors, folder / path / "model.safetensors")
-    (folder / "modules.json").write_text(json.dumps(modules, indent=2))
-    prompts = {"query": question_text("", config.question_prefix)}
-    prompts["document"] = config.passage_prefix or ""  # None: the caller writes title: ... context:
-    values = {"prompts": prompts, "similarity_fn_name": "cosine" if config.normalize else "dot"}
-    (folder / "config_sentence_transformers.json").write_text(json.dumps(values, indent=2))
+    for name, values in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(values, indent=2))
 
 
 def _modules(

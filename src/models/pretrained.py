@@ -66,8 +66,8 @@ def load_config(path: str, *kinds: str) -> PreTrainedConfig:
     """The config of a model of one of these types: by hub name, folder, or JSON file."""
     _check_path(path)
     with _reporting(path, "no model config can be read there", "give a model's folder or hub name"):
-        if Path(path).is_file():
-            values = read_json(path)  # with a byte-order mark, too
+        values = read_json(path) if Path(path).is_file() else {}  # with a byte-order mark, too
+        if values.get("model_type") in CONFIG_MAPPING:
             config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
         else:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -96,7 +96,10 @@ def _check_sizes(config: PreTrainedConfig) -> None:
         if is_size and isinstance(value, int) and value < 1:
             raise ValueError(f"{name} is {value}")
         ids = value if isinstance(value, list) else [value]
-        if name.endswith("token_id") and not all(
+        is_read = name == "pad_token_id" or (
+            name.endswith("token_id") and config.is_encoder_decoder
+        )
+        if is_read and not all(
             one is None or (isinstance(one, int) and 0 <= one < config.vocab_size) for one in ids
         ):
             raise ValueError(f"{name} {value} is not among the {config.vocab_size} tokens")
@@ -161,10 +164,13 @@ def encoder_folder(path: str) -> str:
     if modules is None:
         return path
     with _reporting(path, "its modules.json cannot be used", "give another model"):
-        name = Path(modules[0]["path"])
-        if name.is_absolute() or ".." in name.parts or (name.parts and not Path(path).is_dir()):
-            raise ValueError(f"path {shorten(str(name))}")
-    return str(Path(path) / name) if name.parts else path
+        names = [Path(module["path"]) for module in modules]
+        for name in names:
+            if name.is_absolute() or ".." in name.parts:
+                raise ValueError(f"{shorten(str(name))} is outside its folder")
+        if names[0].parts and not Path(path).is_dir():
+            raise ValueError("its encoder is in a folder inside: download it, and give its folder")
+    return str(Path(path) / names[0]) if names[0].parts else path
 
 
 def load_tokenizer(

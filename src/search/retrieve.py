@@ -19,7 +19,7 @@ from src.data.passages import Passages
 from src.data.trec import read_run
 from src.models.embedder import TextEmbedder
 from src.models.retriever import fingerprint, open_retriever, text_settings
-from src.options import SearchOptions, encoder_settings
+from src.options import SearchOptions, encoding
 from src.runtime import distributed
 from src.runtime.errors import InputError, shorten
 from src.runtime.terminal import count, say, size
@@ -160,7 +160,7 @@ class EmbeddingSearch:
     def _load_retriever(self, device: torch.device, log: logging.Logger) -> TextEmbedder:
         options = self._options
         path, tokenizer, option = options.model_path, options.tokenizer, options.tokenizer_option
-        settings = encoder_settings(options)
+        settings = encoding(options)
         retriever, tokenizer = open_retriever(path, tokenizer, option, **settings)
         shard, model = self._exact.shards[0], fingerprint(retriever)
         collection, theirs = self._passages.fingerprint(), shard.metadata
