@@ -236,7 +236,7 @@ def read_meta(path: Path) -> dict[str, Any] | None:
             and (best is None or (type(best) in (int, float) and math.isfinite(best)))
             and {type(due), type(meta["periodic"])} == {bool}
             and type(meta["options"]) is dict
-            and all(Path(name).name == name for name in files)
+            and all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in files)
             and files == {name: (path / name).stat().st_size for name in files}
         )
         return meta if is_whole else None
