@@ -1,10 +1,9 @@
 """Embed a passage collection with a retriever.
 
-    python generate_passage_embeddings.py --model_path checkpoint/retriever/checkpoint/best_dev \\
-        --passages psgs_w100.tsv --output_path wikipedia_embeddings --shard_id 0 --num_shards 4
+    python generate_passage_embeddings.py --model_path RETRIEVER --passages psgs_w100.tsv
 
-Writes one shard (wikipedia_embeddings/wiki_00); as many jobs as there are shards can run side by
-side. Started again with the same command, it resumes after the last finished block.
+Writes one shard (wikipedia_embeddings/wiki_00); jobs for different shards can run in parallel. The
+same command resumes after the last finished block.
 """
 
 from src.options import changed, encoding, passage_embeddings_parser
@@ -24,7 +23,7 @@ from src.data.passages import Passages
 from src.models.embedder import TextEmbedder, embed_blocks
 from src.models.retriever import fingerprint, open_retriever, text_settings
 from src.runtime import distributed
-from src.runtime.device import compile_layers
+from src.runtime.device import compile_layers, describe_size
 from src.runtime.launch import StopRequest
 from src.runtime.terminal import count, duration, say, say_next
 from src.search.shards import ShardWriter, is_finished, remove_unfinished, shard_path
@@ -47,25 +46,23 @@ def main(arguments: list[str] | None = None) -> None:
     remedy, inputs = "use another --output_path or --shard_id", [options.passages]
     distributed.run_on_main(lambda: claim(path, remedy, inputs=inputs))
 
-    # Data. Duplicate ids are found now, not after hours of work.
-    distributed.run_on_main(lambda: Passages(options.passages, passing_bar).find([]))
-    passages = Passages(options.passages)
+    # Data
+    passages = distributed.main_first(lambda: Passages(options.passages, passing_bar))
     first = len(passages) * options.shard_id // options.num_shards
     last = len(passages) * (options.shard_id + 1) // options.num_shards
     of = f"{last - first:,} of {count(len(passages), 'passage')} of {options.passages}"
     say(log, "data", "shard %d of %d: %s", options.shard_id, options.num_shards, of)
 
     # Model
-    retriever, tokenizer = open_retriever(
-        options.model_path, options.tokenizer, **encoding(options)
-    )
+    own = encoding(options)
+    retriever, tokenizer = open_retriever(options.model_path, options.tokenizer, **own)
     dimension = retriever.config.indexing_dimension
-    size = f"{sum(p.numel() for p in retriever.parameters()) / 1e6:.1f}M parameters"
-    say(log, "model", "%s, embeddings of size %d, from %s", size, dimension, options.model_path)
+    facts = describe_size(retriever), dimension, options.model_path
+    say(log, "model", "%s, embeddings of size %d, from %s", *facts)
     max_length = options.passage_maxlength or retriever.config.passage_maxlength
     settings = {"title": not options.no_title, "max_length": max_length, "precision": precision}
     metadata = {"model": fingerprint(retriever), "passages": passages.fingerprint()}
-    metadata["options"] = json.dumps(settings | text_settings(retriever.config, encoding(options)))
+    metadata["options"] = json.dumps(settings | text_settings(retriever.config, own))
     metadata |= {"shard_id": str(options.shard_id), "num_shards": str(options.num_shards)}
     metadata["first"] = str(first)
     if is_finished(path, metadata):
@@ -93,8 +90,9 @@ def main(arguments: list[str] | None = None) -> None:
         bar.update(writer.position - bar.n if writer else 0)
         if distributed.any_process(stop_request.requested):
             bar.close()
-            where = f"after {writer.position if writer else 0} passages"
-            stop_request.leave(log, where, distributed.is_main(), distributed.stop_together)
+            distributed.leave(
+                stop_request, log, f"after {writer.position if writer else 0} passages"
+            )
     bar.close()
 
     # File and next step

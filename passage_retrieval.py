@@ -60,10 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     of = f"{len(data):,} of {count(len(data), 'question')}"
     found_each = f"{count(options.n_docs, 'passage')} for each"
     say(log, "data", "%s of %s, %s", of, options.data, found_each)
-    if distributed.is_main():
-        Passages(options.passages, passing_bar)  # one process indexes a new collection
-    distributed.barrier()
-    passages = Passages(options.passages, passing_bar)
+    passages = distributed.main_first(lambda: Passages(options.passages, passing_bar))
     say(log, "passages", "%s of %s", count(len(passages), "passage"), options.passages)
     if options.output_format == "trec":
         distributed.raise_on_all(lambda: retrieved.check_trec_ids(data, passages))

@@ -87,8 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
             if done % options.eval_print_freq == 0:
                 log.info("%d of %d batches | so far %s", done, len(batches), tally)
     if distributed.any_process(stop_request.requested):
-        where = f"after {done} of {len(batches)} batches"
-        stop_request.leave(log, where, rank == 0, distributed.stop_together)
+        distributed.leave(stop_request, log, f"after {done} of {len(batches)} batches")
 
     # Files, results, next step
     distributed.barrier()

@@ -78,6 +78,11 @@ def compile_layers(layers: Iterable[nn.Module], backend: str = "inductor") -> No
         layer.compile(dynamic=True, backend=backend)
 
 
+def describe_size(model: nn.Module) -> str:
+    """The size of a model in a few words, for the log."""
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
+
+
 def describe(device: torch.device) -> str:
     """The device in a few words, for the log."""
     if device.type == "cuda":

@@ -2,16 +2,17 @@
 
 import argparse
 import datetime
+import logging
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from src.runtime.device import pick_device
 from src.runtime.errors import InputError
-from src.runtime.launch import Launch, detect_launch
+from src.runtime.launch import Launch, StopRequest, detect_launch
 
 Value = TypeVar("Value")
 _patient_group: dist.ProcessGroup | None = None  # for run_on_main
@@ -50,6 +51,11 @@ def stop_together() -> None:
     """Leave the process group when every process is ready to."""
     barrier()
     stop()
+
+
+def leave(stop_request: StopRequest, log: logging.Logger, where: str) -> NoReturn:
+    """End together, as a signal asked one process to."""
+    stop_request.leave(log, where, is_main(), stop_together)
 
 
 def rank() -> int:
@@ -125,6 +131,12 @@ def run_on_main(task: Callable[[], Value]) -> Value | None:
     if message[0] is not None:
         raise InputError(message[0])
     return value
+
+
+def main_first(task: Callable[[], Value]) -> Value:
+    """Run a task in the main process, and then in the others, which find the caches it made."""
+    value = run_on_main(task)
+    return value if is_main() else task()
 
 
 def raise_on_all(task: Callable[[], Value]) -> Value:

@@ -353,8 +353,7 @@ def fit(
     metrics.close()
     state.release()
     if position.step < options.total_steps or position.evaluation_due:
-        where = f"after update {position.step}"
-        run.stop.leave(log, where, rank == 0, distributed.stop_together)
+        distributed.leave(run.stop, log, f"after update {position.step}")
     run.stop.finish()
     distributed.stop()
     best = ""
