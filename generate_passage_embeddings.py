@@ -7,7 +7,7 @@ Writes one shard (wikipedia_embeddings/wiki_00); as many jobs as there are shard
 side. Started again with the same command, it resumes after the last finished block.
 """
 
-from src.options import changed, encoding, passage_embeddings_parser
+from src.options import ENCODING, changed, encoding, passage_embeddings_parser
 from src.runtime.errors import on_interrupt, reports_input_errors
 
 if __name__ == "__main__":
@@ -53,16 +53,15 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "data", "shard %d of %d: %s", options.shard_id, options.num_shards, of)
 
     # Model
-    retriever, tokenizer = open_retriever(
-        options.model_path, options.tokenizer, **encoding(options)
-    )
+    own = encoding(options)
+    retriever, tokenizer = open_retriever(options.model_path, options.tokenizer, **own)
     dimension = retriever.config.indexing_dimension
     size = f"{sum(p.numel() for p in retriever.parameters()) / 1e6:.1f}M parameters"
     say(log, "model", "%s, embeddings of size %d, from %s", size, dimension, options.model_path)
     max_length = options.passage_maxlength or retriever.config.passage_maxlength
     settings = {"title": not options.no_title, "max_length": max_length, "precision": precision}
     metadata = {"model": fingerprint(retriever), "passages": passages.fingerprint()}
-    metadata["options"] = json.dumps(settings | text_settings(retriever.config, encoding(options)))
+    metadata["options"] = json.dumps(settings | text_settings(retriever.config, own))
     metadata |= {"shard_id": str(options.shard_id), "num_shards": str(options.num_shards)}
     metadata["first"] = str(first)
     if is_finished(path, metadata):
@@ -111,8 +110,7 @@ def next_step(parser: ArgumentParser, options: Namespace) -> tuple[str, list]:
         what = f"embed the next shard ({len(missing)} of {count(len(shards), 'shard')} to go)"
         return what, ["generate_passage_embeddings.py", *command]
     command = ["passage_retrieval.py", "--model_path", options.model_path]
-    names = "tokenizer plain_text pooling normalize question_prefix passage_prefix no_fp16 passages"
-    command += changed(parser, vars(options), names.split())
+    command += changed(parser, vars(options), [*ENCODING, "tokenizer", "no_fp16", "passages"])
     command += ["--passages_embeddings", f"{str(shards[0]).removesuffix('00')}*"]
     command += ["--data", "QUESTIONS.json", "--output_path", "RETRIEVED.json"]
     return "find passages for questions", command
