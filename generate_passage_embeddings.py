@@ -6,7 +6,7 @@ Writes one shard (wikipedia_embeddings/wiki_00); jobs for different shards can r
 same command resumes after the last finished block.
 """
 
-from src.options import changed, encoding, passage_embeddings_parser
+from src.options import ENCODING, changed, encoding, passage_embeddings_parser
 from src.runtime.errors import on_interrupt, reports_input_errors
 from src.tools.footprint import parse_args
 
@@ -112,8 +112,7 @@ def next_step(parser: ArgumentParser, options: Namespace) -> tuple[str, list]:
         what = f"embed the next shard ({len(missing)} of {count(len(shards), 'shard')} to go)"
         return what, ["generate_passage_embeddings.py", *command]
     command = ["passage_retrieval.py", "--model_path", options.model_path]
-    names = "tokenizer plain_text pooling normalize question_prefix passage_prefix no_fp16 passages"
-    command += changed(parser, vars(options), names.split())
+    command += changed(parser, vars(options), [*ENCODING, "tokenizer", "no_fp16", "passages"])
     command += ["--passages_embeddings", f"{escape(str(shards[0]).removesuffix('00'))}*"]
     command += ["--data", "QUESTIONS.json", "--output_path", "RETRIEVED.json"]
     return "find passages for questions", command

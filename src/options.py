@@ -330,11 +330,13 @@ def select(kind: type[Values], options: argparse.Namespace) -> Values:
     return kind(**{name: values[name] for name in names})
 
 
+ENCODING = ("plain_text", "pooling", "normalize", "question_prefix", "passage_prefix")
+
+
 def encoding(options: argparse.Namespace | SearchOptions) -> dict[str, Any]:
     """How to embed, where the options say so; a retriever's folder may have settings of its own."""
-    names = ("pooling", "normalize", "question_prefix", "passage_prefix")
-    given = {name: getattr(options, name) for name in names}
-    if getattr(options, "plain_text", False):
+    given = {name: getattr(options, name, None) for name in ENCODING}
+    if given.pop("plain_text"):
         given |= {"question_prefix": "", "passage_prefix": ""}
     return {name: value for name, value in given.items() if value not in (None, False)}
 
@@ -743,8 +745,7 @@ def _check_search(parser: _Parser, options: argparse.Namespace, model: str) -> N
     if not options.bm25 and options.passages_embeddings == "none":
         parser.error('--passages_embeddings is missing, for example "wikipedia_embeddings/*"')
     if options.bm25:
-        names = "passages_embeddings index_factory n_subquantizers pooling normalize"
-        names += " question_prefix passage_prefix"
+        names = " ".join(("passages_embeddings index_factory n_subquantizers", *ENCODING[1:]))
         unused = "--bm25 uses neither embeddings nor an index of them: leave out {}"
         _error_if_given(parser, options, names, unused)
         return

@@ -314,7 +314,9 @@ def test_the_files_of_folders(written):
     expected = [name for name in checkpoint if name not in readers_only]
     assert sorted([*expected, "modules.json"]) == listed(retriever)
     with safetensors.safe_open(retriever / "model.safetensors", "numpy") as file:
-        assert {name.split(".")[0] for name in file.keys()} == {"model", "proj", "norm"}  # noqa: SIM118
+        assert {name.split(".")[0] for name in file.keys()} == {  # noqa: SIM118
+            "embeddings", "encoder", "proj", "norm",
+        }  # fmt: skip
     config = json.loads((retriever / "config.json").read_text())
     text = FORMATS.split("its `config.json` holds ")[1].split("\n\n")[0]
     assert config.keys() >= set(re.findall("`(.*?)`", text))

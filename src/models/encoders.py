@@ -60,15 +60,12 @@ and what their names begin with."""
 class Settings:
     """How a retriever embeds. The defaults are those of the original code's checkpoints.
 
-    Args:
-        projection: a linear layer to `indexing_dimension` and a LayerNorm follow the encoder.
-        apply_question_mask, apply_passage_mask: whether padding is masked; without it, texts are
-            always padded to `*_maxlength`, and all positions count.
-        extract_cls: the original code's name for the pooling "cls".
-        pool_prefix: whether the tokens of a prefix are pooled too.
-        head: linear layers after pooling: `size`, `bias` and `activation` of each.
-        question_prefix, passage_prefix, title_separator: see `question_text`, `passage_text`.
-        side: "questions" or "passages" if it embeds only these.
+    projection: a linear layer to `indexing_dimension` and a LayerNorm follow the encoder.
+    apply_*_mask: padding is masked; else texts are always padded to `*_maxlength`, and all counts.
+    extract_cls: the original code's name for the pooling "cls".
+    pool_prefix: the tokens of a prefix (see `question_text`, `passage_text`) are pooled too.
+    head: linear layers after pooling: `size`, `bias` and `activation` of each.
+    side: "questions" or "passages" if it embeds only these.
     """
 
     indexing_dimension: int = 768

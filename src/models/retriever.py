@@ -83,10 +83,11 @@ class Retriever(nn.Module):
         return next(self.parameters()).dtype
 
     @property
-    def layers(self) -> nn.ModuleList:
-        """The encoder's layers."""
+    def layers(self) -> list[nn.Module]:
+        """The layers of its encoder, or of both."""
         lists = [part for part in self.model.modules() if isinstance(part, nn.ModuleList)]
-        return next(part for part in lists if len(part) == self.config.num_hidden_layers)
+        own = next(part for part in lists if len(part) == self.config.num_hidden_layers)
+        return [*own, *(self.passage_tower.layers if self.passage_tower else [])]
 
     @property
     def texts(self) -> tuple[Callable[[str], str], Callable[..., str]]:
