@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 from src.data.examples import load_data
 from src.evaluation.answers import measure_answers
+from src.evaluation.groups import measure_groups
 from src.evaluation.rankings import measure_retrieval
 
 
@@ -26,7 +27,10 @@ def main(arguments: list[str] | None = None) -> None:
         if path.endswith((".json", ".jsonl")):
             rows[path] = measure_retrieval(path)
         elif options.data:
-            rows[path] = measure_answers(path, load_data(options.data))
+            data, more = load_data(options.data), (options.also, options.by)
+            rows[path] = measure_answers(path, data)
+            if any(more):
+                rows |= measure_groups(path, data, *more, options.train_data)
         else:
             raise InputError(f"{path}: to judge answers, --data must name the questions' file")
     columns = list(dict.fromkeys(name for values in rows.values() for name in values))
