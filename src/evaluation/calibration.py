@@ -63,6 +63,11 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
 
 
+def percent(values: Sequence[float]) -> float:
+    """The mean of shares or verdicts, in percent."""
+    return 100 * sum(values) / len(values)
+
+
 def wilson(share: float, n: int) -> tuple[float, float]:
     """The 95 % interval of a share of n independent questions, both in [0, 1] (Wilson, 1927)."""
     z = 1.959964

@@ -3,15 +3,18 @@ number of passages. A file that a run did not write gives an empty value."""
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from src.data.examples import Examples, read_example
-from src.evaluation.answers import ANSWERS, SCORES
+from src.evaluation.answers import ANSWERS, SCORES, read_answers
 from src.runtime.errors import InputError, shorten
 
 METRICS, OPTIONS = "metrics.jsonl", "options.json"
 PROBABILITIES, CURVE = "answers.jsonl", "n_context_curve.json"
+MOST_POINTS = 200  # of a curve; more are averaged in groups
 
 
 def _lines(path: Path) -> list[bytes]:
@@ -41,6 +44,14 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
                 f'"train/loss": 2.5}}, not {shown}; remove the line'
             ) from None
     return values
+
+
+def thin(points: Sequence[tuple[int, float]]) -> tuple[list[tuple[int, float]], int]:
+    """A curve of at most `MOST_POINTS` points, and the number of values that each is the mean of. A
+    point is at the step of its last value."""
+    size = math.ceil(len(points) / MOST_POINTS)
+    parts = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts], size
 
 
 class Confidence(NamedTuple):
@@ -87,13 +98,30 @@ def read_probabilities(path: Path, data: Examples) -> list[Confidence]:
     return found
 
 
+@dataclass
+class Given:
+    """What a run has answered, in the data's order; a list is empty if the run did not write it."""
+
+    answers: list[str] = field(default_factory=list)
+    confidences: list[Confidence] = field(default_factory=list)
+
+
+def read_given(folder: Path, data: Examples) -> Given:
+    """A run's answers to these questions. Errors: `InputError` if they are to other questions."""
+    if not (folder / ANSWERS).exists():
+        return Given()
+    confidences = read_probabilities(folder / PROBABILITIES, data)
+    return Given(read_answers(str(folder / ANSWERS), data), confidences)
+
+
 def read_curve(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Exact match and F1, in percent, by number of passages, from an `n_context_curve.json`."""
     if not path.exists():
         return {}
     try:
         rows = sorted((int(n), row) for n, row in json.loads(path.read_bytes()).items())
-        names = {"exact match": "exact_match", "F1": "f1"}
+        rows = [(n, row) for n, row in rows if row["exact_match"] is not None]  # no gold answers
+        names = {"exact match": "exact_match", "F1": "f1"} if rows else {}
         return {name: [(n, float(row[key])) for n, row in rows] for name, key in names.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         problem = 'not a curve such as {"5": {"exact_match": 31.2, "f1": 40.1}}; remove the file'

@@ -14,17 +14,17 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from src.data.examples import Examples, load_data
+from src.data.examples import load_data
 from src.data.outputs import claim_output, write_whole
 from src.evaluation import runs
-from src.evaluation.answers import ANSWERS, SCORES, read_answers
+from src.evaluation.answers import ANSWERS, SCORES
 from src.evaluation.rankings import Ranking, rank_answers
-from src.evaluation.runs import CURVE, METRICS, OPTIONS, PROBABILITIES
+from src.evaluation.runs import CURVE, METRICS, OPTIONS, PROBABILITIES, Given, read_given
 from src.options import report_parser
 from src.runtime.errors import InputError, reports_input_errors
 from src.tools.frame import frame, missing, table, tiles
 from src.tools.report import sections, survey
-from src.tools.report.survey import Given, Survey
+from src.tools.report.survey import Survey
 
 
 def page(parts: dict[str, str], about: dict[str, Any]) -> str:
@@ -33,14 +33,6 @@ def page(parts: dict[str, str], about: dict[str, Any]) -> str:
     data = json.dumps(about, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     parts = {**parts, "policy": policy, "data": data}
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], html)
-
-
-def read_given(folder: Path, data: Examples) -> Given:
-    """What a run answered to these questions, as far as it wrote that down."""
-    if not (folder / ANSWERS).exists():
-        return Given()
-    confidences = runs.read_probabilities(folder / PROBABILITIES, data)
-    return Given(read_answers(str(folder / ANSWERS), data), confidences)
 
 
 def find_files(run: Path) -> list[Path]:
@@ -103,7 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
             compared += [found.as_found] if found.scored and not compared else []
             compared.append(found.by_score)
 
-    parts = [("Answers", sections.answers_section(found, runs.read_curve(run / CURVE), is_run))]
+    answers = sections.answers_section(found, runs.read_curve(run / CURVE)) if is_run else ""
+    parts = [("Answers", answers)]
     parts.append(("Confidence", sections.confidence_section(found)))
     if options.against and found:
         name = about["against"]

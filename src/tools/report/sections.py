@@ -8,12 +8,12 @@ from pathlib import Path
 
 from src.evaluation import calibration, runs
 from src.evaluation.answers import ANSWERS, SCORES
+from src.evaluation.calibration import percent
 from src.evaluation.rankings import Ranking
 from src.evaluation.runs import METRICS
 from src.tools.frame import figure, link, missing, table
-from src.tools.report import survey
 from src.tools.report.charts import Group, Line, bar_chart, legend, line_chart, number
-from src.tools.report.survey import Survey, percent
+from src.tools.report.survey import Survey
 
 _DASH = "\N{EN DASH}"
 _TITLES = {  # with what to look for
@@ -43,9 +43,10 @@ def training_section(folder: Path) -> tuple[str, list[Tile]]:
     drawn = ""
     for key in sorted(charts, key=lambda key: [*_TITLES, key].index(key)):
         title, unit = _TITLES.get(key, (key, key))
-        thinned = [survey.thin(name, values[name]) for name in charts[key]]
-        lines = [line for line, _ in thinned]
-        notes = [f"Points of {c.name} are means of {n} updates." for c, n in thinned if n > 1]
+        thinned = {name: runs.thin(values[name]) for name in charts[key]}
+        lines = [Line(name, points) for name, (points, _) in thinned.items()]
+        groups = [(name, n) for name, (_, n) in thinned.items() if n > 1]
+        notes = [f"Points of {name} are means of {n} updates." for name, n in groups]
         chart = line_chart(lines, "updates", unit, percent=unit.endswith("(%)"))
         drawn += figure(title, legend(charts[key]) + chart, " ".join(notes))
     tiles = [("updates", f"{max(step for v in values.values() for step, _ in v):,}", "")]
@@ -100,7 +101,9 @@ def headline(found: Survey) -> list[Tile]:
         tiles.append(("expected calibration error, %", error, note))
     if found.by_score.depth:
         share = percent([v["holding"] > 0 for v in verdicts])
-        tiles.append(("answer in a passage read, %", f"{share:.1f}", "recall of what was read"))
+        read = " read" if found.answered or found.scored else ""
+        note = f"recall of what was {read.strip() or 'found'}"
+        tiles.append((f"answer in a passage{read}, %", f"{share:.1f}", note))
         order = "by the reader's score" if found.scored else "by the data's score or order"
         tiles.append(("answer in the top passage, %", f"{found.mean('top'):.1f}", order))
     return tiles
@@ -149,7 +152,7 @@ def verdict_chart(
     return figure(title, drawn, "Click a bar to see its questions.")
 
 
-def answers_section(found: Survey | None, curve: dict, is_run: bool) -> str:
+def answers_section(found: Survey | None, curve: dict[str, list]) -> str:
     if not found:
         note = (
             f"There is neither {ANSWERS} nor {SCORES} in this folder: test_reader.py writes them, "
@@ -160,13 +163,12 @@ def answers_section(found: Survey | None, curve: dict, is_run: bool) -> str:
     drawn = outcome_table(found) if found.by_score.depth else ""
     if not found.answered:
         note = f"There is no {ANSWERS} in this folder: test_reader.py --write_results writes it."
-        note = note if is_run else "These passages have not been read: test_reader.py reads them."
         return f'<div class="charts">{drawn}</div>{missing(note)}'
     if found.by_score.depth:
         title = "Does it need several passages with the answer? Bars should rise early"
         name = "passages read that contain an answer"
         drawn += verdict_chart(title, name, "holding", [0, 1, 2, 3, 5, 10, 20, 50], found.verdicts)
-    title, name = "Are long answers harder? Bars that fall", "words in the shortest gold answer"
+    title, name = "Are long answers harder? If so, bars fall", "words in the shortest gold answer"
     drawn += verdict_chart(title, name, "length", [0, 1, 2, 3, 4, 5, 6, 10], found.verdicts)
     if curve:
         lines = [Line(name, points) for name, points in curve.items()]
@@ -246,4 +248,4 @@ def quick_links(found: Survey | None) -> str:
     lucky = f"right without reading it{surest}"
     links.append(link(f"passages=without&verdict=right{order}", lucky))
     links += [link("verdict=right&order=unsure", "right, least sure first")] if is_sure else []
-    return f'<p class="how">Worth a look: {" | ".join(links)}</p>'
+    return f'<p class="how quick">Worth a look: {" | ".join(links)}</p>'

@@ -13,25 +13,14 @@ from typing import Any
 
 from src.data.examples import Example, Examples, read_example
 from src.evaluation.answers import SCORES, answer_spans, find_answers, judge
-from src.evaluation.calibration import rank_correlation
+from src.evaluation.calibration import percent, rank_correlation
 from src.evaluation.groups import answer_length
 from src.evaluation.rankings import Ranking, first_hit
-from src.evaluation.runs import Confidence
-from src.tools.report.charts import Line
+from src.evaluation.runs import Given
 
-MOST_POINTS = 200  # of a curve; more are averaged in groups
 LONGEST_PIECE = 2000  # characters of a passage shown before, between and after answers
 MOST_MARKS = 20  # answers marked in a passage
 MOST_ANSWERS = 10  # gold answers shown of a question, and alternatives of the reader
-
-
-def thin(name: str, points: Sequence[tuple[int, float]]) -> tuple[Line, int]:
-    """A curve of at most `MOST_POINTS` points, and the number of values that each is the mean of. A
-    point is at the step of its last value."""
-    size = math.ceil(len(points) / MOST_POINTS)
-    parts = [points[start : start + size] for start in range(0, len(points), size)]
-    means = [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
-    return Line(name, means), size
 
 
 @dataclass
@@ -66,14 +55,6 @@ class Survey:
         if (correlation := rank_correlation(scores, causes)) is not None:
             self.agreements.append(correlation)
             self.agree_on_top.append(scores.index(max(scores)) == causes.index(max(causes)))
-
-
-@dataclass
-class Given:
-    """What a run has answered, in the data's order: empty where it wrote none."""
-
-    answers: list[str] = field(default_factory=list)
-    confidences: list[Confidence] = field(default_factory=list)
 
 
 def survey(
@@ -184,7 +165,3 @@ def short_names(paths: Sequence[str]) -> list[str]:
     """File names without folder and ending if these are unique, else the paths."""
     names = [Path(path).stem for path in paths]
     return names if len(set(names)) == len(names) else list(paths)
-
-
-def percent(values: Sequence[float]) -> float:
-    return 100 * sum(values) / len(values)
