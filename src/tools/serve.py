@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from src.evaluation.answers import answer_spans
 from src.runtime.errors import InputError, first_line
@@ -89,10 +88,10 @@ class _Handler(BaseHTTPRequestHandler):
         """Refuse what is not one of the two requests. A page of another site can make a browser
         send requests here, under a name of its own (DNS rebinding) or as a form, which is no JSON
         and needs no permission."""
-        named = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+        named = re.sub(r":[0-9]*$", "", self.headers.get("Host", "")).strip("[]").lower()
         if self.server.is_local and named not in _LOOPBACK:
             raise Refusal(403, "this page is at 127.0.0.1 and localhost alone")
-        path = urlsplit(self.path).path
+        path = self.path.split("?")[0]
         if path not in _METHODS:
             raise Refusal(404, "only / and /answer are here")
         if self.command != _METHODS[path]:
@@ -114,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, body: bytes, kind: str, policy: str) -> None:
         self.send_response(status)
         if status == 405:
-            self.send_header("Allow", _METHODS[urlsplit(self.path).path])
+            self.send_header("Allow", _METHODS[self.path.split("?")[0]])
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Content-Security-Policy", policy)
