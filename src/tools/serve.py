@@ -1,6 +1,6 @@
 """A conversation as a small web page, and as JSON for programs: `ask --serve`.
 
-    curl --json '{"question": "Who named polonium?"}' http://127.0.0.1:8000/answer
+    curl -H "Content-Type: application/json" -d '{"question": "Who?"}' http://127.0.0.1:8000/answer
 
 Questions are answered one at a time. Nothing is kept of them, and the page loads nothing else.
 """
