@@ -37,8 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_args(parser, arguments)
 
     # Environment
-    stop_request = StopRequest()
-    device = distributed.join(options)
+    stop_request, device = StopRequest(), distributed.join(options)
     precision = "fp16" if device.type == "cuda" and not options.no_fp16 else "fp32"
     log = start_log(None)
     path = shard_path(options.output_path, options.shard_id)
@@ -57,14 +56,14 @@ def main(arguments: list[str] | None = None) -> None:
     own = encoding(options)
     retriever, tokenizer = open_retriever(options.model_path, options.tokenizer, **own)
     dimension = retriever.config.indexing_dimension
-    facts = describe_size(retriever), dimension, options.model_path
-    say(log, "model", "%s, embeddings of size %d, from %s", *facts)
+    facts = f"{describe_size(retriever)}, embeddings of size {dimension}"
+    say(log, "model", "%s, from %s", facts, options.model_path)
     max_length = options.passage_maxlength or retriever.config.passage_maxlength
     settings = {"title": not options.no_title, "max_length": max_length, "precision": precision}
     metadata = {"model": fingerprint(retriever), "passages": passages.fingerprint()}
     metadata["options"] = json.dumps(settings | text_settings(retriever.config, own))
-    metadata |= {"shard_id": str(options.shard_id), "num_shards": str(options.num_shards)}
-    metadata["first"] = str(first)
+    numbers = {"shard_id": options.shard_id, "num_shards": options.num_shards, "first": first}
+    metadata |= {name: str(number) for name, number in numbers.items()}
     if is_finished(path, metadata):
         distributed.run_on_main(lambda: remove_unfinished(path))
         say(log, "done", "%s is complete already", path)
@@ -90,9 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
         bar.update(writer.position - bar.n if writer else 0)
         if distributed.any_process(stop_request.requested):
             bar.close()
-            distributed.leave(
-                stop_request, log, f"after {writer.position if writer else 0} passages"
-            )
+            where = f"after {writer.position if writer else 0} passages"
+            distributed.leave(stop_request, log, where)
     bar.close()
 
     # File and next step

@@ -4,7 +4,7 @@
         --eval_data test.json --n_context 10 --write_results --write_crossattention_scores
 
 Writes the answers (final_output.txt) and the data with passage scores (dataset_wscores.json) into
-`--checkpoint_dir/--name`. `--interactive` or `--question`: a conversation (src/tools/ask.py).
+`--checkpoint_dir/--name`. `--interactive`, `--question`, `--serve`: a conversation (tools/ask.py).
 """
 
 from src.options import GenerationOptions, TargetOptions, changed, select, test_reader_parser
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     parser = test_reader_parser()
     options = parse_args(parser, arguments)
-    if options.interactive or options.question is not None:
+    if options.interactive or options.serve or options.question is not None:
         ask.main(options)
         return
 

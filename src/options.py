@@ -491,6 +491,9 @@ def test_reader_parser() -> _Parser:
     parser.group("conversation")
     new("--interactive", bool, False, "answer questions typed at a prompt or piped in")
     new("--question", "TEXT", None, "answer this one question in the same way")
+    new("--serve", bool, False, "answer questions on a web page of this machine")
+    new("--host", "ADDRESS", "127.0.0.1", "with --serve: another address lets others ask too")
+    new("--port", number(int, at_least=0, at_most=65535), 8000, "with --serve (0: a free one)")
     parser.group(_CONVERSATION)
     new("--passages", "FILE", "none", _COLLECTION)
     new("--retriever_path", "MODEL", "none", _INDEXED)
@@ -604,6 +607,12 @@ def evaluation_parser() -> _Parser:
     parser.group("measures")
     add("--k LIST", _count_list, "1,5,20,100", "numbers of passages for recall, such as 1,5,20,50")
     add("--compare", bool, False, "of two files: differences, 95 % intervals, p (bootstrap)")
+    parser.group("answers")
+    add("--also", ["contained", "rouge_l", "calibration"], [],
+        "more columns: an answer's words contained; ROUGE-L; calibration error", nargs="+")
+    add("--by", ["type", "length", "overlap"], [],
+        "a row for each question word, answer length, overlap with --train_data", nargs="+")
+    add("--train_data", "FILE", None, "the questions that the reader was trained on")
     return parser
 
 
@@ -649,11 +658,12 @@ def targets_parser() -> _Parser:
 
 def report_parser() -> _Parser:
     description = "Show a run as a page for a browser: curves, recall, questions and passages."
-    parser = _Parser(description, None, "FOLDER ", "-m src.tools.report")
+    parser = _Parser(description, None, "RUN ", "-m src.tools.report")
     add, _ = parser.group("data")
-    add("run", "FOLDER", None, "folder of a training or test run, or of both")
+    add("run", "RUN", None, "folder of a training or test run, or of both; or a retrieved file")
     add("--data", "FILE", None, "the questions; none: dataset_wscores.json, or else --eval_data")
     add("--retrieved", "FILE", [], "files with retrieved passages to compare", nargs="+")
+    add("--against", "FOLDER", None, "another run on the same questions: which answers flipped")
     parser.group("page")
     add("-o --output", "FILE", None, "the page to write; none: report.html in the run's folder")
     add("--max_questions", COUNT, 500, "most questions on the page; figures cover all questions")
@@ -787,12 +797,17 @@ def _check_test_reader(parser: _Parser, options: argparse.Namespace) -> None:
     if max(select(GenerationOptions, options).contexts, default=0) > options.n_context:
         curve = f"--n_context_curve {options.n_context_curve}"
         parser.error(f"{curve} goes beyond --n_context {options.n_context}; raise that")
-    if not options.interactive and options.question is None:
+    ways = {"--interactive": options.interactive, "--question": options.question is not None}
+    ways["--serve"] = options.serve
+    asked = [name for name, is_given in ways.items() if is_given]
+    if not options.serve:
+        _error_if_given(parser, options, "host port", "{}: for a web page; add --serve")
+    if not asked:
         needed = "{}: for a conversation; add --interactive, or --question TEXT"
         _error_if_given(parser, options, " ".join(parser.names[_CONVERSATION]), needed)
         return
-    if options.interactive and options.question is not None:
-        parser.error("--interactive and --question: give one of them")
+    if len(asked) > 1:
+        parser.error(f"{' and '.join(asked)}: give one of them")
     if options.question is not None and not options.question.strip():
         parser.error("--question is empty: give its text")
     if options.passages == "none":

@@ -515,7 +515,7 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
          r"unanswered\.json: no question in this file has answers; give --data that has some"),
     ],
     "report": [
-        ("", "the following arguments are required: FOLDER" + _HELP),
+        ("", "the following arguments are required: RUN" + _HELP),
         ("no_run", r"no_run: no such folder; give a run's \(--checkpoint_dir/--name\)"),
         ("{folder}",
          r"folder: neither metrics\.jsonl nor final_output\.txt nor dataset_wscores\.json is in"

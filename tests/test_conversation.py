@@ -14,7 +14,7 @@ import pytest
 import passage_retrieval
 import test_reader
 from src.tools import ask
-from src.tools.ask import Evidence, Reply, clean, show, wrap
+from src.tools.replies import Evidence, Reply, clean, show, wrap
 from tests.conftest import ROOT
 from tests.terminal import Terminal
 
@@ -189,6 +189,15 @@ def test_no_control_character_reaches_the_terminal():
 ASK = "--question Who? --passages {passages}"
 BAD = {
     "two ways to ask": (f"{ASK} --bm25 --interactive", "--interactive and --question: give one"),
+    "a page and a prompt": (
+        "--serve --interactive --passages {passages} --bm25",
+        "--interactive and --serve: give one of them",
+    ),
+    "a page's address": (f"{ASK} --bm25 --host 0.0.0.0", "--host: for a web page; add --serve"),
+    "no address of this machine": (
+        "--serve --host 192.0.2.1 --bm25 --passages {passages}",
+        "192.0.2.1, port 8000: cannot be served .*; give another --host or --port",
+    ),
     "only spaces": ("--question '  ' --bm25 --passages {passages}", "--question is empty: give it"),
     "no collection": ("--interactive --bm25", "--passages is missing: the collection to find"),
     "no search": (ASK, "give either --retriever_path and --passages_embeddings, or --bm25"),

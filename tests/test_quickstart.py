@@ -64,16 +64,16 @@ def test_its_report_in_a_browser(tmp_path):
             "[...document.querySelectorAll('.chart')].map((chart) => "
             "chart.querySelectorAll('.point').length + chart.querySelectorAll('.bar').length)"
         )
-        assert len(counts) == 3  # passages with an answer, answer length, recall
+        assert len(counts) >= 3  # passages with an answer, answer length, recall
         assert all(counts)
         # In the reader's order, by words and by the retriever, at each of 20 numbers of passages.
-        assert counts[2] == 3 * 20
+        assert counts[-1] == 3 * 20
         # An answer's text is found, and marked in the passages.
         status = "document.getElementById('status').textContent"
         wanted = next(q for q in questions if "1" in q["flags"])
         answer = wanted["right"][0]
         browser.type("#q", answer)
-        browser.wait_for(f"!{status}.startsWith('{len(questions)} of')")
+        browser.wait_for(f"{status}.includes(' of {len(questions)} questions')")
         assert int(re.match(r"\d+", browser.ask(status))[0]) >= 1
         marks = browser.ask("[...document.querySelectorAll('.card mark')].map(m => m.textContent)")
         assert answer.lower() in [mark.lower() for mark in marks]

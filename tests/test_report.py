@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 import re
 from collections.abc import Iterator
@@ -11,10 +12,12 @@ import pytest
 
 from src.data.examples import Examples, load_data, read_example
 from src.evaluation.answers import exact_match, f1, has_answer, measure_answers
+from src.evaluation.calibration import percent, wilson
 from src.evaluation.rankings import measure_retrieval
-from src.tools.report.charts import Line, ticks
+from src.evaluation.runs import read_metrics, thin
+from src.tools.report.charts import ticks
 from src.tools.report.page import main
-from src.tools.report.survey import excerpt, read_metrics, thin, wilson
+from src.tools.report.survey import excerpt
 from tests.chromium import PACKAGE, Chromium, program
 
 N_QUESTIONS, N_PASSAGES, N_READ = 60, 12, 8
@@ -182,6 +185,120 @@ def test_wilson_interval():
     assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
 
 
+# --- confidence, attribution, another run
+
+
+@pytest.fixture
+def judged(run: Path) -> Path:
+    """The run with probabilities, attributions and a curve, beside another run, `<other>`."""
+    rng = random.Random(2)
+    data = json.loads((run / "dataset_wscores.json").read_text())
+    records = []
+    for row, line in zip(data, (run / "final_output.txt").read_text().splitlines(), strict=True):
+        others = [{"answer": "<b>no</b>", "log_probability": -3.0, "mean_log_probability": -3.0}]
+        records.append({"id": row["id"], "answer": line.split("\t")[1], "alternatives": others})
+        records[-1]["log_probability"] = math.log(rng.choice([0.05, 0.3, 0.55, 0.555, 0.9999, 1]))
+        for context in row["ctxs"][:N_READ]:
+            context["attribution"] = rng.gauss(context["score"], 1)
+    (run / "dataset_wscores.json").write_text(json.dumps(data))
+    (run / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    curve = {n: {"exact_match": 30 + n, "f1": 40 + n, "questions": 60} for n in (10, 1, 5)}
+    (run / "n_context_curve.json").write_text(json.dumps(curve))
+    other = run.parent / "<other>"
+    other.mkdir()
+    lines = [f"{row['id']}\t{row['answers'][-1:] and rng.choice([row['answers'][-1], 'no'])}\n"
+             for row in data]  # fmt: skip
+    (other / "final_output.txt").write_text("".join(lines))
+    return run
+
+
+def test_flips_confidence_and_attribution(judged):
+    other = judged.parent / "<other>"
+    page = report(judged, "--against", other)
+    about = held(page)
+    assert (about["against"], about["judged"]) == ("<other>", True)
+    questions = [q for q in about["questions"] if q["match"] is not None]
+    data, rows = examples(judged)
+    there = measure_answers(str(other / "final_output.txt"), data)["exact match"]
+    assert percent([q["other_match"] for q in questions]) == pytest.approx(there)
+    for kind, here, there in [("gained", True, False), ("lost", False, True), ("both", True, True)]:
+        n = sum((q["match"], q["other_match"]) == (here, there) for q in questions)
+        assert f'<a href="#against={kind}">{n}</a>' in page
+        assert n
+    # Each answer is in one bin, and the link of a bin names the same questions.
+    links = re.findall(r'<a href="#p=(\d+)-(\d+)">(.*?)</a>', page)
+    bins = [
+        [q for q in questions if int(a) <= min(99, 100 * q["p"]) < int(b) + 1] for a, b, _ in links
+    ]
+    assert [len(group) for group in bins] == [
+        int(re.search(r"of (\d+) questions", bars)[1]) for *_, bars in links
+    ]
+    assert sum(map(len, bins)) == len(questions)
+    gaps = [
+        len(g) * abs(percent([q["p"] for q in g]) - percent([q["match"] for q in g])) for g in bins
+    ]
+    assert tiles(page)["expected calibration error, %"] == f"{sum(gaps) / len(questions):.1f}"
+    correlations = []
+    for row, record in zip(rows, about["questions"], strict=True):
+        raw = json.loads((judged / "dataset_wscores.json").read_text())[row.index]["ctxs"]
+        causes = [raw[passage.position]["attribution"] for passage in row.passages[:N_READ]]
+        assert record["causes"] == pytest.approx(causes, rel=1e-2)
+        order = sorted(range(N_READ), key=lambda k: -causes[k])
+        squares = sum((k - order.index(k)) ** 2 for k in range(N_READ))  # scores are in order
+        correlations.append(1 - 6 * squares / (N_READ * (N_READ**2 - 1)))
+    mean = f"{sum(correlations) / len(correlations):.2f}"
+    assert f"mean rank correlation</th><td>{mean}</td>" in page
+
+
+def test_nothing_is_shown_of_what_was_not_computed(run):
+    page = report(run)
+    about = held(page)
+    assert (about["against"], about["judged"]) == ("", False)
+    for text in ("Confidence</h2>", "attribution", "calibration", "How many passages", "#against"):
+        assert text not in re.sub(r"<script>.*?</script>", "", page, flags=re.S)
+    assert all(q["p"] is None and q["causes"] == [] for q in about["questions"])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("answers.jsonl", "{}\n", r"answers\.jsonl: 1 lines of answers to the 60 questions"),
+        ("answers.jsonl", '{"id": "q0", "log_probability": NaN}\n' * 60,
+         r"answers\.jsonl, line 1: must be the answer to question q0"),
+        ("answers.jsonl", '{"id": "q0", "log_probability": -1}\n' * 60,
+         r"answers\.jsonl, line 2: must be the answer to question q1"),
+        ("n_context_curve.json", '{"5": 3}', r"n_context_curve\.json: not a curve such as"),
+        ("../<other>/final_output.txt", None, r"--against .*: there is no final_output\.txt"),
+    ],
+)  # fmt: skip
+def test_bad_files_of_a_run_are_one_line(file, content, message, judged, capsys):
+    (judged / file).unlink()
+    if content:
+        (judged / file).write_text(content)
+    with pytest.raises(SystemExit) as exited:
+        report(judged, "--against", judged.parent / "<other>")
+    assert exited.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: .*{message}", line), line
+
+
+def test_a_retrieved_file_alone(run, capsys):
+    file = run.parent / "bm25.json"
+    main([str(file)])
+    page = (run.parent / "bm25.json.report.html").read_text(encoding="utf-8")
+    recall = measure_retrieval(str(file))
+    assert re.findall("<h2>(.*?)</h2>", page) == [
+        "Recall",
+        "Questions",
+        "What this page was made from",
+    ]
+    assert tiles(page)["answer in the top passage, %"] == f"{recall['recall@1']:.1f}"
+    (run.parent / "q.json").write_text('[{"question": "Who?", "answers": ["I"]}]')
+    with pytest.raises(SystemExit):
+        main([str(run.parent / "q.json")])
+    assert "no question in this file has both answers and passages" in capsys.readouterr().err
+
+
 # --- parts that are left out, or missing
 
 
@@ -217,7 +334,7 @@ FILES = ["metrics.jsonl", "options.json", "final_output.txt", "dataset_wscores.j
 NEITHER = "There is neither final_output.txt nor dataset_wscores.json"
 MISSING = {  # files left out: what the page says, tiles, whether it has the reader's scores
     "final_output.txt dataset_wscores.json": (NEITHER, "updates", False),
-    "metrics.jsonl dataset_wscores.json": ("no metrics.jsonl in this folder", "F1, %", False),
+    "metrics.jsonl dataset_wscores.json": ("Are long answers harder?", "F1, %", False),
     "options.json dataset_wscores.json": ("no options.json in this folder", "updates", False),
     "final_output.txt": ("There is no final_output.txt", "answer in the top passage, %", True),
 }
@@ -232,8 +349,9 @@ def test_a_run_without_some_files(missing, run):
     options = ["--data", run.parent / "bm25.json"] if answered else []
     page = report(run, *options)
     assert said in page
+    assert ("<h2>Training</h2>" in page) is (run / "metrics.jsonl").exists()
     about = held(page)
-    assert (about["answered"], about["scored"]) == (answered, scored)
+    assert (about.get("answered", False), about.get("scored", False)) == (answered, scored)
     assert ("attended to most" in page) is scored  # BM25's scores are not the reader's
     assert tile in tiles(page)
     assert ("exact match, %" in tiles(page)) is answered
@@ -285,12 +403,12 @@ def test_metrics_are_read_as_they_were_written(tmp_path):
 def test_many_points_become_means():
     rng = random.Random(1)
     points = [(step, rng.random()) for step in range(1, 1051)]
-    curve, size = thin("a", points)
-    assert (size, len(curve.points)) == (6, 175)
-    for number, (step, mean) in enumerate(curve.points):
+    curve, size = thin(points)
+    assert (size, len(curve)) == (6, 175)
+    for number, (step, mean) in enumerate(curve):
         assert step == 6 * number + 6
         assert mean == pytest.approx(sum(y for _, y in points[step - 6 : step]) / 6)
-    assert thin("a", points[:200]) == (Line("a", points[:200]), 1)
+    assert thin(points[:200]) == (points[:200], 1)
 
 
 def test_ticks_are_round_and_enclose_the_values():
@@ -347,13 +465,17 @@ def test_every_picture_has_its_points(run, browser):
     n_lengths = len({q["length"] for q in questions})
     n_holding = len(re.findall('href="#holding=', page))
     assert counts == [
-        ["By passages with an answer", 0, 2 * n_holding],
-        ["By answer length", 0, 2 * n_lengths],
-        ["Recall by number of passages", 3 * N_PASSAGES, 0],
-        ["Loss", 150 + 1, 0],  # 450 updates, three to a point, and one of the dev set
-        ["Exact match on the dev set", 3, 0],
-        ["F1 on the dev set", 3, 0],
-        ["Learning rate", 150, 0],
+        ["Does it need several passages with the answer? Bars should rise early", 0, 2 * n_holding],
+        ["Are long answers harder? If so, bars fall", 0, 2 * n_lengths],
+        ["How far down is an answer? The higher on the left, the better", 3 * N_PASSAGES, 0],
+        [
+            "Loss: overfitting where dev rises while train falls",
+            150 + 1,
+            0,
+        ],  # 450 updates, three to a point, and one of the dev set
+        ["Exact match on dev: train longer if it still rises", 3, 0],
+        ["F1 on dev: should rise with exact match", 3, 0],
+        ["Learning rate: is the schedule the one you meant?", 150, 0],
     ]
 
 
@@ -374,10 +496,38 @@ def test_it_fits_phones_and_desks(missing, run, browser):
 
 
 @in_browser
+def test_one_click_and_confidence(judged, browser):
+    """Also: it fits, with all of its charts."""
+    questions = held(report(judged, "--against", judged.parent / "<other>"))["questions"]
+    for width, dark in ((400, True), (1400, False)):
+        browser.show(width, dark=dark)
+        browser.open(judged.parent / "page.html")
+        assert browser.ask("document.documentElement.scrollWidth") == width
+        assert browser.ask(CROWDED) == []
+    wanted = [q for q in questions if q["match"] is False and q["holding"]]
+    wanted.sort(key=lambda q: -q["p"])
+    browser.ask("document.querySelector('.quick a').click()")
+    browser.wait_for(f"{STATUS} === '{len(wanted)} of 60 questions.'")
+    assert browser.ask(TITLES) == [question["question"] for question in wanted[:10]]
+    card = browser.ask("document.querySelector('.card dl').textContent")
+    assert f"probability{100 * wanted[0]['p']:.0f} %" in card
+    assert "<b>no</b> (5.0 %)" in card
+    assert f"in <other>{'✓' if wanted[0]['other_match'] else '✗'} " in card
+    assert browser.ask("document.querySelectorAll('.card .track.cause').length") > 10
+    flips = [q for q in questions if q["match"] is False and q["other_match"]]
+    between = [q for q in questions if 0.5 <= q["p"] < 0.6]
+    assert len(between) > 5
+    for state, expected in (("against=lost", flips), ("p=50-59", between)):
+        browser.open(judged.parent / "page.html", state)
+        assert browser.ask(STATUS).startswith(f"{len(expected)} of 60")
+        assert browser.ask(TITLES) == [question["question"] for question in expected[:10]]
+
+
+@in_browser
 def test_search_and_filters(run, browser):
     questions = held(report(run))["questions"]
     browser.open(run.parent / "page.html")
-    assert browser.ask(STATUS).startswith("60 of 60 questions.")
+    assert browser.ask(STATUS).startswith("60 questions.")
     assert "complain()" in browser.ask(TITLES)[0]
 
     # An answer's text is found, and marked in the passages.

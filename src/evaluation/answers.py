@@ -9,6 +9,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import regex
 
@@ -69,6 +70,30 @@ def judge(prediction: str, answers: Sequence[str]) -> tuple[bool, float]:
     if any(isinstance(answer, Pattern) for answer in answers):
         return is_right, float(is_right)
     return is_right, f1(prediction, answers)
+
+
+def contains_answer(prediction: str, answers: Sequence[str]) -> bool:
+    """Whether the prediction holds the words of an answer in a row, both normalised: how answers
+    of sentences are judged. An answer without words is held only by a prediction without any."""
+    words = normalize_answer(prediction)
+    normal = map(normalize_answer, answers)
+    return any(f" {answer} " in f" {words} " if answer else not words for answer in normal)
+
+
+@functools.cache
+def _rouge_scorer() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise InputError("ROUGE-L needs the library rouge-score: pip install rouge-score") from None
+    return RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def rouge_l(prediction: str, answers: Sequence[str]) -> float:
+    """The best ROUGE-L F-measure between the prediction and one of the answers, in [0, 1], of
+    stemmed words (Lin, 2004; Google's implementation). Needs the library rouge-score."""
+    scored = (_rouge_scorer().score(answer, prediction)["rougeL"].fmeasure for answer in answers)
+    return max(scored, default=0.0)
 
 
 def tokenize(text: str) -> list[str]:

@@ -17,18 +17,17 @@ from src.data.json_files import json_list
 from src.data.outputs import require_no_input, require_regular, write_whole, writing
 from src.evaluation.answers import ANSWERS, SCORES, exact_match, find_answers, judge
 from src.evaluation.retrieved import MADE_BY, OnExamples, beside, write_beside
+from src.evaluation.runs import CURVE, PROBABILITIES
 from src.models.answering import Answer
 from src.options import TargetOptions, select
 from src.runtime.terminal import say
 from src.training.metrics import Average, passing_bar
 
-ANSWER_RECORDS, CURVE = "answers.jsonl", "n_context_curve.json"
-
 
 def check_results(folder: Path, *inputs: str) -> None:
     """Errors: `InputError`, before hours of work, if a result would replace anything but a file, or
     one of the inputs."""
-    names = ANSWERS, SCORES, f"{SCORES}{MADE_BY}", ANSWER_RECORDS, CURVE
+    names = ANSWERS, SCORES, f"{SCORES}{MADE_BY}", PROBABILITIES, CURVE
     for path in (folder / name for name in names):
         with writing(path, "remove it, or use another --name"):
             require_regular(path)
@@ -222,7 +221,7 @@ def write_answers(
             yield f"{' '.join(identity.split())}\t{' '.join(text.split())}\n", json.dumps(record)
 
     records = (f"{record}\n" for _, record in lines())
-    write_whole(folder / ANSWER_RECORDS, records)
+    write_whole(folder / PROBABILITIES, records)
     return write_whole(folder / ANSWERS, (line for line, _ in lines()))
 
 

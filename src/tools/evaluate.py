@@ -23,6 +23,7 @@ import numpy as np
 from src.data.examples import load_data
 from src.data.trec import read_qrels
 from src.evaluation.answers import judge_answers
+from src.evaluation.groups import measure_groups
 from src.evaluation.rankings import judge_retrieval
 from src.evaluation.relevance import Values, compare, judge_run, load_run
 from src.runtime.terminal import count
@@ -35,11 +36,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = evaluation_parser().parse_args(arguments)
     qrels = read_qrels(options.qrels) if options.qrels else None
     judged = {path: _judge(path, options, qrels) for path in options.files}
-    rows = {
-        path: {"questions": len(next(iter(values.values()), ()))}
-        | {name: 100 * float(np.mean(value)) for name, value in values.items()}
-        for path, (_, values) in judged.items()
-    }
+    rows = {}
+    for path, (_, values) in judged.items():
+        rows[path] = {"questions": len(next(iter(values.values()), ()))}
+        rows[path] |= {name: 100 * float(np.mean(value)) for name, value in values.items()}
+        if (options.also or options.by) and options.data:
+            data = load_data(options.data, regex_answers=options.regex_answers)
+            rows |= measure_groups(path, data, options.also, options.by, options.train_data)
     columns = list(dict.fromkeys(name for values in rows.values() for name in values))
     width = max(map(len, rows))
     print(" " * width, *(f"{name:>11}" for name in columns))

@@ -5,7 +5,6 @@ of the questions on the page.
 """
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,58 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from src.data.examples import Example, Examples, read_example
-from src.evaluation.answers import SCORES, answer_spans, find_answers, judge, normalize_answer
+from src.evaluation.answers import SCORES, answer_spans, find_answers, judge
+from src.evaluation.calibration import percent, rank_correlation
+from src.evaluation.groups import answer_length
 from src.evaluation.rankings import Ranking, first_hit
-from src.runtime.errors import InputError, shorten
-from src.tools.report.charts import Line
+from src.evaluation.runs import Given
 
-MOST_POINTS = 200  # of a curve; more are averaged in groups
 LONGEST_PIECE = 2000  # characters of a passage shown before, between and after answers
 MOST_MARKS = 20  # answers marked in a passage
-MOST_ANSWERS = 10  # gold answers shown of a question
-
-
-# ----------------------------------------------------------------------------------------------
-# Curves
-
-
-def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """The finite values of a `metrics.jsonl` by name, as (step, value). An incomplete last line is
-    ignored. Errors: `InputError` when another is not a step with numbers."""
-    values: dict[str, list[tuple[int, float]]] = {}
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            step = int(row.pop("step"))
-            for name, value in row.items():
-                if math.isfinite(value):
-                    values.setdefault(name, []).append((step, float(value)))
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-            if not line.endswith(b"\n"):
-                break  # the run was killed while writing it, or is writing it now
-            shown = shorten(line.decode(errors="replace").strip(), 40)
-            raise InputError(
-                f'{path}, line {number}: must be a step with its numbers, such as {{"step": 1, '
-                f'"train/loss": 2.5}}, not {shown}; remove the line'
-            ) from None
-    return values
-
-
-def thin(name: str, points: Sequence[tuple[int, float]]) -> tuple[Line, int]:
-    """A curve of at most `MOST_POINTS` points, and the number of values that each is the mean of. A
-    point is at the step of its last value."""
-    size = math.ceil(len(points) / MOST_POINTS)
-    parts = [points[start : start + size] for start in range(0, len(points), size)]
-    means = [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts]
-    return Line(name, means), size
-
-
-# ----------------------------------------------------------------------------------------------
-# Questions, answers, passages
+MOST_ANSWERS = 10  # gold answers shown of a question, and alternatives of the reader
 
 
 @dataclass
@@ -72,9 +28,12 @@ class Survey:
     """All questions judged, and records of those on the page.
 
     A verdict is a question's `match`, `f1` (both None if not answered), `length` (words of the
-    shortest gold answer), `holding` (passages read that contain an answer) and `top` (whether the
-    first does); None without gold answers. `by_score` and `as_found` rank the data's own passages,
-    in reading order and in the file's; `compared` names other files with the same questions.
+    shortest gold answer), `holding` (passages read that contain an answer), `top` (whether the
+    first does), `p` (the answer's probability, None if unknown) and `other_match` (of the run
+    compared with, None without one). Questions without gold answers have no verdict. `by_score` and
+    `as_found` rank the data's own passages, in reading order and in the file's; `compared` names
+    other files with the same questions. `agreements` are the rank correlations of attention with
+    attribution, where both are known; `agree_on_top` tells whether they have the same first one.
     """
 
     data: Examples
@@ -85,15 +44,23 @@ class Survey:
     verdicts: list[dict[str, Any]] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
     compared: list[str] = field(default_factory=list)
+    agreements: list[float] = field(default_factory=list)
+    agree_on_top: list[bool] = field(default_factory=list)
 
     def mean(self, name: str) -> float:
         """The mean of this part of the verdict, in percent."""
         return percent([verdict[name] for verdict in self.verdicts])
 
+    def add_agreement(self, scores: list[float], causes: list[float]) -> None:
+        if (correlation := rank_correlation(scores, causes)) is not None:
+            self.agreements.append(correlation)
+            self.agree_on_top.append(scores.index(max(scores)) == causes.index(max(causes)))
+
 
 def survey(
     data: Examples,
-    answers: list[str] | None,
+    run: Given,
+    against: Given,
     n_context: int | None,
     rankings: Sequence[Ranking],
     max_questions: int,
@@ -102,13 +69,13 @@ def survey(
     """Judge every question of a data file.
 
     Args:
-        answers: the reader's, in the data's order.
+        against: another run on the same questions.
         n_context: number of passages read, if known and the data has no scores of the reader.
         rankings: other files; records compare with those of the same questions.
     """
     scored = Path(data.path).name == SCORES
     name = "by the reader's attention" if scored else short_names([data.path])[0]
-    found = Survey(data, answers is not None, scored, Ranking(name), Ranking("as found"))
+    found = Survey(data, bool(run.answers), scored, Ranking(name), Ranking("as found"))
     n_shown = min(max_questions, len(data))
     shown = [number * len(data) // n_shown for number in range(n_shown)]
     for index in range(len(data)):
@@ -118,18 +85,26 @@ def survey(
         if scored:
             n_read = sum(passage.score is not None for passage in passages)
         flags = list(find_answers(gold, (passage.text for passage in passages)))
-        given = answers[index] if answers else None
-        verdict = dict.fromkeys(["match", "f1", "length", "holding"])
+        causes = _attributions(data[index], example) if scored else []
+        found.add_agreement([p.score for p in passages[: len(causes)]], causes)
+        given = run.answers[index] if run.answers else None
+        other = against.answers[index] if against.answers else None
+        sure = run.confidences[index] if run.confidences else None
+        verdict = dict.fromkeys(["match", "f1", "length", "holding", "other_match"])
         if gold:
             match, f1 = (None, None) if given is None else judge(given, gold)
-            length = min(len(normalize_answer(answer).split()) for answer in gold)
-            verdict = {"match": match, "f1": f1, "length": length, "holding": sum(flags[:n_read])}
-            found.verdicts.append(verdict | {"top": any(flags[: min(n_read, 1)])})
+            verdict |= {"match": match, "f1": f1, "length": answer_length(gold)}
+            verdict["holding"] = sum(flags[:n_read])
+            verdict["other_match"] = None if other is None else judge(other, gold)[0]
+            more = {"top": any(flags[: min(n_read, 1)]), "p": sure and sure.probability}
+            found.verdicts.append(verdict | more)
         found.by_score.add(example, flags)
         by_position = sorted(zip((p.position for p in passages), flags, strict=True))
         found.as_found.add(example, (flag for _, flag in by_position))
         if index == shown[len(found.records) % n_shown]:
             record = {"id": example.id, "question": example.question, "given": given, **verdict}
+            record |= {"other": other, "p": sure and sure.probability, "causes": causes}
+            record["alternatives"] = sure.alternatives[:MOST_ANSWERS] if sure else []
             found.records.append(record | _evidence(example, flags, n_read, passages_shown))
     same = [ranking for ranking in rankings if ranking.questions == found.by_score.questions]
     found.compared = [ranking.name for ranking in same]
@@ -139,6 +114,14 @@ def survey(
 
 
 _MOST_VALUES, _LONGEST_VALUE = 8, 300  # of a passage's other fields
+
+
+def _attributions(raw: dict[str, Any], example: Example) -> list[float]:
+    """How much each of the passages read matters to the answer; [] if that was not computed."""
+    read = [passage for passage in example.passages if passage.score is not None]
+    causes = [raw["ctxs"][passage.position].get("attribution") for passage in read]
+    is_known = all(isinstance(c, int | float) and math.isfinite(c) for c in causes)
+    return [float(f"{cause:.3g}") for cause in causes] if is_known else []
 
 
 def _evidence(
@@ -186,15 +169,3 @@ def short_names(paths: Sequence[str]) -> list[str]:
     """File names without folder and ending if these are unique, else the paths."""
     names = [Path(path).stem for path in paths]
     return names if len(set(names)) == len(names) else list(paths)
-
-
-def percent(values: Sequence[float]) -> float:
-    return 100 * sum(values) / len(values)
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share of n independent questions, both in [0, 1] (Wilson, 1927)."""
-    z = 1.959964
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return middle - half, middle + half

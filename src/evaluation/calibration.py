@@ -1,0 +1,76 @@
+"""Whether confidence can be trusted: calibration, coverage, agreement of two rankings."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+N_BINS = 10  # of equal width
+
+
+class Bin(NamedTuple):
+    """Answers with a probability in [low, low + 1 / N_BINS), the last bin with 1: their number,
+    mean probability and share of right ones."""
+
+    low: float
+    count: int
+    confidence: float
+    accuracy: float
+
+
+def reliability(probabilities: Sequence[float], right: Sequence[bool]) -> list[Bin]:
+    """The bins of a reliability diagram that have answers (Guo et al., 2017, section 2)."""
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for probability, is_right in zip(probabilities, right, strict=True):
+        place = min(N_BINS - 1, int(probability * N_BINS))
+        bins.setdefault(place, []).append((probability, is_right))
+    means = {place: [sum(v) / len(v) for v in zip(*bins[place], strict=True)] for place in bins}
+    return [Bin(place / N_BINS, len(bins[place]), *means[place]) for place in sorted(bins)]
+
+
+def expected_calibration_error(bins: Sequence[Bin]) -> float:
+    """The mean distance of confidence and accuracy over answers, in [0, 1] (Guo et al., 2017,
+    equation 3). It depends on the bins: `N_BINS` of equal width."""
+    total = sum(b.count for b in bins)
+    return sum(b.count * abs(b.accuracy - b.confidence) for b in bins) / total
+
+
+def coverage_curve(
+    probabilities: Sequence[float], right: Sequence[bool]
+) -> list[tuple[float, float]]:
+    """(coverage, exact match), both in [0, 1], when only the most probable answers are given: a
+    point for each probability, since equal ones are given together (El-Yaniv and Wiener, 2010)."""
+    order = sorted(range(len(right)), key=lambda index: -probabilities[index])
+    points, n_right = [], 0
+    for n, index in enumerate(order, start=1):
+        n_right += right[index]
+        if n == len(order) or probabilities[order[n]] != probabilities[index]:
+            points.append((n / len(order), n_right / n))
+    return points
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    """From 1; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's, in [-1, 1]; None where one of the two is constant or has fewer than 2 values."""
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return None
+    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
+
+
+def percent(values: Sequence[float]) -> float:
+    """The mean of shares or verdicts, in percent."""
+    return 100 * sum(values) / len(values)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of n independent questions, both in [0, 1] (Wilson, 1927)."""
+    z = 1.959964
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return middle - half, middle + half

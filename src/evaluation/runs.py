@@ -1,0 +1,155 @@
+"""What a run has written, read back: options, training curves, probabilities, the curve over the
+number of passages. A file that a run did not write gives an empty value."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from src.data.examples import Examples, read_example
+from src.evaluation.answers import ANSWERS, SCORES, read_answers
+from src.runtime.errors import InputError, shorten
+
+METRICS, OPTIONS = "metrics.jsonl", "options.json"
+PROBABILITIES, CURVE = "answers.jsonl", "n_context_curve.json"
+MOST_POINTS = 200  # of a curve; more are averaged in groups
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """The finite values of a `metrics.jsonl` by name, as (step, value). An incomplete last line is
+    ignored. Errors: `InputError` when another is not a step with numbers."""
+    values: dict[str, list[tuple[int, float]]] = {}
+    for number, line in enumerate(_lines(path), start=1):
+        try:
+            row = json.loads(line)
+            step = int(row.pop("step"))
+            for name, value in row.items():
+                if math.isfinite(value):
+                    values.setdefault(name, []).append((step, float(value)))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+            if not line.endswith(b"\n"):
+                break  # the run was killed while writing it, or is writing it now
+            shown = shorten(line.decode(errors="replace").strip(), 40)
+            raise InputError(
+                f'{path}, line {number}: must be a step with its numbers, such as {{"step": 1, '
+                f'"train/loss": 2.5}}, not {shown}; remove the line'
+            ) from None
+    return values
+
+
+def thin(points: Sequence[tuple[int, float]]) -> tuple[list[tuple[int, float]], int]:
+    """A curve of at most `MOST_POINTS` points, and the number of values that each is the mean of. A
+    point is at the step of its last value."""
+    size = math.ceil(len(points) / MOST_POINTS)
+    parts = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(part[-1][0], sum(value for _, value in part) / len(part)) for part in parts], size
+
+
+class Confidence(NamedTuple):
+    """The probability that the reader gave its answer, in [0, 1], and other answers with theirs."""
+
+    probability: float
+    alternatives: list[tuple[str, float]]
+
+
+def _probability(row: dict[str, Any]) -> float:
+    """Four significant digits of it, as many as a page shows."""
+    value = float(row["log_probability"])
+    if not value <= 1e-3:  # of rounding; also refuses NaN
+        raise ValueError
+    return float(f"{math.exp(min(0.0, value)):.4g}")
+
+
+def read_probabilities(path: Path, data: Examples) -> list[Confidence]:
+    """The confidence of each answer in an `answers.jsonl`, in the data's order; [] without the
+    file. Errors: `InputError` when they do not answer this data's questions."""
+    if not path.exists():
+        return []
+    lines, found = _lines(path), []
+    if len(lines) != len(data):
+        raise InputError(
+            f"{path}: {len(lines)} lines of answers to the {len(data)} questions of {data.path}; "
+            "give the --data that was answered, and the complete file"
+        )
+    for index, line in enumerate(lines):
+        expected = read_example(data, index).id
+        try:
+            row = json.loads(line)
+            others = [(str(o["answer"]), _probability(o)) for o in row.get("alternatives", [])]
+            found.append(Confidence(_probability(row), others))
+            if str(row["id"]) != expected:
+                raise ValueError
+        except (ValueError, TypeError, KeyError, AttributeError):
+            shown = shorten(line.decode(errors="replace").strip(), 60)
+            raise InputError(
+                f"{path}, line {index + 1}: must be the answer to question {expected} of "
+                f"{data.path}, with its id and log_probability, not {shown}; give the --data that "
+                "was answered"
+            ) from None
+    return found
+
+
+@dataclass
+class Given:
+    """What a run has answered, in the data's order; a list is empty if the run did not write it."""
+
+    answers: list[str] = field(default_factory=list)
+    confidences: list[Confidence] = field(default_factory=list)
+
+
+def read_given(folder: Path, data: Examples) -> Given:
+    """A run's answers to these questions. Errors: `InputError` if they are to other questions."""
+    if not (folder / ANSWERS).exists():
+        return Given()
+    confidences = read_probabilities(folder / PROBABILITIES, data)
+    return Given(read_answers(str(folder / ANSWERS), data), confidences)
+
+
+def read_curve(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Exact match and F1, in percent, by number of passages, from an `n_context_curve.json`."""
+    if not path.exists():
+        return {}
+    try:
+        rows = sorted((int(n), row) for n, row in json.loads(path.read_bytes()).items())
+        rows = [(n, row) for n, row in rows if row["exact_match"] is not None]  # no gold answers
+        names = {"exact match": "exact_match", "F1": "f1"} if rows else {}
+        return {name: [(n, float(row[key])) for n, row in rows] for name, key in names.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        problem = 'not a curve such as {"5": {"exact_match": 31.2, "f1": 40.1}}; remove the file'
+        raise InputError(f"{path}: {problem}") from None
+
+
+def read_run_options(folder: Path) -> dict[str, Any]:
+    """The options of a run; {} if it wrote none."""
+    path = folder / OPTIONS
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_bytes())["options"])
+    except (OSError, ValueError, KeyError, TypeError):
+        problem = "not the options that a run writes; remove the file"
+        raise InputError(f"{path}: {problem}") from None
+
+
+def find_data(folder: Path, given: str | None, run_options: dict[str, Any]) -> str:
+    """The questions' file; empty when nothing was answered."""
+    if given or (folder / SCORES).exists():
+        return given or str(folder / SCORES)
+    if not (folder / ANSWERS).exists():
+        return ""
+    named = run_options.get("eval_data")
+    if isinstance(named, str) and Path(named).is_file():
+        return named
+    where = f"the file of its questions, {shorten(named)}, is not here" if named else ""
+    raise InputError(
+        f"{folder / ANSWERS}: {where or 'nothing says which questions it answers'}; give --data"
+    )

@@ -1,0 +1,251 @@
+"""The sections of the page about a run, as HTML."""
+
+import re
+import statistics
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from src.evaluation import calibration, runs
+from src.evaluation.answers import ANSWERS, SCORES
+from src.evaluation.calibration import percent
+from src.evaluation.rankings import Ranking
+from src.evaluation.runs import METRICS
+from src.tools.frame import figure, link, missing, table
+from src.tools.report.charts import Group, Line, bar_chart, legend, line_chart, number
+from src.tools.report.survey import Survey
+
+_DASH = "\N{EN DASH}"
+_TITLES = {  # with what to look for
+    "loss": ("Loss: overfitting where dev rises while train falls", "loss"),
+    "exact_match": ("Exact match on dev: train longer if it still rises", "exact match (%)"),
+    "f1": ("F1 on dev: should rise with exact match", "F1 (%)"),
+    "lr": ("Learning rate: is the schedule the one you meant?", "learning rate"),
+    "grad_norm": ("Gradient norm before clipping: spikes mean trouble", "norm"),
+    "inversions": ("Pairs ordered differently from the reader: should fall", "pairs per question"),
+    "avg_top": ("Retriever's first k among the reader's first k: should rise", "share"),
+    "idx_top": ("Passages needed to cover the reader's first k: should fall", "passages"),
+}
+Tile = tuple[str, str, str]  # of the headline: name, number, note
+
+
+def training_section(folder: Path) -> tuple[str, list[Tile]]:
+    """The curves of a run, and its headline; nothing of a run that did not train."""
+    path = folder / METRICS
+    if not path.exists():
+        return "", []
+    values = runs.read_metrics(path)
+    if not values:
+        return missing(f"{METRICS} contains no numbers yet."), []
+    charts: dict[str, list[str]] = {}  # train/loss and dev/loss share one; avg_top1 and avg_top2
+    for name in values:
+        charts.setdefault(re.sub(r"_top\d+$", "_top", name.split("/")[-1]), []).append(name)
+    drawn = ""
+    for key in sorted(charts, key=lambda key: [*_TITLES, key].index(key)):
+        title, unit = _TITLES.get(key, (key, key))
+        thinned = {name: runs.thin(values[name]) for name in charts[key]}
+        lines = [Line(name, points) for name, (points, _) in thinned.items()]
+        groups = [(name, n) for name, (_, n) in thinned.items() if n > 1]
+        notes = [f"Points of {name} are means of {n} updates." for name, n in groups]
+        chart = line_chart(lines, "updates", unit, percent=unit.endswith("(%)"))
+        drawn += figure(title, legend(charts[key]) + chart, " ".join(notes))
+    tiles = [("updates", f"{max(step for v in values.values() for step, _ in v):,}", "")]
+    for name, best in ("best dev exact match", max), ("lowest dev loss", min):
+        if points := values.get("dev/" + "_".join(name.split()[2:])):
+            step, value = best(points, key=lambda point: point[1])
+            tiles.append((name, number(value), f"after update {step:,}"))
+    return f'<div class="charts">{drawn}</div>', tiles
+
+
+def _ks(depth: int) -> list[int]:
+    """The k of a recall curve, evenly spaced on a logarithmic scale."""
+    return sorted({round(depth ** (part / 60)) for part in range(61)} | {min(5, depth)})
+
+
+def recall_section(rankings: Sequence[Ranking]) -> str:
+    if not rankings:
+        return missing("No file with passages and answers was given: name some with --retrieved.")
+    lines, rows = [], []
+    ks = [k for k in (1, 5, 20, 100) if k <= max(ranking.depth for ranking in rankings)]
+    for r in rankings:
+        lines.append(Line(r.name, [(k, r.recall(k)) for k in _ks(r.depth)]))
+        cells = [f"{r.recall(k):.1f}" if k <= r.depth else _DASH for k in ks]
+        rows.append([escape(r.name), f"{r.n_judged:,}", *cells])
+    chart = line_chart(lines, "k: passages from the top", "recall@k (%)", log_x=True, percent=True)
+    note = "Share of the questions with gold answers that have one in their first k passages."
+    if len({ranking.questions for ranking in rankings}) > 1:
+        note += " The files do not ask the same questions: compare with care."
+    drawn = legend([ranking.name for ranking in rankings]) + chart
+    values = table(["passages", "n", *(f"@{k}" for k in ks)], rows)
+    title = "How far down is an answer? The higher on the left, the better"
+    figures = figure(title, drawn, note)
+    title = "Recall@k, in percent: the first column is what one passage is worth"
+    return f'<div class="charts">{figures}{figure(title, values)}</div>'
+
+
+def headline(found: Survey) -> list[Tile]:
+    """The most important numbers."""
+    verdicts = found.verdicts
+    without = len(found.data) - len(verdicts)
+    note = f"{without:,} without gold answers count nowhere else" if without else ""
+    tiles = [("questions", f"{len(found.data):,}", note)]
+    if verdicts and found.answered:
+        matches = found.mean("match")
+        low, high = (100 * end for end in calibration.wilson(matches / 100, len(verdicts)))
+        interval = f"95 % interval {low:.1f} to {high:.1f}"
+        tiles.append(("exact match, %", f"{matches:.1f}", interval))
+        tiles.append(("F1, %", f"{found.mean('f1'):.1f}", ""))
+    if bins := _bins(found):
+        error = f"{100 * calibration.expected_calibration_error(bins):.1f}"
+        note = f"{calibration.N_BINS} bins of equal width; 0 is perfect"
+        tiles.append(("expected calibration error, %", error, note))
+    if found.by_score.depth:
+        share = percent([v["holding"] > 0 for v in verdicts])
+        read = " read" if found.answered or found.scored else ""
+        note = f"recall of what was {read.strip() or 'found'}"
+        tiles.append((f"answer in a passage{read}, %", f"{share:.1f}", note))
+        order = "by the reader's score" if found.scored else "by the data's score or order"
+        tiles.append(("answer in the top passage, %", f"{found.mean('top'):.1f}", order))
+    return tiles
+
+
+def outcome_table(found: Survey) -> str:
+    """Answers judged by where the passages contain one; counts link to the questions."""
+    verdicts = found.verdicts
+    with_answer = [v for v in verdicts if v["holding"]]
+    rows = [("in a passage read", "passages=with", with_answer)]
+    if found.scored:
+        top, others = ([v for v in with_answer if v["top"] is is_top] for is_top in (True, False))
+        rows = [("in the passage attended to most", "attention=top", top)]
+        rows.append(("overlooked: only in other passages", "attention=overlooked", others))
+    without = [v for v in verdicts if not v["holding"]]
+    rows.append(("in none of the passages read", "passages=without", without))
+    lines = []
+    for name, state, group in rows:
+        share = 100 * len(group) / len(verdicts)
+        cells = [link(state, f"{len(group):,}") + f'<br><span class="quiet">{share:.1f} %</span>']
+        if found.answered:
+            right = sum(verdict["match"] for verdict in group)
+            cells.append(link(f"{state}&verdict=right", f"{right:,}"))
+            cells.append(link(f"{state}&verdict=wrong", f"{len(group) - right:,}"))
+            cells.append(f"{100 * right / len(group):.1f}" if group else _DASH)
+        lines.append([name, *cells])
+    head = ["an answer is", "questions"] + (["right", "wrong", "EM, %"] if found.answered else [])
+    title = "Retrieval or reading? Wrong answers without, and with, one in a passage"
+    return figure(title, table(head, lines))
+
+
+def verdict_chart(
+    title: str, x_name: str, key: str, starts: Sequence[int], verdicts: Sequence[dict]
+) -> str:
+    """Exact match and F1 by a number in the verdicts, in bins that begin at `starts`."""
+    groups = []
+    for low, end in zip(starts, [*starts[1:], None], strict=True):
+        high = "" if end is None else end - 1
+        label = f"{low}+" if end is None else f"{low}{_DASH}{high}" if high != low else str(low)
+        group = [v for v in verdicts if low <= v[key] and (not end or v[key] < end)]
+        if group:
+            means = percent([v["match"] for v in group]), percent([v["f1"] for v in group])
+            groups.append(Group(label, len(group), means, f"#{key}={low}-{high}"))
+    names = ["exact match", "F1"]
+    drawn = legend(names) + bar_chart(groups, names, x_name, "percent")
+    return figure(title, drawn, "Click a bar to see its questions.")
+
+
+def answers_section(found: Survey | None, curve: dict[str, list]) -> str:
+    if not found:
+        note = (
+            f"There is neither {ANSWERS} nor {SCORES} in this folder: test_reader.py writes them, "
+        )
+        return missing(f"{note}with --write_results and --write_crossattention_scores.")
+    if not found.verdicts:
+        return missing("No question has gold answers: there is nothing to judge.")
+    drawn = outcome_table(found) if found.by_score.depth else ""
+    if not found.answered:
+        note = f"There is no {ANSWERS} in this folder: test_reader.py --write_results writes it."
+        return f'<div class="charts">{drawn}</div>{missing(note)}'
+    if found.by_score.depth:
+        title = "Does it need several passages with the answer? Bars should rise early"
+        name = "passages read that contain an answer"
+        drawn += verdict_chart(title, name, "holding", [0, 1, 2, 3, 5, 10, 20, 50], found.verdicts)
+    title, name = "Are long answers harder? If so, bars fall", "words in the shortest gold answer"
+    drawn += verdict_chart(title, name, "length", [0, 1, 2, 3, 4, 5, 6, 10], found.verdicts)
+    if curve:
+        lines = [Line(name, points) for name, points in curve.items()]
+        chart = line_chart(lines, "passages read", "percent", log_x=True, percent=True)
+        title = "How many passages are enough? Where the curve flattens"
+        drawn += figure(title, legend(list(curve)) + chart)
+    return f'<div class="charts">{drawn}{agreement_table(found)}</div>'
+
+
+def agreement_table(found: Survey) -> str:
+    """How well attention shows which passages the answer depends on."""
+    if not (agreements := found.agreements):
+        return ""
+    rows = [["mean rank correlation", f"{statistics.mean(agreements):.2f}"]]
+    rows.append(["median", f"{statistics.median(agreements):.2f}"])
+    rows.append(["same passage first, %", f"{percent(found.agree_on_top):.1f}"])
+    title = "Does attention show what mattered? 1: same order as attribution, 0: by chance"
+    note = "Attribution: how far the answer's log-probability falls without the passage."
+    values = table([f"{len(agreements):,} questions", "Spearman"], rows)
+    return figure(title, values, note)
+
+
+def _bins(found: Survey) -> list[calibration.Bin]:
+    known = [v for v in found.verdicts if v["p"] is not None and v["match"] is not None]
+    return calibration.reliability([v["p"] for v in known], [v["match"] for v in known])
+
+
+def confidence_section(found: Survey | None) -> str:
+    """Whether the reader's probabilities can be trusted; empty without any."""
+    if not (found and (bins := _bins(found))):
+        return ""
+    groups = []
+    for low, count, sure, right in bins:
+        low = round(100 * low)
+        link = f"#p={low}-{low + 100 // calibration.N_BINS - 1}"
+        groups.append(Group(str(low), count, (100 * sure, 100 * right), link))
+    names = ["mean probability", "exact match"]
+    chart = bar_chart(groups, names, "probability of the answer: from, in %", "percent")
+    title = "Is it right as often as it is sure? Both bars of a pair should be equal"
+    drawn = figure(title, legend(names) + chart, "Click a bar to see its questions.")
+    values = [v["p"] for v in found.verdicts], [v["match"] for v in found.verdicts]
+    points = [(100 * x, 100 * y) for x, y in calibration.coverage_curve(*values)]
+    points = points[:: -(-len(points) // 100)] + points[-1:]
+    names = "surest answers given, in %", "exact match (%)"
+    chart = line_chart([Line("exact match", points)], *names, percent=True)
+    title = "Does it know when to abstain? The curve should fall from left to right"
+    return f'<div class="charts">{drawn}{figure(title, chart)}</div>'
+
+
+def against_section(found: Survey, name: str) -> str:
+    """Both runs' verdicts on each question; counts link to the questions."""
+    pairs = [(v["match"], v["other_match"]) for v in found.verdicts]
+    if not pairs or not found.answered:
+        return missing("There are no judged answers to compare.")
+    kinds = [("right here, wrong there", "gained", (True, False)),
+             ("wrong here, right there", "lost", (False, True)),
+             ("right in both", "both", (True, True)),
+             ("wrong in both", "neither", (False, False))]  # fmt: skip
+    rows = []
+    for says, kind, pair in kinds:
+        n = pairs.count(pair)
+        rows.append([says, link(f"against={kind}", f"{n:,}"), f"{100 * n / len(pairs):.1f}"])
+    here, there = (percent(values) for values in zip(*pairs, strict=True))
+    note = f"Exact match {here:.1f} here, {there:.1f} in {name}: {here - there:+.1f} points."
+    title = "Which questions flipped, and why? Click the first two numbers"
+    values = table(["answers are", "questions", "%"], rows)
+    return f'<div class="charts">{figure(title, values, note)}</div>'
+
+
+def quick_links(found: Survey | None) -> str:
+    """Lists that are worth a click."""
+    if not (found and found.answered and found.verdicts):
+        return ""
+    is_sure = any(v["p"] is not None for v in found.verdicts)
+    order, surest = ("&order=sure", ", surest first") if is_sure else ("", "")
+    links = [link(f"passages=with&verdict=wrong{order}", f"answer read but not given{surest}")]
+    lucky = f"right without reading it{surest}"
+    links.append(link(f"passages=without&verdict=right{order}", lucky))
+    links += [link("verdict=right&order=unsure", "right, least sure first")] if is_sure else []
+    return f'<p class="how quick">Worth a look: {" | ".join(links)}</p>'
