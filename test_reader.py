@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Environment
     stop_request, device = StopRequest(), distributed.join(options)
     precision = resolve_precision(options.precision, device)
-    rank, world_size = distributed.rank(), distributed.world_size()
+    part = rank, world_size = distributed.rank(), distributed.world_size()
     run = Path(options.checkpoint_dir) / options.name
     results.check_results(run, options.eval_data)
     log = metrics.start_log(run / "run.log")
@@ -53,8 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Data and model
     file, with_scores = options.eval_data, options.write_crossattention_scores
-    reading = {"bar": passing_bar, "regex_answers": options.regex_answers}
-    data = distributed.raise_on_all(lambda: load_data(file, rank, world_size, **reading))
+    kind = {"bar": passing_bar, "regex_answers": options.regex_answers}
+    data = distributed.raise_on_all(lambda: load_data(file, *part, **kind))
     passages = describe_passages(data, options.n_context, "score them" if with_scores else "")
     say(log, "data", "using %s of %s examples of %s, %s", *[f"{len(data):,}"] * 2, file, passages)
     reader, tokenizer = open_reader(options, device, log)
@@ -67,9 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
     if n_finished := len(answer_file.finished):
         log.info("resuming after %d of %d batches", n_finished, len(batches))
     dataset = ReaderDataset(data, options.n_context, not options.no_title)
-    collate = ReaderCollator(tokenizer, options.text_maxlength)
-    pin, workers = device.type == "cuda", options.num_workers
-    loader = make_loader(dataset, batches[n_finished:], collate, workers, pin)
+    loading = ReaderCollator(tokenizer, options.text_maxlength), options.num_workers
+    loader = make_loader(dataset, batches[n_finished:], *loading, device.type == "cuda")
     on_interrupt(lambda: "resumes after the last finished batch")
     generation = options.generation_max_length, options.num_beams, with_scores, options.decoder
     new = answer_questions(reader, tokenizer, loader, device, precision, *generation, file)

@@ -126,7 +126,7 @@ def test_an_incomplete_checkpoint_is_ignored(damage, tmp_path):
     log = logging.getLogger("fid")
     assert resume_point(tmp_path, options, log) == tmp_path / "step-1"
     shutil.rmtree(tmp_path / "step-1")  # with no other left, training would start again
-    with pytest.raises(InputError, match="step-2: not a complete .* remove it to start again, or"):
+    with pytest.raises(InputError, match=r"step-2: not a complete .* remove it to start again, or"):
         resume_point(tmp_path, options, log)
 
 
@@ -134,7 +134,7 @@ def test_latest_is_a_folder(tmp_path):
     path = make(tmp_path).save_step(*state(1))
     (tmp_path / "latest").unlink()
     shutil.copytree(path, tmp_path / "latest")  # as a copy without links has it
-    with pytest.raises(InputError, match="latest: a folder, where a link .*; remove or rename it"):
+    with pytest.raises(InputError, match=r"latest: a folder, where a link .*; remove or rename it"):
         resume_point(tmp_path, {"lr": 0.1, "keep_checkpoints": 0}, logging.getLogger("fid"))
 
 

@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from src.data.formats import ROWS, Pattern, parse_row, with_our_names
+from src.data.formats import FIELDS, ROWS, Pattern, parse_row, with_our_names
 from src.data.json_files import BadValue, JsonItems, check_characters
 from src.data.passages import Passage
 from src.runtime.errors import InputError, shorten
@@ -44,16 +44,15 @@ class Examples(JsonItems):
 
     def __getitem__(self, index: int) -> dict:
         example, key = super().__getitem__(index), self.key(index)
-        try:
-            return with_our_names(example if key is None else {"id": key, **example})
-        except BadValue as error:
-            raise InputError(f"{self.where(index)}{error}") from None
+        return example if key is None else {"id": key, **example}
 
     def _parse(self, text: str) -> Any:
         example = parse_row(text) if self._has_rows else json.loads(text)
-        # How JSON writes surrogates, perhaps unpaired; Python's literals have more ways.
-        if self._has_rows or "\\ud" in text or "\\uD" in text:
-            check_characters(example)
+        if isinstance(example, dict):
+            example = with_our_names(example)
+            # How JSON writes surrogates, perhaps unpaired; Python's literals have more ways.
+            if self._has_rows or "\\ud" in text or "\\uD" in text:
+                check_characters([example.get(name) for name in FIELDS])
         return example
 
 

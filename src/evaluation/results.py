@@ -17,7 +17,7 @@ import numpy as np
 
 from src.data.examples import Examples, parse_example, read_example
 from src.data.json_files import json_list
-from src.data.outputs import require_no_input, require_regular, write_whole, writing
+from src.data.outputs import require_regular, write_whole, writing
 from src.data.passages import Passages
 from src.evaluation.answers import ANSWERS, SCORES, Task, judge, match
 from src.evaluation.rankings import recall_at_k
@@ -34,8 +34,7 @@ def check_results(folder: Path, *inputs: str) -> None:
     one of the inputs."""
     for path in (folder / ANSWERS, folder / SCORES, _beside(folder / SCORES, MADE_BY)):
         with writing(path, "remove it, or use another --name"):
-            require_regular(path)
-            require_no_input([path], inputs)
+            require_regular(path, inputs=inputs)
 
 
 def _part(folder: Path, rank: int) -> Path:
