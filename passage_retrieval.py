@@ -42,9 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
     # Environment
     device = distributed.join(options)
     part = distributed.rank(), distributed.world_size()
-    beside = (MADE_BY, RECALL)
-    inputs = options.data, options.passages
-    distributed.run_on_main(lambda: claim_output(options.output_path, beside=beside, inputs=inputs))
+    reserving = {"beside": (MADE_BY, RECALL), "inputs": (options.data, options.passages)}
+    distributed.run_on_main(lambda: claim_output(options.output_path, **reserving))
     log = start_log(None)
     method = "BM25" if options.bm25 else "a retriever"
     say(log, "retrieve", "passages for questions, with %s", method)
@@ -52,9 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "results", "%s", options.output_path)
 
     # Data
-    data = distributed.raise_on_all(
-        lambda: load_data(options.data, *part, bar=passing_bar, regex_answers=options.regex_answers)
-    )
+    reading = {"bar": passing_bar, "regex_answers": options.regex_answers}
+    data = distributed.raise_on_all(lambda: load_data(options.data, *part, **reading))
     of = f"{len(data):,} of {count(len(data), 'question')}"
     found_each = f"{count(options.n_docs, 'passage')} for each"
     say(log, "data", "%s of %s, %s", of, options.data, found_each)

@@ -82,7 +82,7 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
         a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
         b = b if rng.random() < 0.2 else min(b, a + rng.randrange(1, 9))
-        change = rng.randrange(6)
+        change = rng.choice([0, 1, 2, 3, 4] * 5 + [5])
         if change == 0:
             data = data[:a] + data[b:]
         elif change == 1:
@@ -122,8 +122,8 @@ def _expect(read: Callable[[], list], oracle: Callable[[], list | None]) -> bool
     try:
         found = read()
     except InputError as error:
-        assert "\n" not in str(error), error
-        assert not wanted, f"refused: {error}"
+        if "\n" in str(error) or wanted:
+            raise AssertionError(f"refused: {error}") from error
         return False
     # (As text: a NaN, which `json` reads, is not equal to itself.)
     assert wanted is None or repr(found) == repr(wanted), f"{found} instead of {wanted}"
@@ -170,7 +170,15 @@ def fuzz_questions(rng: random.Random, folder: Path) -> bool:
     """Names of other formats; nothing but an `InputError` may come of them."""
     names = "question answers answer _id text input output query possible_answers golden_answers "
     names = (names + "Answer Question contexts ctxs target id").split()
-    values = ["a", ["b"], '["c"]', "[", {"aliases": ["d"]}, {"Value": 1, "Aliases": None}, None, 7]
+    values = [
+        *["a", ["b"]] * 6,
+        '["c"]',
+        "[",
+        {"aliases": ["d"]},
+        {"Value": 1, "Aliases": None},
+        None,
+        7,
+    ]
     values += [[{"answer": "e"}], [{"docid": "1", "text": '"t"\nu', "score": "x"}], [None], [[]]]
     rows = [{n: rng.choice(values) for n in rng.sample(names, 4)} for _ in range(2)]
     path = folder / "q.json"
@@ -231,7 +239,7 @@ def fuzz_tsv(rng: random.Random, folder: Path) -> bool:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=False)
         rows = [row for row in rows if len(row) > 1 or "".join(row).strip()]
         ids = [row[0] for row in rows[1:]]
-        is_plain = rows[0] == ["id", "text", "title"] and text.count('"') % 2 == 0
+        is_plain = rows[:1] == [["id", "text", "title"]] and text.count('"') % 2 == 0
         if not is_plain or {len(row) for row in rows} != {3} or len({*ids}) < len(ids):
             return None
         return [(row[0], row[2], row[1]) for row in rows[1:]]

@@ -36,15 +36,11 @@ class Examples(JsonItems):
 
     def __init__(self, path: str | Path):
         super().__init__(path)
-        start = int(self._spans[0, 0])
+        start = self.source.skip_blanks(int(self._spans[0, 0]))
         is_json = self.source.read(start, start + 1) in (b"{", b"[")
         self._has_rows = Path(self.path.removesuffix(".gz")).suffix in ROWS and not is_json
         self.unscored: list[int] = []
         self.answers_are_regexes = False
-
-    def __getitem__(self, index: int) -> dict:
-        example, key = super().__getitem__(index), self.key(index)
-        return example if key is None else {"id": key, **example}
 
     def _parse(self, text: str) -> Any:
         example = parse_row(text) if self._has_rows else json.loads(text)

@@ -67,7 +67,9 @@ def with_our_names(example: dict) -> dict:
     outputs, contexts = example.get("output", []), example.get("contexts")
     if "question" not in found:
         if "input" in example and "instruction" not in example and isinstance(outputs, list):
-            found |= {"question": "input"} | ({"answers": "output"} if outputs else {})  # KILT
+            found["question"] = "input"  # KILT
+            if outputs:
+                found.setdefault("answers", "output")
         elif "_id" in example and "text" in example:
             found["question"] = "text"  # BEIR
     names = {theirs: ours for ours, theirs in found.items()}

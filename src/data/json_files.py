@@ -50,8 +50,8 @@ def read_json(path: str | Path) -> Any:
 
 
 class JsonItems(Sequence[dict]):
-    """The objects of a `.json` list or `.jsonl` file, or of an object of objects keyed by numbers;
-    `items[i]` decodes the i-th.
+    """The objects of a `.json` list or `.jsonl` file, or of an object of objects keyed by numbers,
+    which become their `id`; `items[i]` decodes the i-th.
 
     Errors: `InputError` when the file is missing, empty, not text, or neither a list nor lines.
     Errors inside an item are found when that item is read.
@@ -73,17 +73,13 @@ class JsonItems(Sequence[dict]):
         if not isinstance(item, dict):
             problem = f'an example must be an object like {{"question": ...}}, not {shorten(item)}'
             raise self.source.error(start, problem)
+        if self._is_keyed and "id" not in item:
+            before = self.source.read(max(start - 100, 0), start)
+            item = {"id": re.search(rb'"(\d+)"\s*:\s*$', before)[1].decode(), **item}
         return item
 
     def _parse(self, text: str) -> Any:
         return json.loads(text)
-
-    def key(self, index: int) -> str | None:
-        """The number under which the file, if it is one object, has an item."""
-        start = int(self._spans[index, 0])
-        before = self.source.read(max(start - 100, 0), start) if self._is_keyed else b""
-        found = re.search(rb'"(\d+)"\s*:\s*$', before)
-        return found[1].decode() if found else None
 
     def where(self, index: int) -> str:
         """The file and example for an error message, numbered from 1 as editors and people do."""
@@ -147,7 +143,7 @@ def _find_objects(source: Source) -> tuple[np.ndarray, bool]:
         if rest < source.size:
             raise source.error(rest, "bad JSON (text after its end); correct it, or copy it again")
     else:
-        starts = np.concatenate(list(source.line_starts(start)))
+        starts = np.concatenate(list(source.line_starts(source.start)))
         spans = np.stack([starts, np.append(starts[1:], source.size)], axis=1)
         if head[:1] == b"{" and len(spans) > 1:
             _check_first_line(source, *spans[0].tolist())
