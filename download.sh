@@ -155,6 +155,7 @@ unpack() {
         fail 2 "$2: cannot be unpacked ($(head -n 1 <<< "$said")); make room, and the same command" \
             "resumes"
     fi
+    chmod -R ug-s -- "$2.partial"  # data needs no other user's rights
     inner=$2.partial
     while entries=("$inner"/*) && [ "${#entries[@]}" = 1 ] && [ -d "${entries[0]}" ]; do
         inner=${entries[0]}

@@ -42,8 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     log = start_log(None)
     path = shard_path(options.output_path, options.shard_id)
     announce(log, "embed", "a collection of passages with a retriever", device, precision, path)
-    remedy, inputs = "use another --output_path or --shard_id", [options.passages]
-    distributed.run_on_main(lambda: claim(path, remedy, inputs=inputs))
+    distributed.run_on_main(lambda: claim(path, "use another --output_path or --shard_id"))
 
     # Data
     passages = distributed.main_first(lambda: Passages(options.passages, passing_bar))

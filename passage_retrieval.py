@@ -54,9 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "results", "%s", options.output_path)
 
     # Data
-    data = distributed.raise_on_all(
-        lambda: load_data(options.data, *part, bar=passing_bar, regex_answers=options.regex_answers)
-    )
+    reading = {"bar": passing_bar, "regex_answers": options.regex_answers}
+    data = distributed.raise_on_all(lambda: load_data(options.data, *part, **reading))
     of = f"{len(data):,} of {count(len(data), 'question')}"
     found_each = f"{count(options.n_docs, 'passage')} for each"
     say(log, "data", "%s of %s, %s", of, options.data, found_each)

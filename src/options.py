@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -84,7 +85,7 @@ class _Parser(argparse.ArgumentParser):
         options = super().parse_args(*arguments)
         for value in vars(options).values():
             for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str) and (not _is_utf8(text) or "\0" in text):
+                if isinstance(text, str) and re.search("[\0\ud800-\udfff]", text):
                     self.error(f"{text!a} is no text in UTF-8; rename the file")
         if self._check:
             self._check(self, options)
@@ -96,14 +97,6 @@ class _Parser(argparse.ArgumentParser):
             message += "; a pattern with * must be in quotes"
         print(f"error: {message} (python {self.prog} --help lists the options)", file=sys.stderr)
         sys.exit(2)
-
-
-def _is_utf8(text: str) -> bool:
-    """False for bytes that the shell took from a name in another encoding."""
-    try:
-        return bool(text.encode()) or not text
-    except UnicodeEncodeError:
-        return False
 
 
 def number(
@@ -137,7 +130,10 @@ def _folder_name(text: str) -> str:
 
 
 def _factory(text: str) -> str:
-    if "/" in text or len(text.encode(errors="replace")) > 200:  # it becomes a folder's name
+    most = {"HNSW": 512, "NSG": 512, "x": 16}  # with more, FAISS runs out of memory or aborts
+    numbers = re.findall(r"([A-Za-z]+)([0-9]+)", text)
+    is_absurd = any(not 0 < int(n) <= most.get(name, 1 << 20) for name, n in numbers)
+    if is_absurd or "/" in text or len(text.encode()) > 200:  # it becomes a folder's name
         raise argparse.ArgumentTypeError(f"{text[:60]!r} is not a factory string of FAISS")
     return text
 
@@ -587,7 +583,7 @@ def passage_retrieval_parser() -> _Parser:
     add("--question_maxlength", COUNT, None, "maximum tokens of a question; none: the model's")
     add("--n-subquantizers", COUNT_OR_ZERO, 0, "codes per embedding (0: exact search)",
         also=["--n_subquantizers"])
-    add("--n-bits", COUNT, 8, "bits of each code", also=["--n_bits"])
+    add("--n-bits", number(int, at_least=1, at_most=16), 8, "bits of each code", also=["--n_bits"])
     _processes(parser, batch_size=64)
     return parser
 

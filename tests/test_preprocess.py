@@ -29,24 +29,19 @@ def test_a_list_under_a_key_equals_json(seed, tmp_path, chunk):
     items = [{"Data": random_value(rng, 0)} for _ in range(rng.randrange(1, 8))]
     around = {f"k{i}": random_value(rng, 1) for i in range(rng.randrange(4))}
     around['"Data": ['] = 'a "Data": [{"x": 1}] \\'
-    names = [*around, "Data"]
-    rng.shuffle(names)
-    whole = {name: items if name == "Data" else around[name] for name in names}
+    whole = {"Data": items, **around}
     file = tmp_path / "data.json"
     for indent in (None, 2):
         file.write_text(json.dumps(whole, indent=indent, ensure_ascii=False), encoding="utf-8")
-        opened = JsonItems(file, key="Data")
+        opened = JsonItems(file)
         assert [opened[i] for i in range(len(opened))] == items
 
 
 BROKEN_DATA = {
-    "no list": ('{"Version": 1}', 'no list under "Data"'),
-    "a list deeper down": ('{"x": {"Data": [{}]}}', 'no list under "Data"'),
-    "a list in a list": ('[{"Data": [{}]}]', 'no list under "Data"'),
     "a cut list": ('{"Data": [{"x": 1}, {"x"', "ends inside the object"),
     "a cut end": ('{"Data": [{"x": 1}]', "ends inside the object"),
     "more than one object": ('{"Data": [{"x": 1}]} {}', "bad JSON .text after its end"),
-    "numbers": ('{"Data": [1]}', "line 1.*must hold objects"),
+    "numbers": ('{"Data": [1]}', "line 1.*there must be objects"),
     "nothing": ('{"Data": []}', "no examples"),
 }
 
@@ -56,7 +51,7 @@ def test_broken_lists_under_a_key(case, tmp_path, chunk):
     text, message = BROKEN_DATA[case]
     (tmp_path / "data.json").write_text(text)
     with pytest.raises(InputError, match=r"data\.json.*" + message):
-        JsonItems(tmp_path / "data.json", key="Data")
+        JsonItems(tmp_path / "data.json")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -110,21 +105,21 @@ def folder(tmp_path) -> Path:
 
 
 def test_it_resumes_after_the_last_complete_split(folder, monkeypatch, capsys):
-    read, seen = preprocess.READ["tqa"], []
+    read, seen = preprocess.read_question, []
 
-    def failing(questions: JsonItems, row: int, position: int) -> dict:
+    def failing(questions: JsonItems, row: int, *more) -> dict:
         seen.append(row)
         if len(seen) == 15:  # in the middle of dev
             raise RuntimeError("stopped")
-        return read(questions, row, position)
+        return read(questions, row, *more)
 
-    monkeypatch.setitem(preprocess.READ, "tqa", failing)
+    monkeypatch.setattr(preprocess, "read_question", failing)
     with pytest.raises(RuntimeError, match="stopped"):
         preprocess.main([str(folder), "--only", "tqa"])
     assert [path.name for path in (folder / "TQA").iterdir()] == ["train.json"]
     before = (folder / "TQA" / "train.json").stat().st_mtime_ns
     preprocess.main([str(folder)])
-    assert len(seen) == 15 + 5 + 5
+    assert len(seen) == 15 + 5 + 5 + (12 + 5 + 5)  # and those of NQ
     for name in ("NQ", "TQA"):
         sizes = [len(Examples(folder / name / f"{s}.json")) for s in preprocess.PUBLISHED]
         assert sizes == [12, 5, 5]
@@ -162,13 +157,13 @@ CHANGES = {
     "a passage by number": ("nq_passages/test.json", ("0", 0), 5,
         r"question '0': needs passage ids, as texts, not \[5, "),
     "no answer": ("NQ-open.train.jsonl", (2, "answer"), None,
-        r'example 3 \(line 3\): "answer" is missing; remove it'),
+        r"row 2: no answers; remove it"),
     "no question": ("triviaqa-unfiltered/unfiltered-web-train.json", ("Data", 3, "Question"), None,
-        r'row 3: "question" must be text, not None'),
+        r'row 3: no "question" among its fields'),
     "no answer in TriviaQA": ("triviaqa-unfiltered/unfiltered-web-dev.json",
         ("Data", 1, "Answer"), None, "row 1: no target; remove it, and let"),
     "a surrogate": ("triviaqa-unfiltered/unfiltered-web-train.json",
-        ("Data", 0, "Question"), "\ud83d", r"row 0: '\\ud83d' is an unpaired surrogate"),
+        ("Data", 0, "Question"), "\ud83d", r"line 1: '\\ud83d' is an unpaired surrogate"),
 }  # fmt: skip
 
 

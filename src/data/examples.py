@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from src.data.formats import ROWS, Pattern, parse_row, with_our_names
+from src.data.formats import FIELDS, ROWS, Pattern, parse_row, with_our_names
 from src.data.json_files import BadValue, JsonItems, check_characters
 from src.data.passages import Passage
 from src.runtime.errors import InputError, shorten
@@ -39,25 +39,26 @@ class Examples(JsonItems):
     def __init__(self, path: str | Path, target: str | None = None):
         super().__init__(path)
         self._target = target
-        start = int(self._spans[0, 0])
+        start = self.source.skip_blanks(int(self._spans[0, 0]))
         is_json = self.source.read(start, start + 1) in (b"{", b"[")
         self._has_rows = Path(self.path.removesuffix(".gz")).suffix in ROWS and not is_json
         self.unscored: list[int] = []
         self.answers_are_regexes = False
 
     def __getitem__(self, index: int) -> dict:
-        example, key = super().__getitem__(index), self.key(index)
+        example = super().__getitem__(index)
         try:
-            example = with_our_names(example if key is None else {"id": key, **example})
             return _with_target(example, self._target) if self._target else example
         except BadValue as error:
             raise InputError(f"{self.where(index)}{error}") from None
 
     def _parse(self, text: str) -> Any:
         example = parse_row(text) if self._has_rows else json.loads(text)
-        # How JSON writes surrogates, perhaps unpaired; Python's literals have more ways.
-        if self._has_rows or "\\ud" in text or "\\uD" in text:
-            check_characters(example)
+        if isinstance(example, dict):
+            example = with_our_names(example)
+            # How JSON writes surrogates, perhaps unpaired; Python's literals have more ways.
+            if self._has_rows or "\\ud" in text or "\\uD" in text:
+                check_characters([example.get(name) for name in FIELDS])
         return example
 
 

@@ -23,6 +23,7 @@ from src.runtime.terminal import Bar, no_bar
 # ----------------------------------------------------------------------------------------------
 # Files read by byte positions
 
+SPACE = b" \t\r\n"  # what JSON takes for white space
 LONGEST_ROW = 1 << 24  # bytes
 _CHUNK = 1 << 20  # bytes read at a time: what numpy makes of them stays in the processor's cache
 
@@ -101,7 +102,7 @@ class Source:
     def skip_blanks(self, start: int) -> int:
         """The position of the first byte from `start` on that is not white space, or the size."""
         for position, data in self.chunks(start):
-            if text := data.lstrip():
+            if text := data.lstrip(SPACE):
                 return position + len(data) - len(text)
         return self.size
 
@@ -197,24 +198,19 @@ def cached_array(
     return array[:-4]
 
 
-_UNPACK, _TO_LINES = "unpack it, and give the file in it", "write it as JSONL"
+_UNPACK, _LINES, _UTF16 = "unpack it, and give the file in it", "write it as JSONL", "UTF-16 text"
 _NO_TEXT = {  # formats by their first bytes, and the remedy
     b"BZh": f"a bzip2 archive; {_UNPACK} (bunzip2 -k)",
     b"\xfd7zXZ\0": f"an xz archive; {_UNPACK} (xz -dk)",
     b"\x28\xb5\x2f\xfd": f"a zstd archive; {_UNPACK} (zstd -dk)",
     b"PK\x03\x04": f"a zip archive; {_UNPACK}",
-    b"7z\xbc\xaf\x27\x1c": f"a 7z archive; {_UNPACK}",
-    b"\xff\xfe": "UTF-16 text; re-encode it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
-    b"\xfe\xff": "UTF-16 text; re-encode it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
-    b"PAR1": f"a Parquet table; {_TO_LINES} (to_json(..., lines=True) in pandas)",
-    b"\xff\xff\xff\xff": f"an Arrow table; {_TO_LINES} (to_json in datasets)",
-    b"ARROW1": f"an Arrow table; {_TO_LINES} (to_json in datasets)",
-    b"\x80": f"a Python pickle, which could run code; {_TO_LINES}",
-    b"\x89HDF": f"an HDF5 file; {_TO_LINES}",
-    b"SQLite format 3": f"an SQLite database; {_TO_LINES}",
+    b"\xff\xfe": f"{_UTF16}; re-encode it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": f"{_UTF16}; re-encode it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"PAR1": f"a Parquet table; {_LINES} (to_json(..., lines=True) in pandas)",
+    b"\xff\xff\xff\xff": f"an Arrow table; {_LINES} (to_json in datasets)",
+    b"\x80": f"a Python pickle, which could run code; {_LINES}",
     b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself (git lfs pull)",
     b"<!DOCTYPE": "a web page; download the file itself",
-    b"<html": "a web page; download the file itself",
 }
 
 

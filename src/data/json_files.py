@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from src.data.files import Source, open_text
+from src.data.files import SPACE, Source, open_text
 from src.runtime.errors import InputError, first_line, shorten
 
 
@@ -46,23 +46,21 @@ def read_json(path: str | Path) -> Any:
     """The contents of a small JSON file. Errors: `InputError`."""
     source = open_text(str(path))
     data = b"".join(data for _, data in source.chunks(source.start))
-    return decode(source, 0, data.rstrip())
+    return decode(source, source.start, data)
 
 
 class JsonItems(Sequence[dict]):
-    """The objects of a `.json` list or `.jsonl` file, or of an object of objects keyed by numbers;
-    `items[i]` decodes the i-th.
+    """The objects of a `.json` list or `.jsonl` file, or of an object of objects keyed by numbers,
+    which become their `id`; `items[i]` decodes the i-th.
 
-    Args:
-        key: the file holds one object, and the list is under this key of it.
     Errors: `InputError` when the file is missing, empty, not text, or neither a list nor lines.
     Errors inside an item are found when that item is read.
     """
 
-    def __init__(self, path: str | Path, key: str | None = None):
+    def __init__(self, path: str | Path):
         self.path = str(path)
         self.source = open_text(self.path)
-        self._spans, self._is_keyed = _find_objects(self.source, key)
+        self._spans, self._is_keyed = _find_objects(self.source)
         self._numbers = np.arange(len(self._spans))  # of the items in the file
 
     def __len__(self) -> int:
@@ -70,22 +68,18 @@ class JsonItems(Sequence[dict]):
 
     def __getitem__(self, index: int) -> dict:
         start, end = self._spans[index].tolist()
-        data = b"".join(data for _, data in self.source.chunks(start, end)).rstrip()
+        data = b"".join(data for _, data in self.source.chunks(start, end)).rstrip(SPACE)
         item = decode(self.source, start, data, self._parse)
         if not isinstance(item, dict):
             problem = f'an example must be an object like {{"question": ...}}, not {shorten(item)}'
             raise self.source.error(start, problem)
+        if self._is_keyed and "id" not in item:
+            before = self.source.read(max(start - 100, 0), start)
+            item = {"id": re.search(rb'"(\d+)"\s*:\s*$', before)[1].decode(), **item}
         return item
 
     def _parse(self, text: str) -> Any:
         return json.loads(text)
-
-    def key(self, index: int) -> str | None:
-        """The number under which the file, if it is one object, has an item."""
-        start = int(self._spans[index, 0])
-        before = self.source.read(max(start - 100, 0), start) if self._is_keyed else b""
-        found = re.search(rb'"(\d+)"\s*:\s*$', before)
-        return found[1].decode() if found else None
 
     def where(self, index: int) -> str:
         """The file and example for an error message, numbered from 1 as editors and people do."""
@@ -129,29 +123,27 @@ _DEPTH[[ord("["), ord("{")]] = 1
 _DEPTH[[ord("]"), ord("}")]] = -1
 
 
-def _find_objects(source: Source, key: str | None) -> tuple[np.ndarray, bool]:
+def _find_objects(source: Source) -> tuple[np.ndarray, bool]:
     """The byte spans [n, 2] of the objects in a file, and whether it is one object that has them
-    under numbers. Otherwise `[` at its start tells a list from lines."""
+    under numbers. Otherwise its start tells a list, which TriviaQA has under "Data", from lines."""
     start = source.skip_blanks(source.start)
     head = source.read(start, min(start + _HEAD, source.size))
     if not head:
         raise InputError(f"{source.path}: the file is empty; give one with examples")
-    is_keyed = key is None and re.match(rb'\{\s*"\d+"\s*:\s*\{', head) is not None
-    key = "Data" if re.match(rb'\{\s*"Data"\s*:\s*\[', head) else key  # TriviaQA as published
-    if key is not None or is_keyed or head[:1] == b"[":
-        begin, end = start, None
-        if key is not None:
-            start, end = _find_list(source, start, key)
-        spans, list_end = _find_nested(source, start)
-        _check_between(source, spans, start + 1, list_end, is_keyed)
-        if end is not None:  # what is around the list
-            around = source.read(begin, start) + b"[]" + source.read(list_end + 1, end + 1)
-            decode(source, begin, around)
-        rest = source.skip_blanks((list_end if end is None else end) + 1)
+    is_keyed = re.match(rb'\{\s*"\d+"\s*:\s*\{', head) is not None
+    if around := re.match(rb'(\{\s*"Data"\s*:\s*)?\[', head) or is_keyed:
+        end = _find_nested(source, start)[1]
+        opening = start if is_keyed else start + around.end() - 1
+        spans, closing = _find_nested(source, opening)
+        _check_between(source, spans, opening + 1, closing, is_keyed)
+        if opening > start:
+            rest = source.read(start, opening) + b"[]" + source.read(closing + 1, end + 1)
+            decode(source, start, rest)
+        rest = source.skip_blanks(end + 1)
         if rest < source.size:
             raise source.error(rest, "bad JSON (text after its end); correct it, or copy it again")
     else:
-        starts = np.concatenate(list(source.line_starts(start)))
+        starts = np.concatenate(list(source.line_starts(source.start)))
         spans = np.stack([starts, np.append(starts[1:], source.size)], axis=1)
         if head[:1] == b"{" and len(spans) > 1:
             _check_first_line(source, *spans[0].tolist())
@@ -177,19 +169,6 @@ def _check_first_line(source: Source, start: int, end: int) -> None:
             )
     if problem:
         raise source.error(start, problem)
-
-
-def _find_list(source: Source, start: int, key: str) -> tuple[int, int]:
-    """The list under a key of the object at a position: where it opens, and the object's end."""
-    if source.read(start, start + 1) == b"{":
-        spans, end = _find_nested(source, start)
-        pattern = re.compile(rb'(?<!\\)"' + key.encode() + rb'"\s*:\s*$')
-        for opening in spans[:, 0].tolist():
-            before = source.read(max(opening - 100, start), opening)
-            if pattern.search(before) and source.read(opening, opening + 1) == b"[":
-                return opening, end
-    problem = f'no list under "{key}" in this file'
-    raise InputError(f"{source.path}: {problem}; was it cut off, or is it another one?")
 
 
 def _find_nested(source: Source, start: int) -> tuple[np.ndarray, int]:
@@ -254,7 +233,7 @@ def _check_between(
     `is_keyed`, a number before each."""
     key = rb'[ \t\r\n]*"\d+"[ \t\r\n]*:' if is_keyed else b""
     for number, (start, end) in enumerate([*spans.tolist(), (list_end, list_end)]):
-        between = source.read(begin, start).strip(b" \t\r\n")
+        between = source.read(begin, start).strip(SPACE)
         comma = b"," if 0 < number < len(spans) else b""
         if not re.fullmatch(comma + (key if number < len(spans) else b""), between):
             found = shorten(between.decode(errors="replace"), 40)

@@ -32,23 +32,26 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
         raise InputError(f"{path}: {problem}; {remedy}") from error
 
 
-def require_regular(*paths: Path) -> None:
-    """Errors: `OSError` for a path that exists and is no regular file: only those are replaced."""
+def require_regular(*paths: Path, inputs: Iterable[str] = ()) -> None:
+    """Only regular files are replaced, and none that the command reads (`inputs`).
+
+    Errors: `OSError` for a path that exists and is something else, or whose name is too long.
+    """
+    existing = [name for name in inputs if os.path.exists(name)]
     for path in paths:
-        if not os.path.lexists(path) or stat.S_ISREG(mode := os.lstat(path).st_mode):
+        if not os.path.lexists(path):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.lstat(path.with_name(f".{path.name}.12345678.partial"))  # while it is written
             continue
+        if any(os.path.exists(path) and os.path.samefile(path, name) for name in existing):
+            raise OSError(errno.EEXIST, f"{path.name} is a file that this command reads")
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link"}
-        kind = kinds.get(stat.S_IFMT(mode), "a device, pipe or socket")
-        raise OSError(errno.EEXIST, f"{path.name or path} is {kind}, not a regular file")
+        if not stat.S_ISREG(mode := os.lstat(path).st_mode):
+            kind = kinds.get(stat.S_IFMT(mode), "a device, pipe or socket")
+            raise OSError(errno.EEXIST, f"{path.name or path} is {kind}, not a regular file")
 
 
-def claim(
-    target: Path,
-    remedy: str,
-    lock_file: Path | None = None,
-    wait: bool = False,
-    inputs: Iterable[str] = (),
-) -> None:
+def claim(target: Path, remedy: str, lock_file: Path | None = None, wait: bool = False) -> None:
     """Reserve an output until this command ends, and remove what killed writers left of it. If this
     command is killed, the kernel frees the output at once.
 
@@ -57,7 +60,6 @@ def claim(
         lock_file: a lasting file in the target, a folder; none: one is made beside the target, and
             removed at the end. It is locked by `flock`, unless the file system cannot do that.
         wait: for another command that has reserved it, rather than fail.
-        inputs: files that the command reads, and so must not replace.
     Errors: `InputError` when another command has reserved it, or it cannot be written.
     """
     file = (lock_file or _lock_file(target)).absolute()
@@ -66,8 +68,6 @@ def claim(
     with writing(target, remedy):
         file.parent.mkdir(parents=True, exist_ok=True)
         require_regular(file)
-        _require_short(target)
-        require_no_input([target], inputs)
         while True:
             handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             if _lock(handle, wait) is False:
@@ -101,27 +101,9 @@ def claim_output(
         command writes it.
     """
     target, remedy = Path(path), f"give another {option}"
-    outputs = [target, *(Path(f"{target}{suffix}") for suffix in beside)]
     with writing(target, remedy):
-        require_regular(*outputs)
-        require_no_input(outputs, inputs)
-        _require_short(*outputs)
+        require_regular(target, *(Path(f"{target}{suffix}") for suffix in beside), inputs=inputs)
     claim(target, remedy)
-
-
-def _require_short(*paths: Path) -> None:
-    """Errors: `OSError` for a name that is too long, as it is while it is being written."""
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.lstat(path.with_name(f".{path.name}.12345678.partial"))
-
-
-def require_no_input(outputs: Iterable[Path], inputs: Iterable[str]) -> None:
-    """Errors: `OSError` for an output that is one of the files that a command reads."""
-    existing = [name for name in inputs if os.path.exists(name)]
-    for output in filter(os.path.exists, outputs):
-        if any(os.path.samefile(output, name) for name in existing):
-            raise OSError(errno.EEXIST, f"{output.name} is a file that this command reads")
 
 
 def load_or_claim(folder: Path, load: Callable[[], Value | None], remedy: str) -> Value | None:

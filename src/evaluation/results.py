@@ -14,7 +14,7 @@ from typing import Any
 
 from src.data.examples import Examples, parse_example, read_example
 from src.data.json_files import json_list
-from src.data.outputs import require_no_input, require_regular, write_whole, writing
+from src.data.outputs import require_regular, write_whole, writing
 from src.evaluation.answers import ANSWERS, SCORES, exact_match, find_answers, judge
 from src.evaluation.retrieved import MADE_BY, OnExamples, beside, write_beside
 from src.evaluation.runs import CURVE, PROBABILITIES
@@ -30,8 +30,7 @@ def check_results(folder: Path, *inputs: str) -> None:
     names = ANSWERS, SCORES, f"{SCORES}{MADE_BY}", PROBABILITIES, CURVE
     for path in (folder / name for name in names):
         with writing(path, "remove it, or use another --name"):
-            require_regular(path)
-            require_no_input([path], inputs)
+            require_regular(path, inputs=inputs)
 
 
 def _part(folder: Path, rank: int) -> Path:

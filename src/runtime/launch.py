@@ -28,13 +28,9 @@ class Launch:
 
     def __post_init__(self) -> None:
         """Errors: ValueError for values that no launcher gives."""
-        if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.world_size):
-            ranks = f"rank {self.rank} (on its machine: {self.local_rank})"
-            raise ValueError(f"{ranks} of {self.world_size} processes")
-        if not 0 < self.port < 65_536:
-            raise ValueError(f"port {self.port}")
-        if not re.fullmatch(r"[\w.:%-]+", self.address):
-            raise ValueError(f"the address {self.address!r}")
+        ranks = 0 <= self.rank < self.world_size and 0 <= self.local_rank < self.world_size
+        if not (ranks and 0 < self.port < 65_536 and re.fullmatch(r"[\w.:%-]+", self.address)):
+            raise ValueError(str(self))
 
 
 def detect_launch(environ: Mapping[str, str], local_rank: int | None = None) -> Launch:

@@ -18,12 +18,12 @@ from src.runtime.errors import InputError, reports_input_errors, shorten
 if __name__ == "__main__":
     reports_input_errors(preprocess_parser().parse_args)()  # answers --help at once
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.data.examples import Examples, parse_example, read_example
-from src.data.json_files import BadValue, JsonItems, check_characters, json_list, read_json
+from src.data.examples import Examples, parse_example
+from src.data.json_files import json_list, read_json
 from src.data.outputs import claim_output, write_whole
 from src.data.passages import Passages
 from src.training.metrics import passing_bar, progress_bar, start_log
@@ -33,45 +33,20 @@ PUBLISHED = {"train": "train", "dev": "train", "test": "dev"}
 _FETCH = "remove it, and let get-data.sh fetch it again"
 
 
-def open_questions(downloads: Path, dataset: str, part: str) -> JsonItems:
-    """The published questions of a dataset (nq or tqa); part: train or dev."""
-    if dataset == "nq":
-        return Examples(downloads / f"NQ-open.{part}.jsonl")
-    return JsonItems(downloads / "triviaqa-unfiltered" / f"unfiltered-web-{part}.json", key="Data")
+FILES = {"nq": "NQ-open.{}.jsonl", "tqa": "triviaqa-unfiltered/unfiltered-web-{}.json"}
+# What is taken of a question. (NQ's have no ids: they get their positions in the split.)
+FIELDS = {"nq": ("question", "answers"), "tqa": ("id", "question", "target", "answers")}
 
 
-def read_nq(questions: Examples, row: int, position: int) -> dict[str, Any]:
-    """A question of NQ-open, whose id is its position in the split."""
-    example = read_example(questions, row)
-    if not example.answers:
-        raise InputError(f'{questions.where(row)}: "answer" is missing; {_FETCH}')
-    return {"id": str(position), "question": example.question, "answers": example.answers}
-
-
-def read_tqa(questions: JsonItems, row: int, position: int) -> dict[str, Any]:
-    """A question of TriviaQA; an answer all in capitals is put in title case."""
-    published, where = questions[row], f"{questions.path}, row {row}"
-    answer = published.get("Answer")
-    answer = answer if isinstance(answer, dict) else {}
-    example = {
-        "id": published.get("QuestionId"),
-        "question": published.get("Question"),
-        "target": answer.get("Value"),
-        "answers": answer.get("Aliases"),
-    }
-    parse_example(example, row, where)
-    missing = [name for name, value in example.items() if value is None]
-    if missing:
+def read_question(
+    questions: Examples, row: int, position: int, fields: Sequence[str]
+) -> dict[str, Any]:
+    """Some fields of a published question. Errors: `InputError` for one that is missing."""
+    raw, where = questions[row], f"{questions.path}, row {row}"
+    example = parse_example(raw, row, where)
+    if missing := [name for name in fields if not raw.get(name)]:
         raise InputError(f"{where}: no {missing[0]}; {_FETCH}")
-    try:
-        check_characters(example)
-    except BadValue as error:
-        raise InputError(f"{where}: {error}") from None
-    target = example["target"]
-    return {**example, "target": target.title() if target.isupper() else target}
-
-
-READ = {"nq": read_nq, "tqa": read_tqa}
+    return {"id": str(position), **{name: getattr(example, name) for name in fields}}
 
 
 def make_examples(folder: Path, dataset: str, split: str) -> Iterator[dict[str, Any]]:
@@ -81,7 +56,7 @@ def make_examples(folder: Path, dataset: str, split: str) -> Iterator[dict[str, 
     question without passages, and a passage that the collection lacks.
     """
     downloads = folder / "download"
-    questions = open_questions(downloads, dataset, PUBLISHED[split])
+    questions = Examples(downloads / FILES[dataset].format(PUBLISHED[split]))
     index = downloads / "dataindex" / f"{dataset.upper()}.{split}.idx.json"
     rows = read_json(index)
     if not isinstance(rows, list) or not rows:
@@ -98,7 +73,7 @@ def make_examples(folder: Path, dataset: str, split: str) -> Iterator[dict[str, 
                 problem = f"row {shorten(row)} is not one of the {len(questions)} rows"
                 cure = "let get-data.sh fetch both again"
                 raise InputError(f"{index}: {problem} of {questions.path}; {cure}")
-            example = READ[dataset](questions, row, position)
+            example = read_question(questions, row, position, FIELDS[dataset])
             where = f"{ids_file}, question {shorten(example['id'])}"
             ids = ids_of.get(str(example["id"])) or []
             if not ids or not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
@@ -117,7 +92,7 @@ def make_examples(folder: Path, dataset: str, split: str) -> Iterator[dict[str, 
 def main(arguments: list[str] | None = None) -> None:
     options = preprocess_parser().parse_args(arguments)
     folder, log = Path(options.folder), start_log(None)
-    for dataset in [options.only] if options.only else list(READ):
+    for dataset in [options.only] if options.only else list(FILES):
         for split in PUBLISHED:
             path = folder / dataset.upper() / f"{split}.json"
             if path.is_file():

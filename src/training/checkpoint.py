@@ -259,27 +259,21 @@ def read_state(
         ours, theirs, scaler = optimizer.param_groups, saved["optimizer"], saved["scaler"]
         parameters = [parameter for group in ours for parameter in group["params"]]
         numbers = [number for group in theirs["param_groups"] for number in group["params"]]
-        n_known = len(set(theirs["state"]) & set(numbers))
-        is_empty = not (n_known or scaler or step == 0)
-        if (len(ours), len(parameters)) != (len(theirs["param_groups"]), len(numbers)) or is_empty:
-            raise ValueError(f"for {n_known} of {len(numbers)} tensors, not {len(parameters)}")
-        if n_known != len(theirs["state"]):
-            raise ValueError("the optimizer has a state without a tensor")
+        known = set(theirs["state"]) & set(numbers)
+        if (len(ours), len(parameters)) != (len(theirs["param_groups"]), len(numbers)):
+            raise ValueError(f"for {len(numbers)} tensors, not {len(parameters)}")
+        if len(known) != len(theirs["state"]) or not (known or scaler or step == 0):
+            raise ValueError(f"{len(known)} of its tensors have been trained")
         for number, parameter in zip(numbers, parameters, strict=True):
-            moments = theirs["state"].get(number, {})
-            found = {name: list(value.shape) for name, value in moments.items()}
-            shape = list(parameter.shape)
-            if found not in ({}, {"step": [], "exp_avg": shape, "exp_avg_sq": shape}):
-                raise ValueError(f"the optimizer has {found} for a tensor of shape {shape}")
-            if not all(value.is_floating_point() for value in moments.values()):
-                raise ValueError("the optimizer's tensors are not floating point")
-        if not all(type(n) in (int, float) and math.isfinite(n) for n in scaler.values()):
-            raise ValueError("the loss scale is not a number")
+            moments, shape = theirs["state"].get(number, {}), list(parameter.shape)
+            found = {n: list(v.shape) for n, v in moments.items() if v.is_floating_point()}
+            if number in known and found != {"step": [], "exp_avg": shape, "exp_avg_sq": shape}:
+                raise ValueError(f"{found} for a tensor of shape {shape}")
         if scaler:
             torch.amp.GradScaler("cpu").load_state_dict(scaler)
+        if not all(type(n) in (int, float) and math.isfinite(n) for n in scaler.values()):
+            raise ValueError("the loss scale is not a number")
         states = saved["random_states"]
-        if not states or any(state["cpu"].dtype != torch.uint8 for state in states):
-            raise ValueError("there are no random states")
         for device, state in states[min(rank, len(states) - 1)].items():
             if device == "cpu" or torch.cuda.is_available():
                 torch.Generator(device).set_state(state)

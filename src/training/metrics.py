@@ -50,8 +50,8 @@ def start_log(file: Path | None) -> logging.Logger:
     log.setLevel(logging.INFO if distributed.is_main() else logging.CRITICAL)
     if not distributed.is_main():
         return log
-    text = {"encoding": "utf-8", "errors": "backslashreplace"}
-    for handler in [_BesideTheBar(), *([logging.FileHandler(file, **text)] if file else [])]:
+    files = [logging.FileHandler(file, "a", "utf-8", False, "backslashreplace")] if file else []
+    for handler in [_BesideTheBar(), *files]:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
     return log
