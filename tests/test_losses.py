@@ -11,6 +11,7 @@ from src.data.batches import RetrieverDataset
 from src.data.examples import load_data
 from src.models.losses import DISTILLATION_LOSSES
 from src.options import LOSSES, LossOptions
+from src.runtime.errors import InputError
 from tests.conftest import REFERENCE
 
 FOLDER = REFERENCE.parent / "reference_targets"
@@ -165,6 +166,16 @@ def test_dprs_training_files(tmp_path):
     examples = load_data(tmp_path / "dpr.json", needs_scores=4, target="has_answer")
     item = RetrieverDataset(examples, 4, loss="contrastive")[0, 0]
     assert item.scores == [1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("wrong", [None, [], [1.0, "x", 2.0], [1.0, 2.0], [float("nan")] * 3])
+def test_token_log_probs_that_are_none(wrong, data):
+    rows = json.loads(data.read_text())
+    rows[1]["ctxs"][0]["token_log_probs"] = wrong
+    data.write_text(json.dumps(rows))
+    examples = load_data(data, needs_scores=5, target="attention")
+    with pytest.raises(InputError, match=r"--targets perplexity --token_log_probs"):
+        RetrieverDataset(examples, 5, loss="emdr2")[0, 1]
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -4,6 +4,7 @@ import atexit
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import random
 import signal
@@ -240,8 +241,9 @@ class RetrieverDataset(Dataset):
 
     def _token_log_probs(self, raw: dict, passages: list[Passage]) -> list[list[float]]:
         found = [raw["ctxs"][passage.position].get("token_log_probs") for passage in passages]
-        lengths = {len(row) if isinstance(row, list) else 0 for row in found}
-        if len(lengths) > 1 or 0 in lengths or not np.isfinite(np.array(found, float)).all():
+        rows = [row if isinstance(row, list) else [] for row in found]
+        numbers = [isinstance(n, float | int) and math.isfinite(n) for row in rows for n in row]
+        if len({len(row) for row in rows}) > 1 or not numbers or not all(numbers):
             raise InputError(
                 f"{self.examples.path}, example {raw.get('id', '?')}: a passage has no "
                 "token_log_probs; write them with test_reader.py --targets perplexity "
