@@ -113,6 +113,26 @@ def test_questions_without_passages_have_no_gradient(name):
     assert (scores.grad == 0).all()
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_parts_of_a_batch_count_by_their_elements(name):
+    """So that processes with a part each train as one with all of it (`training/loop.py`)."""
+    generator = torch.Generator().manual_seed(3)
+    scores, gold = torch.randn(2, 6, 4, generator=generator)
+    present = torch.arange(4) < torch.tensor([4, 1, 3, 2, 4, 4])[:, None]
+    batch = {"gold_scores": gold, "present": present}
+    batch["token_log_probs"] = -torch.rand(6, 4, 5, generator=generator)
+    batch["token_mask"] = torch.arange(5) < torch.tensor([5, 2, 3, 1, 5, 4])[:, None]
+    loss, options = DISTILLATION_LOSSES[name], LossOptions()
+    whole, count = loss(scores, batch, options, None)
+    parts = []
+    for rows in (slice(0, 2), slice(2, 6)):
+        part = {key: value[rows] for key, value in batch.items()}
+        parts.append(loss(scores[rows], part, options, None))
+    assert sum(n for _, n in parts) == count
+    joint = sum(value * n for value, n in parts) / count
+    assert joint.item() == pytest.approx(whole.item(), rel=1e-5)
+
+
 def test_the_table_has_the_names_of_the_options():
     assert tuple(DISTILLATION_LOSSES) == LOSSES
 
