@@ -363,7 +363,7 @@ def test_retrieved_data_comes_back(rng, tmp_path):
         for n in range(6)
     ]
     (tmp_path / "data.json").write_text(json.dumps(questions))
-    positions = [[rng.randrange(9) for _ in range(4)] for _ in questions]
+    positions = np.array([[rng.randrange(9) for _ in range(4)] for _ in questions])
     scores = np.array([sorted((rng.random() for _ in range(4)), reverse=True) for _ in questions])
     for name in ("found.json", "found.jsonl"):
         data, passages = Examples(tmp_path / "data.json"), Passages(tmp_path / "passages.tsv")
@@ -376,7 +376,8 @@ def test_retrieved_data_comes_back(rng, tmp_path):
             read = [(c["id"], c["title"], c["text"], c["score"]) for c in row["ctxs"]]
             passages = [collection[index] for index in chosen]
             assert read == [(*p[:3], score) for p, score in zip(passages, values, strict=True)]
-        assert flags == [[c["hasanswer"] for c in row["ctxs"]] for row in found if row["answers"]]
+        hits = [[c["hasanswer"] for c in row["ctxs"]] for row in found if row["answers"]]
+        assert list(map(list, flags)) == hits
         recalls = write_recall(tmp_path / name, flags, 4)
         if flags:
             stored = json.loads((tmp_path / f"{name}.recall.json").read_text())

@@ -371,7 +371,7 @@ def ctrl_c_cases(reference: Path, folder: Path) -> dict[str, tuple[str, list, st
             "test_reader", answers, "src.evaluation.results:write_scores", from_batch,
         ),
         "opens passages": (embed, [*bert, *collection, folder / "x"],
-                           "src.data.passages:unpack", again),
+                           "src.data.passages:open_text", again),
         "embeds": (embed, [*bert, *collection, folder / "y"],
                    "src.models.embedder:TextEmbedder.begin", from_block),
         "writes embeddings": (embed, [*bert, *collection, folder / "z"],
