@@ -83,7 +83,9 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_args(self, *arguments: Any) -> argparse.Namespace:
         options = super().parse_args(*arguments)
-        for value in vars(options).values():
+        for name, value in vars(options).items():
+            if name == "question":  # typed by a person, not a file's name
+                continue
             for text in value if isinstance(value, list) else [value]:
                 if isinstance(text, str) and re.search("[\0\ud800-\udfff]", text):
                     self.error(f"{text!a} is no text in UTF-8; rename the file")
@@ -142,11 +144,14 @@ def _count_list(text: str) -> list[int]:
     return sorted({COUNT(part) for part in text.split(",")})
 
 
+def _target(text: str) -> str:
+    if text not in TARGETS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(TARGETS)}")
+    return text
+
+
 def _targets(text: str) -> str:
-    names = text.split(",")
-    if wrong := [name for name in names if name not in TARGETS]:
-        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is not one of {', '.join(TARGETS)}")
-    return ",".join(dict.fromkeys(names))
+    return ",".join(dict.fromkeys(map(_target, text.split(","))))
 
 
 def _counts(text: str) -> str:
@@ -486,7 +491,7 @@ def test_reader_parser() -> _Parser:
     _reader(parser, "the reader: a checkpoint folder or hub name; none: t5-SIZE")
     parser.group("conversation")
     new("--interactive", bool, False, "answer questions typed at a prompt or piped in")
-    new("--question", "TEXT", None, "answer this one question in the same way")
+    new("--question TEXT", str, None, "answer this one question in the same way")
     new("--serve", bool, False, "answer questions on a web page of this machine")
     new("--host", "ADDRESS", "127.0.0.1", "with --serve: another address lets others ask too")
     new("--port", number(int, at_least=0, at_most=65535), 8000, "with --serve (0: a free one)")
@@ -514,7 +519,7 @@ def train_retriever_parser() -> _Parser:
     new("--tokenizer", "NAME", "none", _BERT)
     add("--no_title", bool, False, "embed passages without their titles")
     new("--in_batch_negatives", bool, False, "use other questions' passages as negatives")
-    new("--target", list(TARGETS), None, "score to learn from; none: the first of the data's")
+    new("--target NAME", _target, None, "score to learn from; none: the first of the data's")
     new("--loss", list(LOSSES), "kl", "contrastive: data with hasanswer, or DPR's")
     new("--temperature", number(float, above=0), 1.0, "divides the similarities")
     new("--target_temperature", number(float, above=0), 1.0, "divides the target (kl)")

@@ -286,7 +286,7 @@ def test_a_terminal(reference, passages, tmp_path):
     terminal.read(until=PROMPT)
     assert " ready      type a question; Ctrl-D leaves\r\n" in terminal.screen
     first = terminal.type("Where does the Strömgarwen rise?\n", PROMPT)
-    assert re.search(r"\r\n\r\n\x1b\[1m.*\x1b\[22m\r\n\r\n1  reader ", first)
+    assert re.search(r"\r\n\r\n\x1b\[1m.*\x1b\[22m \(probability .*\)\r\n\r\n1  reader ", first)
     assert "reader" not in terminal.type("  \n", PROMPT)
     terminal.type("Who was", "Who was")
     assert "reader" not in terminal.type("\x03", PROMPT)  # Ctrl-C: the line is gone

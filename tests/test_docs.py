@@ -318,7 +318,7 @@ def test_the_files_of_folders(written):
             "embeddings", "encoder", "proj", "norm",
         }  # fmt: skip
     config = json.loads((retriever / "config.json").read_text())
-    text = FORMATS.split("its `config.json` holds ")[1].split("\n\n")[0]
+    text = FORMATS.split("its `config.json` holds ")[1].split("`modules.json`")[0]
     assert config.keys() >= set(re.findall("`(.*?)`", text))
     assert (written / "passages.tsv.bm25" / "index.json").exists()
 

@@ -176,14 +176,30 @@ def runs_of(script: str, reference: Path, folder: Path) -> list[list]:
             [*data, *shape, *short, "a"],
             [*data, "--model_path", retriever, *short, "b"],
             [*data, "--retriever_model", bert, *short, "c", *schedule],
+            [*data, "--model_path", retriever, *short, "d", "--loss", "margin"],
         ]
     if script == "test_reader":
         data = ["--eval_data", folder / "data.json", "--checkpoint_dir", folder]
         reader = ["--model_path", t5, "--generation_max_length", 2]
+        (folder / "unanswered.json").write_text('[{"question": "?", "ctxs": [{"text": "a"}]}]')
         ask = ["--question", "Who?", "--passages", passages]
         tokenizer = ["--retriever_tokenizer", bert]
         return [
             [*reader, *data, "--num_workers", 0],
+            [
+                *reader,
+                "--eval_data",
+                folder / "unanswered.json",
+                "--checkpoint_dir",
+                folder,
+                "--write_results",
+                "--write_crossattention_scores",
+                "--targets",
+                "perplexity",
+                "--score_own_answer",
+                "--name",
+                "scored",
+            ],
             [*reader, *ask, "--bm25"],
             [*reader, *ask, "--retriever_path", retriever, *found, *tokenizer],
         ]
@@ -213,8 +229,8 @@ def test_every_option_is_read_and_explained(script, reference, tmp_path, monkeyp
     for run_options in runs_of(script, reference, tmp_path):
         importlib.import_module(script).main([str(word) for word in run_options])
     actions = [action for action in SCRIPTS[script]()._actions if action.dest != "help"]
-    # Read on a GPU only.
-    unread = {action.dest for action in actions} - recorder.read - {"no_fp16"}
+    # Read on a GPU only; of a web page, in test_serve.py.
+    unread = {action.dest for action in actions} - recorder.read - {"no_fp16", "host", "port"}
     assert not unread
     assert all(action.help for action in actions)
 

@@ -213,7 +213,7 @@ def _parse_json(line: str) -> Passage:
         raise BadValue(f'no text: "text" or "contents" must be text, not {shorten(text)}')
     if not isinstance(title, str | None):
         raise BadValue(f'"title" must be text, not {shorten(title)}')
-    known = itertools.chain.from_iterable(FIELD_NAMES.values())
+    known = itertools.chain(*FIELD_NAMES.values(), ["embeddings"])  # wiki_dpr's vectors
     more = {name: raw[name] for name in raw.keys() - {*known} if raw[name] not in _EMPTY}
     return Passage(str(identity), title or "", text, more=dict(sorted(more.items())))
 
