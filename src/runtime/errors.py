@@ -56,7 +56,7 @@ def reports_input_errors(main: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args, **kwargs) -> None:
         on_interrupt(lambda: "starts again")
         for stream in (sys.stdout, sys.stderr):  # whatever is printed, in any encoding
-            with contextlib.suppress(AttributeError):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # some cannot
                 stream.reconfigure(errors="backslashreplace")
         try:
             with at_end:

@@ -191,7 +191,8 @@ class EmbeddingSearch:
         the collection; an approximate index can find fewer than k."""
         found = self._find(self._index, self._embed(questions), k)
         positions = np.full(found.positions.shape, -1)
-        for row, ids in zip(positions, self._exact.ids(found.positions), strict=True):
+        for row, some in zip(positions, found.positions, strict=True):
+            (ids,) = self._exact.ids(some[None])  # those of all questions would fill the memory
             row[: len(ids)] = self._passages.find(ids)
         return Found(found.scores, positions)
 
