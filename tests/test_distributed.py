@@ -77,9 +77,11 @@ def test_two_processes_answer_as_one(data, reference, tmp_path):
                 result.split(" ", 2)[2],
                 (folder / "final_output.txt").read_bytes(),
                 (folder / "dataset_wscores.json").read_bytes(),
+                (folder / "answers.jsonl").read_bytes(),
             )
         )
         assert sorted(path.name for path in folder.iterdir()) == [
+            "answers.jsonl",
             "dataset_wscores.json",
             "dataset_wscores.json.made_by.json",
             "final_output.txt",
