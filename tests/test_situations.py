@@ -15,8 +15,8 @@ from src import options as all_options
 from src.data.examples import load_data
 from src.evaluation.answers import read_answers
 from src.evaluation.results import AnswerFile, check_results
+from src.models.answering import Answer
 from src.models.pretrained import load_config
-from src.models.reader import Answer
 from src.runtime.errors import InputError, reports_input_errors
 from src.runtime.launch import detect_launch
 from src.search.embeddings import open_shards
