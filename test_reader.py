@@ -99,6 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     say(log, "judged", "%s", joint)
     if generation.contexts and rank == 0:
         say(log, "curve", "exact match by passages read: %s", results.write_curve(run, joint))
+    del reader, new
     distributed.stop()
     took = duration(time.perf_counter() - started)
     say(log, "done", "%s in %s: %s", count(len(data), "question"), took, run)

@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -42,8 +43,10 @@ def join(options: argparse.Namespace) -> torch.device:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group, which nothing should hold any more: a sharded model that is freed
+    later can abort the process while it exits."""
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
 
 
