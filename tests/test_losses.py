@@ -1,6 +1,7 @@
 """Losses and their gradients equal Atlas', EMDR2's, and those of the definitions in float64."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import train_retriever
 from src.data.batches import RetrieverDataset
-from src.data.examples import load_data
+from src.data.examples import load_data, skip_unscored
 from src.models.losses import DISTILLATION_LOSSES
 from src.options import LOSSES, LossOptions
 from src.runtime.errors import InputError
@@ -186,6 +187,20 @@ def test_dprs_training_files(tmp_path):
     examples = load_data(tmp_path / "dpr.json", needs_scores=4, target="has_answer")
     item = RetrieverDataset(examples, 4, loss="contrastive")[0, 0]
     assert item.scores == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_questions_without_a_positive_are_skipped(data):
+    rows = json.loads(data.read_text())
+    for row in rows[2:]:
+        for context in row["ctxs"]:
+            context["scores"]["has_answer"] = 0.0
+    data.write_text(json.dumps(rows))
+    examples = load_data(data, needs_scores=5, target="has_answer")
+    assert examples.unscored == list(range(2, 8))
+    with pytest.raises(InputError, match="has an answer by hasanswer, which passage_retrieval"):
+        skip_unscored(examples, [list(range(8))], logging.getLogger("fid"), "has_answer")
+    with pytest.raises(InputError, match=r"by perplexity; .* --targets perplexity"):
+        skip_unscored(examples, [list(range(8))], logging.getLogger("fid"), "perplexity")
 
 
 @pytest.mark.parametrize("wrong", [None, [], [1.0, "x", 2.0], [1.0, 2.0], [float("nan")] * 3])

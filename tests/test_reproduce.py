@@ -57,7 +57,7 @@ def test_the_boundary(expected, tolerance, got, within):
 
 @pytest.fixture
 def results(tmp_path) -> dict[str, str]:
-    """Four questions, and answers of which three are correct; their passages: six of each."""
+    """Four questions with six passages each, and answers, three of them correct."""
     texts = [[f"only a{k}" for k in range(i - 1, i + 5)] for i in range(4)]
     rows = [
         {"id": i, "question": "q", "answers": [f"a{i}"], "ctxs": [{"text": t} for t in texts[i]]}

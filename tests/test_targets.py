@@ -188,6 +188,23 @@ def test_scored_data(tmp_path, capsys):
     assert line.split()[5] == "0.0"
 
 
+def test_scores_of_another_reader_do_not_stay(tmp_path):
+    """A scored file that is scored again, with fewer targets and passages."""
+    rows = json.loads((REFERENCE / "data.json").read_text())[:2]
+    for context in (context for row in rows for context in row["ctxs"]):
+        context |= {"scores": {"perplexity": 7.0}, "token_log_probs": [1.0], "attribution": 2.0}
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    command = ["--eval_data", tmp_path / "data.json", "--model_path", REFERENCE / "t5",
+               "--n_context", 2, "--text_maxlength", 48, "--generation_max_length", 4,
+               "--write_crossattention_scores", "--num_workers", 0, "--checkpoint_dir", tmp_path,
+               "--name", "again"]  # fmt: skip
+    test_reader.main([str(word) for word in command])
+    for row in json.loads((tmp_path / "again" / "dataset_wscores.json").read_text()):
+        assert ["score" in context for context in row["ctxs"]] == [True, True, False, False, False]
+        for context in row["ctxs"]:
+            assert not context.keys() & {"scores", "token_log_probs", "attribution"}
+
+
 def test_rank_correlation_by_counting():
     rng = np.random.default_rng(0)
     for _ in range(50):

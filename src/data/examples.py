@@ -206,7 +206,8 @@ def load_data(
     Args:
         needs_target: the examples are to train a reader: each must have a target or answers.
         needs_scores: the examples are to distil from: those of this process's share without a score
-            on one of their first `needs_scores` passages are listed in `unscored`; 0: none are.
+            on one of their first `needs_scores` passages (with the target `has_answer`: without an
+            answer in one) are listed in `unscored`; 0: none are.
         bar: for the examples that are checked.
         target: see `Examples`.
         regex_answers: whether the answers are regular expressions.
@@ -219,8 +220,9 @@ def load_data(
         if needs_target and example.target is None and not example.answers:
             where = examples.where(index)
             raise InputError(f'{where}: "target" or "answers" is needed to train on it')
-        passages = example.passages[:needs_scores]
-        lacks_scores = needs_scores and all(passage.score is None for passage in passages)
+        scores = [passage.score for passage in example.passages[:needs_scores]]
+        scores = [score for score in scores if score is not None]
+        lacks_scores = needs_scores and not (any(scores) if target == "has_answer" else scores)
         is_empty = example.answers and not any(map(str.strip, example.answers))
         return _UNSCORED * bool(lacks_scores) + _EMPTY * bool(is_empty)
 
@@ -240,7 +242,10 @@ _UNSCORED, _EMPTY = 1, 2  # what `load_data` notes of an example: all answers em
 
 
 def skip_unscored(
-    examples: Examples, gathered: Iterable[list[int]], log: logging.Logger
+    examples: Examples,
+    gathered: Iterable[list[int]],
+    log: logging.Logger,
+    target: str | None = None,
 ) -> Examples:
     """The examples to distil from, given `unscored` of all processes.
 
@@ -249,13 +254,21 @@ def skip_unscored(
     skipped = [index for indices in gathered for index in indices]
     if len(skipped) == len(examples):
         describe_passages(examples, 0, "distil from them")
+        has_not = "none of the passages that are read has"
+        if target == "has_answer":
+            raise InputError(
+                f"{examples.path}: {has_not} an answer by hasanswer, which passage_retrieval.py "
+                "writes for questions with answers"
+            )
+        name, option = (f" by {target}", f" --targets {target}") if target else ("", "")
         raise InputError(
-            f"{examples.path}: none of the passages that are read has a score of the reader; write "
-            "them with test_reader.py --write_crossattention_scores"
+            f"{examples.path}: {has_not} a score of the reader{name}; write them with "
+            f"test_reader.py --write_crossattention_scores{option}"
         )
     if skipped:
         n, total = f"{len(skipped):,}", count(len(examples), "question")
-        log.info("skipped %s of %s of %s without scored passages", n, total, examples.path)
+        lacking = "a passage with an answer" if target == "has_answer" else "scored passages"
+        log.info("skipped %s of %s of %s without %s", n, total, examples.path, lacking)
     return examples.without(skipped)
 
 
@@ -279,7 +292,7 @@ def describe_passages(examples: Examples, n_context: int, needed_to: str = "") -
 def _check_all(
     check: Callable[[int], int], indices: range, n_processes: int, bar: Bar
 ) -> list[tuple[int, int]]:
-    """The indices of which a check returns something, and that; divided among processes.
+    """The indices for which a check returns a flag, with the flag; divided among processes.
 
     Errors: the check's first one.
     """

@@ -5,6 +5,7 @@ processes in turn, so reading the parts in turn gives the input's order, with no
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 from argparse import Namespace
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.data.examples import Examples, parse_example, read_example
+from src.data.examples import Example, Examples, read_example
 from src.data.json_files import json_list
 from src.data.outputs import require_regular, write_whole, writing
 from src.evaluation.answers import ANSWERS, SCORES, exact_match, find_answers, judge
@@ -81,8 +82,9 @@ def right_answer(data: Examples) -> Callable[[int], str | None]:
 
     def find(index: int) -> str | None:
         example = read_example(data, index)
-        answers = [example.target] if example.target is not None else example.answers
-        return answers[0] if answers else None
+        if example.target is not None or data.answers_are_regexes:
+            return example.target
+        return example.answers[0] if example.answers else None
 
     return find
 
@@ -205,23 +207,28 @@ def write_answers(
     Args: abstain_below: the answer is empty where its probability is lower.
     """
 
-    def lines() -> Iterator[tuple[str, str]]:
+    def answers() -> Iterator[tuple[Example, Answer]]:
         for answer in read_parts(folder, world_size):
-            example = read_example(data, answer.index)
             text = "" if answer.probability < abstain_below else answer.text
-            identity = example.id
-            record = {"id": identity, "answer": text}
+            yield read_example(data, answer.index), dataclasses.replace(answer, text=text)
+
+    def records() -> Iterator[str]:
+        for example, answer in answers():
+            record = {"id": example.id, "answer": answer.text}
             record |= _probability(answer.log_probability, answer.n_tokens)
             if example.answers:
-                record["correct"] = exact_match(text, example.answers)
+                record["correct"] = exact_match(answer.text, example.answers)
             if answer.alternatives:
                 others = [{"answer": a[0], **_probability(*a[1:])} for a in answer.alternatives]
                 record["alternatives"] = others
-            yield f"{' '.join(identity.split())}\t{' '.join(text.split())}\n", json.dumps(record)
+            yield json.dumps(record) + "\n"
 
-    records = (f"{record}\n" for _, record in lines())
-    write_whole(folder / PROBABILITIES, records)
-    return write_whole(folder / ANSWERS, (line for line, _ in lines()))
+    def lines() -> Iterator[str]:
+        for example, answer in answers():
+            yield f"{' '.join(example.id.split())}\t{' '.join(answer.text.split())}\n"
+
+    write_whole(folder / PROBABILITIES, records())
+    return write_whole(folder / ANSWERS, lines())
 
 
 def write_scores(
@@ -242,7 +249,8 @@ def write_scores(
 
     def examples() -> Iterator[dict[str, Any]]:
         for answer in read_parts(folder, world_size):
-            yield _scored_example(data[answer.index], answer, n_context, targets)
+            example = read_example(data, answer.index)
+            yield _scored_example(data[answer.index], example, answer, n_context, targets)
             on_examples(1)
 
     beside(folder / SCORES, MADE_BY).unlink(missing_ok=True)
@@ -251,19 +259,21 @@ def write_scores(
     return path
 
 
+_OF_READERS = ("score", "scores", "token_log_probs", "attribution")  # perhaps of another reader
+
+
 def _scored_example(
-    raw: dict[str, Any], answer: Answer, n_context: int, targets: TargetOptions
+    raw: dict[str, Any], example: Example, answer: Answer, n_context: int, targets: TargetOptions
 ) -> dict[str, Any]:
     """The example with its passages in reading order and the answer's scores on the first ones."""
-    example = parse_example(raw, answer.index, "")
     values = dict(answer.targets) or {"attention": answer.scores}
     if "has_answer" in targets.names:
         texts = (passage.text for passage in example.passages)
         values["has_answer"] = [float(has) for has in find_answers(example.answers, texts)]
     contexts = []
     for number, passage in enumerate(example.passages):
-        context = dict(raw["ctxs"][passage.position])
-        context.pop("score", None)
+        given = raw["ctxs"][passage.position]
+        context = {name: given[name] for name in given if name not in _OF_READERS}
         if number < n_context:
             scores = {name: values[name][number] for name in targets.names}
             context["score"] = scores[targets.names[0]]

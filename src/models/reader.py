@@ -255,11 +255,8 @@ class FiDT5(nn.Module):
     ) -> tuple[Decoded, dict[int, torch.Tensor]]:
         """The answers, and the tokens of the best ones from the first n passages alone for each n
         of the curve."""
-        contexts, longest, n_beams = (
-            options.contexts,
-            options.generation_max_length,
-            options.num_beams,
-        )
+        contexts, n_beams = options.contexts, options.num_beams
+        longest = options.generation_max_length
         parts = [encoded.first(n * L) for n in contexts]
         if n_beams > 1 or isinstance(decoder, TransformersDecoder):
             beams = TransformersDecoder(self.t5)

@@ -221,11 +221,8 @@ def training_memory(s: Shape, options: Options, device: Device, precision: str) 
     """Weights, gradients and Adam's two averages in float32 (Rajbhandari et al., 2020, section
     3.1), with --shard a share of each. A single process makes gradients while it frees activations;
     accumulation and DDP's buckets keep them."""
-    f, B, N = (
-        Format.of(device, precision, options.dropout),
-        options.per_gpu_batch_size,
-        options.n_context,
-    )
+    B, N = options.per_gpu_batch_size, options.n_context
+    f = Format.of(device, precision, options.dropout)
     shards = device.n if options.shard else 1
     own = 4 * s.parameters / shards
     if is_reader(options):

@@ -163,7 +163,7 @@ def _search(options: Options, device: Device, precision: str) -> Plan:
     rows, passages = _estimate(options.passages, b"\n", WIKIPEDIA, "passage")
     disk = {"for passages found": questions * options.n_docs * 700.0}
     if options.bm25:  # as bench/RESULTS.md has it
-        index = {"index": 3400.0 * rows, "Python, PyTorch": RUNTIME["cpu"]}
+        index = {"index": 1730.0 * rows, "Python, PyTorch": RUNTIME["cpu"]}
         return Plan("search with BM25", index, 1, f"building the index of {passages}", disk)
     s, block = footprint.retriever_shape(options), options.indexing_batch_size
     memory = footprint.embedding_memory(s, options.per_gpu_batch_size * 40, device, precision)

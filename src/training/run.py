@@ -108,7 +108,7 @@ class Run:
         )
         total = len(data)
         if scores:
-            data = skip_unscored(data, distributed.all_gather(data.unscored), self.log)
+            data = skip_unscored(data, distributed.all_gather(data.unscored), self.log, self.target)
         passages = describe_passages(data, self.options.n_context, needed_to)
         numbers = f"{len(data):,}", f"{total:,}", path
         say(self.log, name, f"{doing} on %s of %s examples of %s, %s", *numbers, passages)
