@@ -31,6 +31,7 @@ from src.models.retriever import load_retriever
 from src.tools import evaluate, preprocess
 from src.tools.report import page as report
 from tests.conftest import REFERENCE, ROOT, run
+from tests.test_get import Server
 from tests.test_preprocess import make_folder
 
 MAINS: dict[str, Callable] = {
@@ -579,16 +580,40 @@ def test_one_line_and_status_2(script, options, message, inputs, tmp_path, capfd
     assert not list(inputs.rglob("*partial*"))
 
 
-def test_a_hub_that_cannot_be_reached_is_asked_once(inputs, tmp_path):
+UNREACHABLE = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+WITH_MODEL = [name for name, options in GOOD.items() if "--model_path" in options]
+
+
+@pytest.mark.parametrize("script", WITH_MODEL)
+def test_a_hub_that_cannot_be_reached_is_asked_once(script, inputs, tmp_path):
     """Left to themselves, the libraries ask for half a minute, and say so on six lines."""
-    options = arguments(f"{GOOD['train_reader']} --model_path no-such-model", inputs, tmp_path)
-    nobody = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    done = run("train_reader.py", *options, **nobody)
+    options = arguments(f"{GOOD[script]} --model_path no-such-model", inputs, tmp_path)
+    done = run(f"{MAINS[script].__module__}.py", *options, **UNREACHABLE, HF_HOME=str(tmp_path))
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert re.match(
         "error: no-such-model: .*the hub cannot be asked.*; give a model's folder", line
     )
+
+
+@pytest.mark.parametrize("script", ["test_reader", "embed"])
+def test_a_name_that_the_hub_does_not_know(script, inputs, tmp_path):
+    options = arguments(f"{GOOD[script]} --model_path no-such-model", inputs, tmp_path)
+    hub = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": Server({}).url, "HF_HOME": str(tmp_path)}
+    done = run(f"{MAINS[script].__module__}.py", *options, **hub)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert re.match("error: no-such-model: .*give a", line)
+
+
+def test_a_cached_model_is_used_where_the_hub_cannot_be_reached(inputs, tmp_path):
+    model = tmp_path / "hub/models--our--t5"
+    shutil.copytree(arguments("{t5}", inputs, tmp_path)[0], model / "snapshots/123")
+    (model / "refs").mkdir()
+    (model / "refs/main").write_text("123")
+    options = arguments(f"{GOOD['test_reader']} --model_path our/t5", inputs, tmp_path)
+    done = run("test_reader.py", *options, **UNREACHABLE, HF_HOME=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from huggingface_hub import (
+    constants,
     get_hf_file_metadata,
     hf_hub_url,
     is_offline_mode,
@@ -258,7 +259,9 @@ def digest(model: nn.Module, settings: Iterable[str] = (), without: str = "\0") 
 
 def read_model_json(path: str, name: str) -> Any:
     """A JSON file of the model at a folder or hub name; None if it has no such file."""
-    file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    _check_path(path, needs_config=False)
+    with _reporting(path, f"its {name} cannot be read", "give a model's folder or hub name"):
+        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     if file is None:
         return None
     with _reporting(str(file), "not a JSON file", _COPY):
@@ -330,14 +333,22 @@ def _check_path(path: str, needs_config: bool = True) -> None:
 
 
 def _ask_hub(name: str) -> None:
-    """Report at once that the hub cannot be reached: Transformers tries for half a minute."""
+    """Where the hub cannot be reached, use the cache, or report it: Transformers asks for each of a
+    model's files, for half a minute."""
+    if is_offline_mode():
+        return
     try:
-        kept = [try_to_load_from_cache(name, file) for file in ("config.json", *_TOKENIZER_FILES)]
-        if not is_offline_mode() and not any(isinstance(path, str) for path in kept):
-            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
     except HfHubHTTPError:
         pass  # the hub has no such model, or another problem: Transformers explains
     except Exception as error:  # of the HTTP library, or of an impossible name
+        with contextlib.suppress(ValueError):  # an impossible name
+            kept = [
+                try_to_load_from_cache(name, file) for file in ("config.json", *_TOKENIZER_FILES)
+            ]
+            if any(isinstance(path, str) for path in kept):
+                constants.HF_HUB_OFFLINE = True
+                return
         raise InputError(
             f"{name}: there is no such folder, and the hub cannot be asked for a model of this "
             f"name ({first_line(error)}); give a model's folder"
