@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from src.data.batches import encode_texts
-from src.models.decoder import GreedyDecoder, is_answer_token
+from src.models.decoder import GreedyDecoder, TransformersDecoder, is_answer_token
 from src.models.pretrained import decode_answers
 from src.models.reader import FiDT5, Generated
 from src.models.targets import attribution, questions, score_passages
@@ -88,11 +88,13 @@ def answer_questions(
     file = f"{source}: " if source else ""
     score = "attention" if with_scores and "attention" in targets.names else None
     try:
-        scorer = None
-        if with_scores and (targets.needs_answer or targets.attribution):
-            scorer = _Scorer(reader, tokenizer, targets)
         with autocast(device, precision):
             laid_out = reader.decoder(options.decoder)
+        scorer = None
+        if with_scores and (targets.needs_answer or targets.attribution):
+            is_exact = precision == "fp32" and isinstance(laid_out, GreedyDecoder)
+            decoder = laid_out if is_exact else reader.decoder()
+            scorer = _Scorer(decoder, tokenizer, targets)
         for given in _in_step(batches) if isinstance(reader, FSDPModule) else batches:
             batch = given or _FILLER
             ids = batch["input_ids"].to(device, non_blocking=True)
@@ -118,10 +120,14 @@ class _Scorer:
         `attention` follow that.
     """
 
-    def __init__(self, reader: FiDT5, tokenizer: PreTrainedTokenizerBase, targets: TargetOptions):
+    def __init__(
+        self,
+        decoder: GreedyDecoder | TransformersDecoder,
+        tokenizer: PreTrainedTokenizerBase,
+        targets: TargetOptions,
+    ):
         self._tokenizer, self._targets = tokenizer, targets
         self._names = [name for name in targets.names if name not in ("attention", "has_answer")]
-        decoder = reader.decoder()
         if not isinstance(decoder, GreedyDecoder):
             raise InputError(
                 "something in the reader's decoder was changed, so of all --targets only attention "

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from src.options import GenerationOptions, conversation_search, select, test_reader_parser
+from src.options import GenerationOptions, TargetOptions, conversation_search, select, test_reader_parser
 from src.runtime.errors import InputError, reports_input_errors
 
 if __name__ == "__main__":
@@ -162,14 +162,16 @@ def converse(
             yield collate([ReaderItem(0, texts, None)])
 
     how = device, precision, select(GenerationOptions, options)
-    for (answer,) in answer_questions(reader, tokenizer, batches(), *how, with_scores=True):
-        scores = answer.scores[: len(passages)]  # without passages, the question alone has one
+    scored = {"with_scores": True, "targets": TargetOptions(attribution=True)}
+    for (answer,) in answer_questions(reader, tokenizer, batches(), *how, **scored):
+        # (Without passages, the question alone has scores.)
+        scores = zip(passages, answer.scores, answer.targets["attribution"], strict=False)
         read = [
-            Evidence(passage.title, passage.text, score, passage.score, passage.position + 1)
-            for passage, score in zip(passages, scores, strict=True)
+            Evidence(p.title, p.text, score, attribution, p.score, p.position + 1)
+            for p, score, attribution in scores
         ]
         read.sort(key=lambda evidence: -evidence.score)
-        yield Reply(answer.text, read, getattr(answer, "log_probability", None))
+        yield Reply(answer.text, read, answer.log_probability)
 
 
 if __name__ == "__main__":

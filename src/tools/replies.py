@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from src.evaluation.answers import answer_spans
@@ -16,22 +16,28 @@ _ON, _OFF = "\x02", "\x03"  # around an answer to mark; `clean` removes these ch
 
 
 class Evidence(NamedTuple):
-    """A passage that was read: its scores by reader and search, and its rank there, from 1."""
+    """A passage that was read: the reader's attention, how far the answer's log-probability drops
+    without it, its score by search, and its rank there, from 1."""
 
     title: str
     text: str
     score: float
+    attribution: float
     search_score: float
     search_rank: int
 
 
 class Reply(NamedTuple):
-    """An answer, the passages that were read for it, by the reader's score, highest first, and its
-    log-probability if the reader gives one."""
+    """An answer, the passages that were read for it, by attention, highest first, and the answer's
+    log-probability."""
 
     answer: str
     passages: list[Evidence]
-    log_probability: float | None = None
+    log_probability: float
+
+    @property
+    def probability(self) -> float:
+        return math.exp(min(0.0, self.log_probability))
 
 
 def print_replies(replies: Iterable[Reply]) -> int:
@@ -49,28 +55,24 @@ def show(reply: Reply, width: int, bold: bool) -> str:
     """A reply as text for a terminal of `width` cells: the answer, then the first passages, each
     with its scores and the lines around the answer, which is printed in bold if `bold`."""
     given = f"{_ON}{clean(reply.answer) or '(no answer)'}{_OFF}"
-    if reply.log_probability is not None:
-        given += f" (probability {math.exp(min(0.0, reply.log_probability)):.3f})"
-    lines = wrap(given, width) + [""]
+    lines = [*wrap(f"{given} (probability {reply.probability:.3f})", width), ""]
     shown = reply.passages[:_SHOWN]
-    scores = _align([f"{evidence.score:.2f}" for evidence in shown], str.rjust)
-    found = [f"{evidence.search_score:.2f} (#{evidence.search_rank})" for evidence in shown]
-    rows = zip(shown, scores, _align(found, str.ljust), strict=True)
-    for rank, (evidence, score, hit) in enumerate(rows, start=1):
-        head = f"{rank}  reader {score} | search {hit}"
-        title = wrap(clean(evidence.title), max(12, width - len(head) - 7))
+    heads = [
+        f"{rank}  reader {e.score:6.2f} | attribution {e.attribution:5.2f} | "
+        f"search {e.search_score:.2f} (#{e.search_rank})"
+        for rank, e in enumerate(shown, start=1)
+    ]
+    widest = max(map(len, heads), default=0)
+    for head, evidence in zip(heads, shown, strict=True):
+        title = wrap(clean(evidence.title), max(12, width - widest - 7))
         if title:
-            head += f" | {title[0]}{' ...' if len(title) > 1 else ''}"
-        lines += [head.rstrip()]
+            head = f"{head:{widest}} | {title[0]}{' ...' if len(title) > 1 else ''}"
+        lines.append(head)
         lines += [f"   {line}" for line in _excerpt(evidence.text, reply.answer, width - 3)]
     if len(reply.passages) > _SHOWN:
         lines += [f"and {len(reply.passages) - _SHOWN} more"]
     text = "\n".join(lines)
     return text.replace(_ON, "\x1b[1m" if bold else "").replace(_OFF, "\x1b[22m" if bold else "")
-
-
-def _align(texts: list[str], adjust: Callable[[str, int], str]) -> list[str]:
-    return [adjust(text, max(map(len, texts))) for text in texts]
 
 
 def clean(text: str) -> str:

@@ -7,7 +7,6 @@ Questions are answered one at a time. Nothing is kept of them, and the page load
 
 import json
 import logging
-import math
 import re
 import socket
 import sys
@@ -52,11 +51,8 @@ def read_question(body: bytes) -> str:
 
 def as_json(question: str, reply: Reply) -> dict[str, Any]:
     """A reply for programs. `marks` are the answer's [start, end) in the passage's characters."""
-    about: dict[str, Any] = {"question": question, "answer": reply.answer}
-    if reply.log_probability is not None:
-        about |= {"log_probability": reply.log_probability}
-        about |= {"probability": math.exp(min(0.0, reply.log_probability))}
-    marks = (answer_spans([reply.answer], passage.text) for passage in reply.passages)
+    about = reply._asdict() | {"question": question, "probability": reply.probability}
+    marks = [answer_spans([reply.answer], passage.text) for passage in reply.passages]
     passages = zip(reply.passages, marks, strict=True)
     return about | {"passages": [p._asdict() | {"marks": spans} for p, spans in passages]}
 
