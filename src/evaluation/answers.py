@@ -8,9 +8,11 @@ import itertools
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import regex
 
 from src.data.examples import Examples, read_example
@@ -24,6 +26,7 @@ _TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 _WORD = regex.compile(r"[\p{L}\p{N}\p{M}]")
 # What test_reader.py writes into a run's folder.
 ANSWERS, SCORES = "final_output.txt", "dataset_wscores.json"
+Value = TypeVar("Value")
 
 
 def normalize_answer(text: str) -> str:
@@ -200,51 +203,72 @@ def _normalize_with_sources(text: str) -> tuple[str, list[tuple[int, int]]]:
     return normal, sources
 
 
-def read_answers(path: str, data: Examples) -> list[str]:
-    """The answers in a file of lines `id<TAB>answer`, one for each example of the data, in its
-    order. Errors: `InputError` when the two do not belong together."""
+def read_aligned(
+    path: str | Path, data: Examples, parse: Callable[[str], tuple[object, Value]], shape: str
+) -> list[Value]:
+    """The values in a file with a line for each example of the data, in its order.
+
+    Args: parse: a line's id and value; shape: what a line has, for errors.
+    Errors: `InputError` when the two do not belong together.
+    """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            lines = file.read().removesuffix("\n").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError as error:
         problem = f"byte {error.start} is not UTF-8 text; re-encode the file"
         raise InputError(f"{path}: {problem}") from None
+    remedy = "give the --data that was answered"
     if len(lines) != len(data):
-        raise InputError(
-            f"{path}: {len(lines)} lines of answers to the {len(data)} questions of {data.path}; "
-            "give the --data that was answered, and the whole file"
-        )
-    answers = []
+        lengths = f"{len(lines)} lines of answers to the {len(data)} questions"
+        raise InputError(f"{path}: {lengths} of {data.path}; {remedy}, and the complete file")
+    values = []
     for index, line in enumerate(lines):
-        identity, tab, answer = line.partition("\t")
         expected = " ".join(read_example(data, index).id.split())
-        if not tab or identity != expected:
-            raise InputError(
-                f"{path}, line {index + 1}: must be the answer to question {expected} of "
-                f"{data.path}, as id, tab, answer, not {shorten(line, 40)}; give the --data that "
-                "was answered"
-            )
-        answers.append(answer)
-    return answers
+        try:
+            identity, value = parse(line)
+            if " ".join(str(identity).split()) != expected:
+                raise ValueError
+        except (ValueError, TypeError, KeyError, AttributeError):
+            wanted = f"must be the answer to question {expected} of {data.path}, {shape}"
+            problem = f"{wanted}, not {shorten(line, 60)}; {remedy}"
+            raise InputError(f"{path}, line {index + 1}: {problem}") from None
+        values.append(value)
+    return values
 
 
-def judge_answers(path: str, data: Examples) -> dict[str, list[float]]:
-    """Exact match and F1, in [0, 1], of a file of answers (see `read_answers`) to each question
-    that has gold answers. Errors: `InputError` also when there are none."""
-    examples = [read_example(data, index) for index in range(len(data))]
-    pairs = zip(read_answers(path, data), examples, strict=True)
-    judged = [judge(answer, example.answers) for answer, example in pairs if example.answers]
-    if not judged:
-        raise InputError(
-            f"{data.path}: no question in this file has answers; give --data that has some"
-        )
-    return dict(zip(("exact match", "F1"), map(list, zip(*judged, strict=True)), strict=True))
+def read_answers(path: str | Path, data: Examples) -> list[str]:
+    """The answers in a file of lines `id<TAB>answer`. Errors: those of `read_aligned`."""
+    return read_aligned(path, data, lambda line: line.split("\t", 1), "as id, tab, answer")
+
+
+METRICS = {"contained": contains_answer, "ROUGE-L": rouge_l}  # besides exact match and F1
+
+
+def judge_answers(
+    path: str, data: Examples, more: Iterable[str] = ()
+) -> tuple[list[int], dict[str, list[float]]]:
+    """The indices of the examples that have gold answers, and the exact match, F1 and further
+    `METRICS` of a file's answers to them, in [0, 1]. Errors: those of `read_answers`, and
+    `InputError` when there are none."""
+    indices, rows = [], []
+    for index, answer in enumerate(read_answers(path, data)):
+        if gold := read_example(data, index).answers:
+            indices.append(index)
+            rows.append([*judge(answer, gold), *(METRICS[name](answer, gold) for name in more)])
+    if not indices:
+        problem = "no question in this file has answers; give --data that has some"
+        raise InputError(f"{data.path}: {problem}")
+    columns = map(list, zip(*rows, strict=True))
+    return indices, dict(zip(("exact match", "F1", *more), columns, strict=True))
+
+
+def means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The number of questions, and the means of their values in percent."""
+    n = len(next(iter(values.values()), ()))
+    return {"questions": n} | {name: 100 * float(np.mean(v)) for name, v in values.items()}
 
 
 def measure_answers(path: str, data: Examples) -> dict[str, float]:
-    """The means of `judge_answers` in percent, and the number of questions."""
-    judged = judge_answers(path, data)
-    means = {name: 100 * sum(values) / len(values) for name, values in judged.items()}
-    return {"questions": len(judged["F1"]), **means}
+    """The means of `judge_answers`."""
+    return means(judge_answers(path, data)[1])

@@ -1,23 +1,11 @@
-"""Answers judged by more than exact match, and by kinds of questions."""
+"""Questions by kind: results are printed for each."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from src.data.examples import Example, Examples, load_data, read_example
-from src.evaluation.answers import (
-    contains_answer,
-    exact_match,
-    f1,
-    normalize_answer,
-    read_answers,
-    rouge_l,
-)
-from src.evaluation.calibration import expected_calibration_error, reliability
-from src.evaluation.runs import PROBABILITIES, read_probabilities
+from src.evaluation.answers import normalize_answer
 from src.runtime.errors import InputError
 
-_METRICS = {"contained": contains_answer, "rouge_l": rouge_l}
-_NAMES = {"contained": "contained", "rouge_l": "ROUGE-L"}
 TYPES = ("how many", "how much", "who", "what", "when", "where", "which", "why", "how")
 Group = Callable[[Example], tuple[int, str]]  # a group's position in a table, and its name
 
@@ -63,51 +51,19 @@ def by_overlap(train: Examples) -> Group:
     return group
 
 
-def measure_groups(
-    path: str, data: Examples, also: Sequence[str], by: Sequence[str], train_data: str | None
-) -> dict[str, dict[str, float]]:
-    """Rows of a table: a file of answers, then its groups of questions, each with the number of
-    questions, exact match and F1 in percent, and more.
-
-    Args:
-        also: "contained", "rouge_l", "calibration" (needs `answers.jsonl` beside the answers).
-        by: "type", "length", "overlap" (needs `train_data`, a data file).
-    Errors: `InputError`, also when no question has gold answers.
-    """
+def group_questions(
+    data: Examples, indices: Sequence[int], by: Sequence[str], train_data: str | None
+) -> dict[str, list[int]]:
+    """For each kind by "type", "length" and "overlap" (with `train_data`, a data file), which of
+    the examples at these indices are of it, as positions in `indices`. Errors: `InputError`."""
     if "overlap" in by and not train_data:
         raise InputError("--by overlap: --train_data must name the file of training questions")
-    beside = Path(path).with_name(PROBABILITIES)
-    sure = read_probabilities(beside, data) if "calibration" in also else []
-    if "calibration" in also and not sure:
-        raise InputError(f"{beside}: no such file; test_reader.py --write_results writes it")
-    metrics = {"exact match": exact_match, "F1": f1}
-    metrics |= {_NAMES[name]: metric for name, metric in _METRICS.items() if name in also}
     kinds: dict[str, Group] = {"type": by_type, "length": by_length}
-    if train_data:
+    if "overlap" in by:
         kinds["overlap"] = by_overlap(load_data(train_data))
-    rows: dict[tuple[int, int, str], list[tuple[float, ...]]] = {}
-    for index, answer in enumerate(read_answers(path, data)):
-        example = read_example(data, index)
-        if example.answers:
-            values = tuple(float(metric(answer, example.answers)) for metric in metrics.values())
-            values += (sure[index].probability,) if sure else ()
-            keys = [(n, *kinds[name](example)) for n, name in enumerate(by, start=1)]
-            for key in [(0, 0, path), *keys]:
-                rows.setdefault(key, []).append(values)
-    if not rows:
-        problem = "no question in this file has answers; give --data that has some"
-        raise InputError(f"{data.path}: {problem}")
-    names = [*metrics, *["probability"] * bool(sure)]
-    return {
-        f"{'  ' * min(n, 1)}{key[-1]}": _means(names, rows[n, *key]) for n, *key in sorted(rows)
-    }
-
-
-def _means(names: Sequence[str], values: Sequence[tuple[float, ...]]) -> dict[str, float]:
-    columns = dict(zip(names, zip(*values, strict=True), strict=True))
-    row = {"questions": len(values)}
-    row |= {name: 100 * sum(column) / len(values) for name, column in columns.items()}
-    if "probability" in columns:
-        bins = reliability(columns["probability"], [bool(v) for v in columns["exact match"]])
-        row["ECE"] = 100 * expected_calibration_error(bins)
-    return row
+    groups: dict[tuple[int, int, str], list[int]] = {}
+    for number, name in enumerate(by):
+        for position, index in enumerate(indices):
+            key = number, *kinds[name](read_example(data, index))
+            groups.setdefault(key, []).append(position)
+    return {key[-1]: groups[key] for key in sorted(groups)}

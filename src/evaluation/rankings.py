@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from src.data.examples import Example, load_data, read_example
-from src.evaluation.answers import find_answers
+from src.evaluation.answers import find_answers, means
 from src.runtime.errors import InputError
 
 
@@ -30,11 +30,6 @@ def top_k_overlap(gold_ranks: Sequence[int], k: int) -> float:
 def last_gold_index(gold_ranks: Sequence[int], k: int) -> int:
     """How many of the retriever's passages it takes to include all of the reader's first k."""
     return max(number for number, rank in enumerate(gold_ranks, start=1) if rank < k)
-
-
-def recall_at_k(has_answers: Sequence[Sequence[bool]], k: int) -> float:
-    """The share of questions with an answer in one of their first k passages, in [0, 1]."""
-    return sum(any(flags[:k]) for flags in has_answers) / len(has_answers)
 
 
 def first_hit(has_answers: Iterable[bool]) -> int:
@@ -98,8 +93,6 @@ def judge_retrieval(
     return ranking.questions, {f"recall@{k}": (firsts > 0) & (firsts <= k) for k in depths}
 
 
-def measure_retrieval(path: str, ks: Sequence[int] = (1, 5, 20, 100)) -> dict[str, float]:
+def measure_retrieval(path: str) -> dict[str, float]:
     """Recall@k in percent over the questions of a data file that have answers."""
-    ranking = rank_answers(path)
-    recalls = {f"recall@{k}": ranking.recall(k) for k in ks if k <= ranking.depth}
-    return {"questions": ranking.n_judged, **recalls}
+    return means(judge_retrieval(path, (1, 5, 20, 100))[1])

@@ -36,9 +36,9 @@ def load_run(path: str) -> Run:
 def judge_run(
     run: Run, qrels: dict[str, dict[str, int]], ks: Sequence[int]
 ) -> tuple[list[str], Values]:
-    """The questions that are both in the run and the qrels, and for each of them nDCG@10, MRR@10,
+    """The questions that are both in the run and the qrels, sorted, and for each of them nDCG@10, MRR@10,
     average precision and recall@k, in [0, 1]. Errors: `InputError` when there are none."""
-    questions = [question for question in run if question in qrels]
+    questions = sorted(question for question in run if question in qrels)
     if not questions:
         raise InputError("no question of the run is in the qrels; give those of the same data")
     judged = [_judge(run[question], qrels[question], ks) for question in questions]
@@ -71,11 +71,8 @@ def compare(
     """The mean difference between paired values [n], its 95 % interval and its p-value, by paired
     bootstrap (Efron and Tibshirani, 1993, chapters 13 and 16): questions are drawn with replacement
     10,000 times. p is the two-sided probability of such a difference if there were none."""
-    differences, rng = (
-        np.asarray(ours, float) - np.asarray(theirs, float),
-        np.random.default_rng(seed),
-    )
-    n, mean = len(differences), float(np.mean(differences))
+    differences = np.asarray(ours, float) - np.asarray(theirs, float)
+    rng, n, mean = np.random.default_rng(seed), len(differences), float(np.mean(differences))
     means = [
         differences[rng.integers(0, n, (_AT_ONCE, n))].mean(axis=1)
         for _ in range(_RESAMPLES // _AT_ONCE)

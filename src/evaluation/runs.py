@@ -4,12 +4,11 @@ number of passages. A file that a run did not write gives an empty value."""
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from src.data.examples import Examples, read_example
-from src.evaluation.answers import ANSWERS, SCORES, read_answers
+from src.data.examples import Examples
+from src.evaluation.answers import ANSWERS, SCORES, read_aligned
 from src.runtime.errors import InputError, shorten
 
 METRICS, OPTIONS = "metrics.jsonl", "options.json"
@@ -17,18 +16,11 @@ PROBABILITIES, CURVE = "answers.jsonl", "n_context_curve.json"
 MOST_POINTS = 200  # of a curve; more are averaged in groups
 
 
-def _lines(path: Path) -> list[bytes]:
-    try:
-        return path.read_bytes().splitlines(keepends=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-
-
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     """The finite values of a `metrics.jsonl` by name, as (step, value). An incomplete last line is
     ignored. Errors: `InputError` when another is not a step with numbers."""
     values: dict[str, list[tuple[int, float]]] = {}
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         try:
             row = json.loads(line)
             step = int(row.pop("step"))
@@ -69,49 +61,17 @@ def _probability(row: dict[str, Any]) -> float:
     return float(f"{math.exp(min(0.0, value)):.4g}")
 
 
+def _confidence(line: str) -> tuple[object, Confidence]:
+    row = json.loads(line)
+    others = [(str(other["answer"]), _probability(other)) for other in row.get("alternatives", [])]
+    return row["id"], Confidence(_probability(row), others)
+
+
 def read_probabilities(path: Path, data: Examples) -> list[Confidence]:
     """The confidence of each answer in an `answers.jsonl`, in the data's order; [] without the
     file. Errors: `InputError` when they do not answer this data's questions."""
-    if not path.exists():
-        return []
-    lines, found = _lines(path), []
-    if len(lines) != len(data):
-        raise InputError(
-            f"{path}: {len(lines)} lines of answers to the {len(data)} questions of {data.path}; "
-            "give the --data that was answered, and the complete file"
-        )
-    for index, line in enumerate(lines):
-        expected = read_example(data, index).id
-        try:
-            row = json.loads(line)
-            others = [(str(o["answer"]), _probability(o)) for o in row.get("alternatives", [])]
-            found.append(Confidence(_probability(row), others))
-            if str(row["id"]) != expected:
-                raise ValueError
-        except (ValueError, TypeError, KeyError, AttributeError):
-            shown = shorten(line.decode(errors="replace").strip(), 60)
-            raise InputError(
-                f"{path}, line {index + 1}: must be the answer to question {expected} of "
-                f"{data.path}, with its id and log_probability, not {shown}; give the --data that "
-                "was answered"
-            ) from None
-    return found
-
-
-@dataclass
-class Given:
-    """What a run has answered, in the data's order; a list is empty if the run did not write it."""
-
-    answers: list[str] = field(default_factory=list)
-    confidences: list[Confidence] = field(default_factory=list)
-
-
-def read_given(folder: Path, data: Examples) -> Given:
-    """A run's answers to these questions. Errors: `InputError` if they are to other questions."""
-    if not (folder / ANSWERS).exists():
-        return Given()
-    confidences = read_probabilities(folder / PROBABILITIES, data)
-    return Given(read_answers(str(folder / ANSWERS), data), confidences)
+    shape = "with its id and log_probability"
+    return read_aligned(path, data, _confidence, shape) if path.exists() else []
 
 
 def read_curve(path: Path) -> dict[str, list[tuple[int, float]]]:

@@ -16,7 +16,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from src.options import GenerationOptions, TargetOptions, conversation_search, select, test_reader_parser
+from src.options import (
+    GenerationOptions,
+    TargetOptions,
+    conversation_search,
+    select,
+    test_reader_parser,
+)
 from src.runtime.errors import InputError, reports_input_errors
 
 if __name__ == "__main__":

@@ -17,17 +17,21 @@ if __name__ == "__main__":
 
 import argparse
 import sys
+from pathlib import Path
 
 import numpy as np
 
 from src.data.examples import load_data
 from src.data.trec import read_qrels
-from src.evaluation.answers import judge_answers
-from src.evaluation.groups import measure_groups
+from src.evaluation.answers import judge_answers, means
+from src.evaluation.calibration import expected_calibration_error, reliability
+from src.evaluation.groups import group_questions
 from src.evaluation.rankings import judge_retrieval
 from src.evaluation.relevance import Values, compare, judge_run, load_run
+from src.evaluation.runs import PROBABILITIES, read_probabilities
 from src.runtime.terminal import count
 
+Rows = dict[str, dict[str, float]]  # of the table, by name
 Judged = tuple[object, Values]  # what tells one set of questions from another; values of each, [n]
 
 
@@ -35,14 +39,8 @@ Judged = tuple[object, Values]  # what tells one set of questions from another; 
 def main(arguments: list[str] | None = None) -> None:
     options = evaluation_parser().parse_args(arguments)
     qrels = read_qrels(options.qrels) if options.qrels else None
-    judged = {path: _judge(path, options, qrels) for path in options.files}
-    rows = {}
-    for path, (_, values) in judged.items():
-        rows[path] = {"questions": len(next(iter(values.values()), ()))}
-        rows[path] |= {name: 100 * float(np.mean(value)) for name, value in values.items()}
-        if (options.also or options.by) and options.data:
-            data = load_data(options.data, regex_answers=options.regex_answers)
-            rows |= measure_groups(path, data, options.also, options.by, options.train_data)
+    rows: Rows = {}
+    judged = {path: _judge(path, options, qrels, rows) for path in options.files}
     columns = list(dict.fromkeys(name for values in rows.values() for name in values))
     width = max(map(len, rows))
     print(" " * width, *(f"{name:>11}" for name in columns))
@@ -54,27 +52,43 @@ def main(arguments: list[str] | None = None) -> None:
         _print_comparison(*options.files, judged)
 
 
-def _judge(path: str, options: argparse.Namespace, qrels: dict | None) -> Judged:
+def _judge(path: str, options: argparse.Namespace, qrels: dict | None, rows: Rows) -> Judged:
+    """Judge a file, and add its rows."""
     if qrels is not None:
         questions, values = judge_run(load_run(path), qrels, options.k)
         if missing := len(qrels.keys() - set(questions)):
             left_out = f"{count(missing, 'question')} of {options.qrels} not found"
             print(f"{path}: {left_out}, and left out as in trec_eval", file=sys.stderr)
-        return sorted(questions), _sorted(questions, values)
-    if path.endswith((".json", ".jsonl")):
-        return judge_retrieval(path, options.k, options.regex_answers)
-    if options.data:
-        data = load_data(options.data, regex_answers=options.regex_answers)
-        return options.data, judge_answers(path, data)
-    how = (
-        "to judge answers, --data must name the questions' file; to judge a TREC run, give --qrels"
-    )
-    raise InputError(f"{path}: {how}")
+    elif path.endswith((".json", ".jsonl")):
+        questions, values = judge_retrieval(path, options.k, options.regex_answers)
+    elif options.data:
+        questions, values = options.data, _judge_answers(path, options, rows)
+    else:
+        how = "to judge answers, --data must name the questions' file"
+        raise InputError(f"{path}: {how}; to judge a TREC run, give --qrels")
+    rows.setdefault(path, means(values))
+    return questions, values
 
 
-def _sorted(questions: list[str], values: Values) -> Values:
-    order = sorted(range(len(questions)), key=questions.__getitem__)
-    return {name: value[order] for name, value in values.items()}
+def _judge_answers(path: str, options: argparse.Namespace, rows: Rows) -> Values:
+    """With rows for groups of questions, and calibration from the file beside the answers."""
+    data = load_data(options.data, regex_answers=options.regex_answers)
+    names = {"contained": "contained", "rouge_l": "ROUGE-L"}
+    more = [names[name] for name in options.also if name in names]
+    indices, columns = judge_answers(path, data, more)
+    values = {name: np.array(column, float) for name, column in columns.items()}
+    if "calibration" in options.also:
+        beside = Path(path).with_name(PROBABILITIES)
+        if not (sure := read_probabilities(beside, data)):
+            raise InputError(f"{beside}: no such file; test_reader.py --write_results writes it")
+        values["probability"] = np.array([sure[index].probability for index in indices])
+    groups = group_questions(data, indices, options.by, options.train_data)
+    for name, chosen in [(path, slice(None)), *((f"  {n}", group) for n, group in groups.items())]:
+        rows[name] = means(part := {n: column[chosen] for n, column in values.items()})
+        if "probability" in part:
+            bins = reliability(part["probability"], part["exact match"])
+            rows[name]["ECE"] = 100 * expected_calibration_error(bins)
+    return values
 
 
 def _print_comparison(first: str, second: str, judged: dict[str, Judged]) -> None:

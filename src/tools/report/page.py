@@ -6,71 +6,48 @@ Numbers come from `survey.py`, charts from `charts.py`, both put together by `se
 `page.html` is the frame and script.
 """
 
-import argparse
-import json
 import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from src.data.examples import load_data
 from src.data.outputs import claim_output, write_whole
 from src.evaluation import runs
 from src.evaluation.answers import ANSWERS, SCORES
-from src.evaluation.rankings import Ranking, rank_answers
-from src.evaluation.runs import CURVE, METRICS, OPTIONS, PROBABILITIES, Given, read_given
+from src.evaluation.rankings import rank_answers
+from src.evaluation.runs import CURVE, METRICS, OPTIONS, PROBABILITIES
 from src.options import report_parser
 from src.runtime.errors import InputError, reports_input_errors
 from src.tools.frame import frame, missing, table, tiles
-from src.tools.report import sections, survey
-from src.tools.report.survey import Survey
-
-
-def page(parts: dict[str, str], about: dict[str, Any]) -> str:
-    """The page's HTML. `parts` are HTML; `about` is data for the script, which shows it as text."""
-    html, policy = frame(Path(__file__).with_suffix(".html"))
-    data = json.dumps(about, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    parts = {**parts, "policy": policy, "data": data}
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], html)
+from src.tools.report import sections
+from src.tools.report.survey import Survey, survey, to_json
 
 
 def find_files(run: Path) -> list[Path]:
     """The files of a run that are shown, or a data file by itself. Errors: `InputError`."""
     if run.is_file():
         return [run]
-    remedy = "give a run's (--checkpoint_dir/--name)"
-    if not run.is_dir():
-        raise InputError(f"{run}: no such folder; {remedy}")
     needed = METRICS, ANSWERS, SCORES
     if not any((run / name).exists() for name in needed):
-        wanted = f"neither {METRICS} nor {ANSWERS} nor {SCORES} is in this folder"
-        raise InputError(f"{run}: {wanted}; {remedy}")
+        wanted = f"there is no {METRICS}, {ANSWERS} or {SCORES} in such a folder"
+        raise InputError(f"{run}: {wanted}; give a run's (--checkpoint_dir/--name)")
     return [run / n for n in (*needed, PROBABILITIES, CURVE) if (run / n).exists()]
 
 
-def show_questions(
-    options: argparse.Namespace,
-    path: str,
-    run_options: dict[str, Any],
-    rankings: Sequence[Ranking],
-) -> tuple[Survey, dict[str, Any]]:
-    """The questions judged, and what the page's script is to know. Errors: `InputError`."""
-    data, run, other = load_data(path), Path(options.run), Path(options.against or ".")
-    given = read_given(run, data)
-    against = read_given(other, data) if options.against else Given()
-    if options.against and not against.answers:
-        raise InputError(f"--against {other}: there is no {ANSWERS}; give a test run's folder")
-    n_context = run_options.get("n_context") if given.answers else None
-    n_context = n_context if isinstance(n_context, int) else None
-    limits = options.max_questions, options.passages_shown
-    found = survey.survey(data, given, against, n_context, rankings, *limits)
-    if run.is_file() and not found.by_score.depth:
-        problem = "no question in this file has both answers and passages (ctxs)"
-        raise InputError(f"{run}: {problem}; give what passage_retrieval.py wrote")
-    about = {"total": len(data), "answered": found.answered, "scored": found.scored}
-    about |= {"against": other.name if options.against else "", "judged": given.confidences != []}
-    return found, about | {"rankings": found.compared, "questions": found.records}
+def short_names(paths: Sequence[str]) -> list[str]:
+    """File names without folder and ending if these are unique, else the paths."""
+    names = [Path(path).stem for path in paths]
+    return names if len(set(names)) == len(names) else list(paths)
+
+
+def for_script(found: Survey | None, against: str) -> dict[str, Any]:
+    """What the page's script is to know; it shows texts as texts."""
+    if not found:
+        return {"total": 0, "questions": []}
+    about = {"total": len(found.data), "answered": bool(found.answers), "scored": found.scored}
+    about |= {"against": against, "judged": bool(found.confidences)}
+    return about | {"rankings": found.compared, "questions": found.records}
 
 
 @reports_input_errors
@@ -84,39 +61,43 @@ def main(arguments: list[str] | None = None) -> None:
 
     run_options = runs.read_run_options(run) if is_run else {}
     path = runs.find_data(run, options.data, run_options) if is_run else str(run)
-    curves, numbers = sections.training_section(run)
-    names = survey.short_names(options.retrieved)
+    names = short_names(options.retrieved)
     compared = [rank_answers(*pair) for pair in zip(options.retrieved, names, strict=True)]
-    found, about = None, {"total": 0, "questions": []}
-    if path:
-        found, about = show_questions(options, path, run_options, compared)
-        numbers = sections.headline(found) + numbers
-        if found.by_score.depth and (found.scored or not compared or not is_run):
-            compared += [found.as_found] if found.scored and not compared else []
-            compared.append(found.by_score)
+    found = survey(path, options, run_options, compared) if path else None
+    if found and found.by_score.depth and (found.scored or not compared or not is_run):
+        compared += [found.as_found] if found.scored and not compared else []
+        compared.append(found.by_score)
+    elif not is_run:
+        problem = "no question in this file has both answers and passages (ctxs)"
+        raise InputError(f"{run}: {problem}; give what passage_retrieval.py wrote")
 
-    answers = sections.answers_section(found, runs.read_curve(run / CURVE)) if is_run else ""
-    parts = [("Answers", answers)]
-    parts.append(("Confidence", sections.confidence_section(found)))
-    if options.against and found:
-        name = about["against"]
-        parts.append((f"Compared with {name}", sections.against_section(found, name)))
-    parts.append(("Recall", sections.recall_section(compared)))
-    parts.insert(len(parts) if found else 0, ("Training", curves))
+    curves, numbers = sections.training_section(run)
+    against = Path(options.against).name if options.against else ""
+    parts = {
+        "Answers": sections.answers_section(found, run / CURVE) if is_run else "",
+        "Confidence": sections.confidence_section(found),
+        f"Compared with {against}": sections.against_section(found, against) if against else "",
+        "Recall": sections.recall_section(compared),
+    }
+    parts = parts | {"Training": curves} if found else {"Training": curves} | parts
     named = [n for n in ("model_path", "train_data", "eval_data", "n_context") if n in run_options]
     summary = " \N{MIDDLE DOT} ".join(f"{name} {run_options[name]}" for name in named)
     settings = [[escape(key), escape(str(value))] for key, value in run_options.items()]
     no_options = missing(f"There is no {OPTIONS} in this folder.")
     sources = dict.fromkeys([*map(str, files), *[path] * bool(path), *options.retrieved])
+    about = for_script(found, against)
+    html, policy = frame(Path(__file__).with_suffix(".html"))
     texts = {
         "title": escape(run.resolve().name),
-        "tiles": tiles(numbers),
+        "tiles": tiles(sections.headline(found) + numbers),
         "summary": escape(summary),
         "quick": sections.quick_links(found),
-        "sections": "".join(f"<h2>{escape(n)}</h2>{html}" for n, html in parts if html),
+        "sections": "".join(f"<h2>{escape(n)}</h2>{text}" for n, text in parts.items() if text),
         "sources": table(["files shown"], [[escape(source)] for source in sources]),
         "settings": table(["option", "value"], settings) if settings else no_options,
+        "policy": policy,
+        "data": to_json(about),
     }
-    write_whole(output, [page(texts, about)])
+    write_whole(output, [re.sub(r"\{\{(\w+)\}\}", lambda name: texts[name[1]], html)])
     held = f"; it holds {len(about['questions']):,} of {about['total']:,} questions"
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB{held if found else ''}")

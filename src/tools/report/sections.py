@@ -20,6 +20,7 @@ _TITLES = {  # with what to look for
     "loss": ("Loss: overfitting where dev rises while train falls", "loss"),
     "exact_match": ("Exact match on dev: train longer if it still rises", "exact match (%)"),
     "f1": ("F1 on dev: should rise with exact match", "F1 (%)"),
+    "recall@": ("Recall on dev: train longer if it still rises", "recall@k"),
     "lr": ("Learning rate: is the schedule the one you meant?", "learning rate"),
     "grad_norm": ("Gradient norm before clipping: spikes mean trouble", "norm"),
     "inversions": ("Pairs ordered differently from the reader: should fall", "pairs per question"),
@@ -27,6 +28,10 @@ _TITLES = {  # with what to look for
     "idx_top": ("Passages needed to cover the reader's first k: should fall", "passages"),
 }
 Tile = tuple[str, str, str]  # of the headline: name, number, note
+
+
+def _charts(*figures: str) -> str:
+    return f'<div class="charts">{"".join(figures)}</div>'
 
 
 def training_section(folder: Path) -> tuple[str, list[Tile]]:
@@ -39,27 +44,22 @@ def training_section(folder: Path) -> tuple[str, list[Tile]]:
         return missing(f"{METRICS} contains no numbers yet."), []
     charts: dict[str, list[str]] = {}  # train/loss and dev/loss share one; avg_top1 and avg_top2
     for name in values:
-        charts.setdefault(re.sub(r"_top\d+$", "_top", name.split("/")[-1]), []).append(name)
-    drawn = ""
+        charts.setdefault(re.sub(r"(_top|@)\d+$", r"\1", name.split("/")[-1]), []).append(name)
+    drawn = []
     for key in sorted(charts, key=lambda key: [*_TITLES, key].index(key)):
-        title, unit = _TITLES.get(key, (key, key))
+        title, unit = _TITLES.get(key, (f"{key}: does it do what you expect?", key))
         thinned = {name: runs.thin(values[name]) for name in charts[key]}
         lines = [Line(name, points) for name, (points, _) in thinned.items()]
-        groups = [(name, n) for name, (_, n) in thinned.items() if n > 1]
-        notes = [f"Points of {name} are means of {n} updates." for name, n in groups]
+        sizes = {name: n for name, (_, n) in thinned.items() if n > 1}
+        notes = [f"Points of {name} are means of {n} updates." for name, n in sizes.items()]
         chart = line_chart(lines, "updates", unit, percent=unit.endswith("(%)"))
-        drawn += figure(title, legend(charts[key]) + chart, " ".join(notes))
+        drawn.append(figure(title, legend(charts[key]) + chart, " ".join(notes)))
     tiles = [("updates", f"{max(step for v in values.values() for step, _ in v):,}", "")]
     for name, best in ("best dev exact match", max), ("lowest dev loss", min):
         if points := values.get("dev/" + "_".join(name.split()[2:])):
             step, value = best(points, key=lambda point: point[1])
             tiles.append((name, number(value), f"after update {step:,}"))
-    return f'<div class="charts">{drawn}</div>', tiles
-
-
-def _ks(depth: int) -> list[int]:
-    """The k of a recall curve, evenly spaced on a logarithmic scale."""
-    return sorted({round(depth ** (part / 60)) for part in range(61)} | {min(5, depth)})
+    return _charts(*drawn), tiles
 
 
 def recall_section(rankings: Sequence[Ranking]) -> str:
@@ -68,28 +68,30 @@ def recall_section(rankings: Sequence[Ranking]) -> str:
     lines, rows = [], []
     ks = [k for k in (1, 5, 20, 100) if k <= max(ranking.depth for ranking in rankings)]
     for r in rankings:
-        lines.append(Line(r.name, [(k, r.recall(k)) for k in _ks(r.depth)]))
+        even = {round(r.depth ** (part / 60)) for part in range(61)}  # on a logarithmic scale
+        curve = sorted(even | {min(5, r.depth)})
+        lines.append(Line(r.name, [(k, r.recall(k)) for k in curve]))
         cells = [f"{r.recall(k):.1f}" if k <= r.depth else _DASH for k in ks]
         rows.append([escape(r.name), f"{r.n_judged:,}", *cells])
     chart = line_chart(lines, "k: passages from the top", "recall@k (%)", log_x=True, percent=True)
     note = "Share of the questions with gold answers that have one in their first k passages."
     if len({ranking.questions for ranking in rankings}) > 1:
         note += " The files do not ask the same questions: compare with care."
-    drawn = legend([ranking.name for ranking in rankings]) + chart
-    values = table(["passages", "n", *(f"@{k}" for k in ks)], rows)
     title = "How far down is an answer? The higher on the left, the better"
-    figures = figure(title, drawn, note)
+    curves = figure(title, legend([ranking.name for ranking in rankings]) + chart, note)
     title = "Recall@k, in percent: the first column is what one passage is worth"
-    return f'<div class="charts">{figures}{figure(title, values)}</div>'
+    return _charts(curves, figure(title, table(["passages", "n", *(f"@{k}" for k in ks)], rows)))
 
 
-def headline(found: Survey) -> list[Tile]:
+def headline(found: Survey | None) -> list[Tile]:
     """The most important numbers."""
+    if not found:
+        return []
     verdicts = found.verdicts
     without = len(found.data) - len(verdicts)
     note = f"{without:,} without gold answers count nowhere else" if without else ""
     tiles = [("questions", f"{len(found.data):,}", note)]
-    if verdicts and found.answered:
+    if verdicts and found.answers:
         matches = found.mean("match")
         low, high = (100 * end for end in calibration.wilson(matches / 100, len(verdicts)))
         interval = f"95 % interval {low:.1f} to {high:.1f}"
@@ -101,9 +103,9 @@ def headline(found: Survey) -> list[Tile]:
         tiles.append(("expected calibration error, %", error, note))
     if found.by_score.depth:
         share = percent([v["holding"] > 0 for v in verdicts])
-        read = " read" if found.answered or found.scored else ""
-        note = f"recall of what was {read.strip() or 'found'}"
-        tiles.append((f"answer in a passage{read}, %", f"{share:.1f}", note))
+        read = "read" if found.answers or found.scored else "found"
+        name = "answer in a passage" + (" read, %" if read == "read" else ", %")
+        tiles.append((name, f"{share:.1f}", f"recall of what was {read}"))
         order = "by the reader's score" if found.scored else "by the data's score or order"
         tiles.append(("answer in the top passage, %", f"{found.mean('top'):.1f}", order))
     return tiles
@@ -124,15 +126,20 @@ def outcome_table(found: Survey) -> str:
     for name, state, group in rows:
         share = 100 * len(group) / len(verdicts)
         cells = [link(state, f"{len(group):,}") + f'<br><span class="quiet">{share:.1f} %</span>']
-        if found.answered:
+        if found.answers:
             right = sum(verdict["match"] for verdict in group)
             cells.append(link(f"{state}&verdict=right", f"{right:,}"))
             cells.append(link(f"{state}&verdict=wrong", f"{len(group) - right:,}"))
             cells.append(f"{100 * right / len(group):.1f}" if group else _DASH)
         lines.append([name, *cells])
-    head = ["an answer is", "questions"] + (["right", "wrong", "EM, %"] if found.answered else [])
+    head = ["an answer is", "questions"] + (["right", "wrong", "EM, %"] if found.answers else [])
     title = "Retrieval or reading? Wrong answers without, and with, one in a passage"
     return figure(title, table(head, lines))
+
+
+def _bar_figure(title: str, groups: Sequence[Group], names: Sequence[str], x_name: str) -> str:
+    drawn = legend(names) + bar_chart(groups, names, x_name, "percent")
+    return figure(title, drawn, "Click a bar to see its questions.")
 
 
 def verdict_chart(
@@ -147,48 +154,40 @@ def verdict_chart(
         if group:
             means = percent([v["match"] for v in group]), percent([v["f1"] for v in group])
             groups.append(Group(label, len(group), means, f"#{key}={low}-{high}"))
-    names = ["exact match", "F1"]
-    drawn = legend(names) + bar_chart(groups, names, x_name, "percent")
-    return figure(title, drawn, "Click a bar to see its questions.")
+    return _bar_figure(title, groups, ["exact match", "F1"], x_name)
 
 
-def answers_section(found: Survey | None, curve: dict[str, list]) -> str:
+def answers_section(found: Survey | None, curve_file: Path) -> str:
     if not found:
-        note = (
-            f"There is neither {ANSWERS} nor {SCORES} in this folder: test_reader.py writes them, "
-        )
-        return missing(f"{note}with --write_results and --write_crossattention_scores.")
+        which = f"There is neither {ANSWERS} nor {SCORES} in this folder: test_reader.py writes"
+        return missing(f"{which} them, with --write_results and --write_crossattention_scores.")
     if not found.verdicts:
         return missing("No question has gold answers: there is nothing to judge.")
-    drawn = outcome_table(found) if found.by_score.depth else ""
-    if not found.answered:
+    drawn = [outcome_table(found)] if found.by_score.depth else []
+    if not found.answers:
         note = f"There is no {ANSWERS} in this folder: test_reader.py --write_results writes it."
-        return f'<div class="charts">{drawn}</div>{missing(note)}'
-    if found.by_score.depth:
+        return _charts(*drawn) + missing(note)
+    if drawn:
         title = "Does it need several passages with the answer? Bars should rise early"
-        name = "passages read that contain an answer"
-        drawn += verdict_chart(title, name, "holding", [0, 1, 2, 3, 5, 10, 20, 50], found.verdicts)
+        name, bins = "passages read that contain an answer", [0, 1, 2, 3, 5, 10, 20, 50]
+        drawn.append(verdict_chart(title, name, "holding", bins, found.verdicts))
     title, name = "Are long answers harder? If so, bars fall", "words in the shortest gold answer"
-    drawn += verdict_chart(title, name, "length", [0, 1, 2, 3, 4, 5, 6, 10], found.verdicts)
-    if curve:
+    drawn.append(verdict_chart(title, name, "length", [0, 1, 2, 3, 4, 5, 6, 10], found.verdicts))
+    if curve := runs.read_curve(curve_file):
         lines = [Line(name, points) for name, points in curve.items()]
         chart = line_chart(lines, "passages read", "percent", log_x=True, percent=True)
         title = "How many passages are enough? Where the curve flattens"
-        drawn += figure(title, legend(list(curve)) + chart)
-    return f'<div class="charts">{drawn}{agreement_table(found)}</div>'
-
-
-def agreement_table(found: Survey) -> str:
-    """How well attention shows which passages the answer depends on."""
-    if not (agreements := found.agreements):
-        return ""
-    rows = [["mean rank correlation", f"{statistics.mean(agreements):.2f}"]]
-    rows.append(["median", f"{statistics.median(agreements):.2f}"])
-    rows.append(["same passage first, %", f"{percent(found.agree_on_top):.1f}"])
-    title = "Does attention show what mattered? 1: same order as attribution, 0: by chance"
-    note = "Attribution: how far the answer's log-probability falls without the passage."
-    values = table([f"{len(agreements):,} questions", "Spearman"], rows)
-    return figure(title, values, note)
+        drawn.append(figure(title, legend(list(curve)) + chart))
+    if found.agreements:
+        correlations, same_first = zip(*found.agreements, strict=True)
+        rows = [["mean rank correlation", f"{statistics.mean(correlations):.2f}"]]
+        rows.append(["median", f"{statistics.median(correlations):.2f}"])
+        rows.append(["same passage first, %", f"{percent(same_first):.1f}"])
+        title = "Does attention show what mattered? 1: same order as attribution, 0: by chance"
+        note = "Attribution: how far the answer's log-probability falls without the passage."
+        values = table([f"{len(correlations):,} questions", "Spearman"], rows)
+        drawn.append(figure(title, values, note))
+    return _charts(*drawn)
 
 
 def _bins(found: Survey) -> list[calibration.Bin]:
@@ -203,49 +202,47 @@ def confidence_section(found: Survey | None) -> str:
     groups = []
     for low, count, sure, right in bins:
         low = round(100 * low)
-        link = f"#p={low}-{low + 100 // calibration.N_BINS - 1}"
-        groups.append(Group(str(low), count, (100 * sure, 100 * right), link))
-    names = ["mean probability", "exact match"]
-    chart = bar_chart(groups, names, "probability of the answer: from, in %", "percent")
+        state = f"#p={low}-{low + 100 // calibration.N_BINS - 1}"
+        groups.append(Group(str(low), count, (100 * sure, 100 * right), state))
     title = "Is it right as often as it is sure? Both bars of a pair should be equal"
-    drawn = figure(title, legend(names) + chart, "Click a bar to see its questions.")
+    x_name = "probability of the answer: from, in %"
+    bars = _bar_figure(title, groups, ["mean probability", "exact match"], x_name)
     values = [v["p"] for v in found.verdicts], [v["match"] for v in found.verdicts]
     points = [(100 * x, 100 * y) for x, y in calibration.coverage_curve(*values)]
     points = points[:: -(-len(points) // 100)] + points[-1:]
     names = "surest answers given, in %", "exact match (%)"
     chart = line_chart([Line("exact match", points)], *names, percent=True)
     title = "Does it know when to abstain? The curve should fall from left to right"
-    return f'<div class="charts">{drawn}{figure(title, chart)}</div>'
+    return _charts(bars, figure(title, chart))
 
 
-def against_section(found: Survey, name: str) -> str:
+def against_section(found: Survey | None, name: str) -> str:
     """Both runs' verdicts on each question; counts link to the questions."""
-    pairs = [(v["match"], v["other_match"]) for v in found.verdicts]
-    if not pairs or not found.answered:
+    if not (found and found.answers and found.verdicts):
         return missing("There are no judged answers to compare.")
-    kinds = [("right here, wrong there", "gained", (True, False)),
-             ("wrong here, right there", "lost", (False, True)),
-             ("right in both", "both", (True, True)),
-             ("wrong in both", "neither", (False, False))]  # fmt: skip
+    pairs = [(v["match"], v["other_match"]) for v in found.verdicts]
+    kinds = {(True, False): ("right here, wrong there", "gained"),
+             (False, True): ("wrong here, right there", "lost"),
+             (True, True): ("right in both", "both"),
+             (False, False): ("wrong in both", "neither")}  # fmt: skip
     rows = []
-    for says, kind, pair in kinds:
+    for pair, (says, kind) in kinds.items():
         n = pairs.count(pair)
         rows.append([says, link(f"against={kind}", f"{n:,}"), f"{100 * n / len(pairs):.1f}"])
     here, there = (percent(values) for values in zip(*pairs, strict=True))
     note = f"Exact match {here:.1f} here, {there:.1f} in {name}: {here - there:+.1f} points."
     title = "Which questions flipped, and why? Click the first two numbers"
-    values = table(["answers are", "questions", "%"], rows)
-    return f'<div class="charts">{figure(title, values, note)}</div>'
+    return _charts(figure(title, table(["answers are", "questions", "%"], rows), note))
 
 
 def quick_links(found: Survey | None) -> str:
     """Lists that are worth a click."""
-    if not (found and found.answered and found.verdicts):
+    if not (found and found.answers and found.verdicts):
         return ""
-    is_sure = any(v["p"] is not None for v in found.verdicts)
-    order, surest = ("&order=sure", ", surest first") if is_sure else ("", "")
+    order, surest = ("&order=sure", ", surest first") if found.confidences else ("", "")
     links = [link(f"passages=with&verdict=wrong{order}", f"answer read but not given{surest}")]
     lucky = f"right without reading it{surest}"
     links.append(link(f"passages=without&verdict=right{order}", lucky))
-    links += [link("verdict=right&order=unsure", "right, least sure first")] if is_sure else []
+    if found.confidences:
+        links.append(link("verdict=right&order=unsure", "right, least sure first"))
     return f'<p class="how quick">Worth a look: {" | ".join(links)}</p>'

@@ -1,26 +1,37 @@
-"""A run in numbers, for `page.py`: curves, passages with answers, answers judged.
+"""A run in numbers, for `page.py`: answers judged, passages with answers, records of questions.
 
 Data files are read one question at a time; only a few numbers are kept of each, and a full record
 of the questions on the page.
 """
 
 import itertools
+import json
 import math
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from src.data.examples import Example, Examples, read_example
-from src.evaluation.answers import SCORES, answer_spans, find_answers, judge
+from src.data.examples import Example, Examples, load_data, read_example
+from src.evaluation.answers import (
+    ANSWERS,
+    SCORES,
+    answer_spans,
+    find_answers,
+    judge,
+    read_answers,
+)
 from src.evaluation.calibration import percent, rank_correlation
 from src.evaluation.groups import answer_length
 from src.evaluation.rankings import Ranking, first_hit
-from src.evaluation.runs import Given
+from src.evaluation.runs import PROBABILITIES, Confidence, read_probabilities
 
+MOST_BYTES = 24_000_000  # of all records: browsers open that in a second
 LONGEST_PIECE = 2000  # characters of a passage shown before, between and after answers
 MOST_MARKS = 20  # answers marked in a passage
 MOST_ANSWERS = 10  # gold answers shown of a question, and alternatives of the reader
+_MOST_VALUES, _LONGEST_VALUE = 8, 300  # of a passage's other fields
 
 
 @dataclass
@@ -33,79 +44,75 @@ class Survey:
     compared with, None without one). Questions without gold answers have no verdict. `by_score` and
     `as_found` rank the data's own passages, in reading order and in the file's; `compared` names
     other files with the same questions. `agreements` are the rank correlations of attention with
-    attribution, where both are known; `agree_on_top` tells whether they have the same first one.
+    attribution, where both are known, and whether they have the same first passage.
     """
 
     data: Examples
-    answered: bool
     scored: bool
     by_score: Ranking
     as_found: Ranking
+    answers: list[str]  # in the data's order; empty if the run did not write them
+    confidences: list[Confidence]
     verdicts: list[dict[str, Any]] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
     compared: list[str] = field(default_factory=list)
-    agreements: list[float] = field(default_factory=list)
-    agree_on_top: list[bool] = field(default_factory=list)
+    agreements: list[tuple[float, bool]] = field(default_factory=list)
 
     def mean(self, name: str) -> float:
         """The mean of this part of the verdict, in percent."""
         return percent([verdict[name] for verdict in self.verdicts])
 
-    def add_agreement(self, scores: list[float], causes: list[float]) -> None:
-        if (correlation := rank_correlation(scores, causes)) is not None:
-            self.agreements.append(correlation)
-            self.agree_on_top.append(scores.index(max(scores)) == causes.index(max(causes)))
-
 
 def survey(
-    data: Examples,
-    run: Given,
-    against: Given,
-    n_context: int | None,
-    rankings: Sequence[Ranking],
-    max_questions: int,
-    passages_shown: int,
+    path: str, options: Namespace, run_options: dict[str, Any], rankings: Sequence[Ranking]
 ) -> Survey:
     """Judge every question of a data file.
 
     Args:
-        against: another run on the same questions.
-        n_context: number of passages read, if known and the data has no scores of the reader.
         rankings: other files; records compare with those of the same questions.
+    Errors: `InputError` if a run answers other questions.
     """
-    scored = Path(data.path).name == SCORES
-    name = "by the reader's attention" if scored else short_names([data.path])[0]
-    found = Survey(data, bool(run.answers), scored, Ranking(name), Ranking("as found"))
-    n_shown = min(max_questions, len(data))
+    data, run = load_data(path), Path(options.run)
+    answers = read_answers(run / ANSWERS, data) if (run / ANSWERS).exists() else []
+    others: list[str] | list[None] = [None] * len(data)
+    if options.against:
+        others = read_answers(Path(options.against) / ANSWERS, data)
+    scored = Path(path).name == SCORES
+    names = "by the reader's attention" if scored else Path(path).stem, "as found"
+    sure = read_probabilities(run / PROBABILITIES, data) if answers else []
+    found = Survey(data, scored, *map(Ranking, names), answers, sure)
+    n_context = run_options.get("n_context") if answers else None
+    n_shown = min(options.max_questions, len(data))
     shown = [number * len(data) // n_shown for number in range(n_shown)]
-    for index in range(len(data)):
+    for index, other in enumerate(others):
         example = read_example(data, index)
-        passages, gold = example.passages, example.answers
-        n_read = len(passages) if n_context is None else min(n_context, len(passages))
+        flags = list(find_answers(example.answers, (passage.text for passage in example.passages)))
+        n_read = len(flags)
         if scored:
-            n_read = sum(passage.score is not None for passage in passages)
-        flags = list(find_answers(gold, (passage.text for passage in passages)))
-        causes = _attributions(data[index], example) if scored else []
-        found.add_agreement([p.score for p in passages[: len(causes)]], causes)
-        given = run.answers[index] if run.answers else None
-        other = against.answers[index] if against.answers else None
-        sure = run.confidences[index] if run.confidences else None
-        verdict = dict.fromkeys(["match", "f1", "length", "holding", "other_match"])
-        if gold:
-            match, f1 = (None, None) if given is None else judge(given, gold)
-            verdict |= {"match": match, "f1": f1, "length": answer_length(gold)}
-            verdict["holding"] = sum(flags[:n_read])
-            verdict["other_match"] = None if other is None else judge(other, gold)[0]
-            more = {"top": any(flags[: min(n_read, 1)]), "p": sure and sure.probability}
-            found.verdicts.append(verdict | more)
+            n_read = sum(passage.score is not None for passage in example.passages)
+        elif isinstance(n_context, int):
+            n_read = min(n_context, n_read)
+        record = _judge(example, flags, n_read, answers[index] if answers else None, other)
+        record |= {"p": sure[index].probability if sure else None, "causes": []}
+        if example.answers:
+            found.verdicts.append({**record, "top": any(flags[: min(n_read, 1)])})
+        if scored:
+            record["causes"] = causes = _attributions(data[index], example)
+            scores = [passage.score for passage in example.passages[: len(causes)]]
+            if (correlation := rank_correlation(scores, causes)) is not None:
+                same_first = scores.index(max(scores)) == causes.index(max(causes))
+                found.agreements.append((correlation, same_first))
         found.by_score.add(example, flags)
-        by_position = sorted(zip((p.position for p in passages), flags, strict=True))
+        by_position = sorted(zip((p.position for p in example.passages), flags, strict=True))
         found.as_found.add(example, (flag for _, flag in by_position))
         if index == shown[len(found.records) % n_shown]:
-            record = {"id": example.id, "question": example.question, "given": given, **verdict}
-            record |= {"other": other, "p": sure and sure.probability, "causes": causes}
-            record["alternatives"] = sure.alternatives[:MOST_ANSWERS] if sure else []
-            found.records.append(record | _evidence(example, flags, n_read, passages_shown))
+            record |= {"id": example.id, "question": example.question, "other": other}
+            record |= {"given": answers[index] if answers else None, "read": n_read}
+            record["alternatives"] = sure[index].alternatives[:MOST_ANSWERS] if sure else []
+            record |= _evidence(example, flags)
+            room = MOST_BYTES / n_shown - len(to_json(record).encode())
+            record["passages"] = _passages(example, flags, options.passages_shown, room)
+            found.records.append(record)
     same = [ranking for ranking in rankings if ranking.questions == found.by_score.questions]
     found.compared = [ranking.name for ranking in same]
     for index, record in zip(shown, found.records, strict=True):
@@ -113,7 +120,26 @@ def survey(
     return found
 
 
-_MOST_VALUES, _LONGEST_VALUE = 8, 300  # of a passage's other fields
+def to_json(value: Any) -> str:
+    """JSON for a page's script."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
+
+
+def _judge(
+    example: Example, flags: list[bool], n_read: int, given: str | None, other: str | None
+) -> dict[str, Any]:
+    """A verdict but for `p` and `top`; everything is None without gold answers."""
+    if not (gold := example.answers):
+        return dict.fromkeys(["match", "f1", "length", "holding", "other_match"])
+    match, f1 = (None, None) if given is None else judge(given, gold)
+    return {
+        "match": match,
+        "f1": f1,
+        "length": answer_length(gold),
+        "holding": sum(flags[:n_read]),
+        "other_match": None if other is None else judge(other, gold)[0],
+    }
 
 
 def _attributions(raw: dict[str, Any], example: Example) -> list[float]:
@@ -124,35 +150,38 @@ def _attributions(raw: dict[str, Any], example: Example) -> list[float]:
     return [float(f"{cause:.3g}") for cause in causes] if is_known else []
 
 
-def _evidence(
-    example: Example, flags: list[bool], n_read: int, passages_shown: int
-) -> dict[str, Any]:
-    """The rest of a question's record, for the script in `page.html`."""
-    ranks = list(range(min(passages_shown, len(flags))))
-    if (first := first_hit(flags)) > passages_shown:
-        ranks.append(first - 1)
+def _evidence(example: Example, flags: list[bool]) -> dict[str, Any]:
+    return {
+        "right": example.answers[:MOST_ANSWERS],
+        "more": max(0, len(example.answers) - MOST_ANSWERS),
+        "scores": [None if p.score is None else float(f"{p.score:.4g}") for p in example.passages],
+        "flags": "".join("01"[flag] for flag in flags),
+    }
+
+
+def _passages(example: Example, flags: list[bool], n: int, room: float) -> list[dict[str, Any]]:
+    """The first with an answer, and the first n as far as there is room, in bytes."""
+    first = first_hit(flags) - 1
+    ranks = {*range(min(n, len(flags))), max(first, 0)} if flags else ()
     shown = []
-    for rank in ranks:
+    for rank in sorted(ranks, key=lambda rank: (rank != first, rank)):
         passage = example.passages[rank]
         spans = answer_spans(example.answers, passage.text) if flags[rank] else []
         parts, hidden = excerpt(passage.text, spans)
         row = {"k": rank, "found": passage.position + 1, "title": passage.title}
         more = [[name, str(value)[:_LONGEST_VALUE]] for name, value in passage.more.items()]
-        shown.append(row | {"parts": parts, "hidden": hidden, "more": more[:_MOST_VALUES]})
-    return {
-        "right": example.answers[:MOST_ANSWERS],
-        "more": max(0, len(example.answers) - MOST_ANSWERS),
-        "read": n_read,
-        "scores": [None if p.score is None else float(f"{p.score:.4g}") for p in example.passages],
-        "flags": "".join("01"[flag] for flag in flags),
-        "passages": shown,
-    }
+        row |= {"parts": parts, "hidden": hidden, "more": more[:_MOST_VALUES]}
+        room -= len(to_json(row).encode())
+        if room < 0:
+            break
+        shown.append(row)
+    return sorted(shown, key=lambda row: row["k"])
 
 
 def excerpt(text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[str], int]:
     """Pieces of a text, every second one a marked answer, and the number of characters left out of
     the middle of long pieces."""
-    ends = [0, *(end for span in spans[:MOST_MARKS] for end in span), len(text)]
+    ends = [0, *itertools.chain(*spans[:MOST_MARKS]), len(text)]
     parts = [text[start:end] for start, end in itertools.pairwise(ends)]
     hidden = 0
     for n in range(0, len(parts), 2):
@@ -163,9 +192,3 @@ def excerpt(text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[str], int
             parts[n] = f"{parts[n][:middle]} [\N{HORIZONTAL ELLIPSIS}] {rest}"
             hidden += excess
     return parts, hidden
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """File names without folder and ending if these are unique, else the paths."""
-    names = [Path(path).stem for path in paths]
-    return names if len(set(names)) == len(names) else list(paths)
