@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     generation, targets = select(GenerationOptions, options), select(TargetOptions, options)
     rest = generation, with_scores, file, targets, results.right_answer(data)
     new = answer_questions(reader, tokenizer, loader, device, precision, *rest)
-    tally, done = Tally(data), 0
+    tally, done = Tally(data, generation.contexts), 0
     with answer_file, metrics.progress_bar(len(batches), "batch", initial=n_finished) as bar:
         for done, answers in enumerate(itertools.chain(answer_file.finished, new), start=1):
             tally.add(answers)
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     distributed.run_on_main(lambda: results.write_files(*files))
     stop_request.finish()
     distributed.run_on_main(lambda: results.remove_parts(run))
-    joint = tally.over_all(generation.contexts)
+    joint = tally.over_all()
     say(log, "judged", "%s", joint)
     if generation.contexts and rank == 0:
         say(log, "curve", "exact match by passages read: %s", results.write_curve(run, joint))

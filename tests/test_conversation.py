@@ -3,10 +3,8 @@
 import io
 import json
 import re
-import readline
 import shlex
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ import passage_retrieval
 import test_reader
 from src.tools import ask
 from src.tools.replies import Evidence, Reply, clean, show, wrap
-from tests.conftest import ROOT
 from tests.terminal import Terminal
 
 PROMPT = r"question: \Z"
@@ -68,9 +65,10 @@ def test_replies_are_what_the_scripts_write(way, reference, passages, tmp_path, 
     run_main(
         test_reader.main, *reader(reference), "--eval_data", found, "--checkpoint_dir", runs,
         "--name", "run", "--write_results", "--write_crossattention_scores", "--num_workers", 0,
+        "--attribution",
     )  # fmt: skip
     replies = []
-    monkeypatch.setattr(ask, "print_replies", lambda come: replies.extend(come) or 0)
+    monkeypatch.setattr(ask, "print_reply", replies.append)
     asked = "\n".join(row["question"] for row in questions)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(asked.encode())))
     run_main(test_reader.main, *reader(reference), *talk, "--interactive")
@@ -85,12 +83,12 @@ def test_replies_are_what_the_scripts_write(way, reference, passages, tmp_path, 
     for reply, row, before in zip(replies, rows, json.loads(found.read_text()), strict=True):
         found_as = {c["id"]: (c["score"], n) for n, c in enumerate(before["ctxs"], start=1)}
         expected = [
-            (c["title"], c["text"], c["score"], *found_as[c["id"]])
+            (c["title"], c["text"], c["score"], c["attribution"], *found_as[c["id"]])
             for c in sorted(row["ctxs"], key=lambda c: -c["score"])
         ]
         assert len(reply.passages) == len(expected) == 3
         for ours, theirs in zip(reply.passages, expected, strict=True):
-            assert tuple(ours) == pytest.approx(theirs, abs=1e-5)
+            assert tuple(ours) == pytest.approx(theirs, abs=1e-4)
         ranks.add(tuple(evidence.search_rank for evidence in reply.passages))
     assert len(ranks) > 1  # the reader's order is not the search's
 
@@ -110,7 +108,9 @@ def test_one_question(reference, passages, tmp_path, capsys, monkeypatch):
     assert facts["passages"] == f"120 passages of {passages}, 3 passages for each question"
     assert re.match(r"120 embeddings of size 32 in 2 shards; exact sear", facts["search"])
     assert re.match(r"1 question in 0:\d\d:\d\d$", facts["done"])
-    assert re.search(r"\n1  reader +-?\d+\.\d\d \| search \d+\.\d\d \(#[123]\) \| ", printed)
+    number = r"-?\d+\.\d\d"
+    scores = rf"\n1  reader +{number} \| attribution +{number} \| search {number} \(#[123]\) \| "
+    assert re.search(scores, printed)
     assert "\x1b" not in printed
     # No run's folder: nothing but what is kept beside every collection.
     new = {path.name for path in set(tmp_path.rglob("*")) - before}
@@ -122,17 +122,21 @@ def test_one_question(reference, passages, tmp_path, capsys, monkeypatch):
 
 
 def reply(*texts: str, answer: str = "Garøy") -> Reply:
-    return Reply(answer, [Evidence("T", text, -n, 20.0 - n, n + 1) for n, text in enumerate(texts)])
+    read = [Evidence("T", text, -n, 0.0, 20.0 - n, n + 1) for n, text in enumerate(texts)]
+    return Reply(answer, read, -0.5)
 
 
 def test_the_answer_then_passages_with_scores():
-    passages = [Evidence("Rivers", "It ends.", 1.5, 8.25, 12), Evidence("", "No.", -10.25, 90.0, 1)]
-    assert show(Reply("Garøy", passages), 80, bold=False).splitlines() == [
-        "Garøy",
+    passages = [
+        Evidence("Rivers", "It ends.", 1.5, 12.25, 8.25, 12),
+        Evidence("", "No.", -10.25, -0.004, 90.0, 1),
+    ]
+    assert show(Reply("Garøy", passages, -0.5), 80, bold=False).splitlines() == [
+        "Garøy (probability 0.607)",
         "",
-        "1  reader   1.50 | search 8.25 (#12) | Rivers",
+        "1  reader   1.50 | attribution 12.25 | search 8.25 (#12) | Rivers",
         "   It ends.",
-        "2  reader -10.25 | search 90.00 (#1)",
+        "2  reader -10.25 | attribution -0.00 | search 90.00 (#1)",
         "   No.",
     ]
 
@@ -161,15 +165,18 @@ def test_five_passages_are_shown_and_the_rest_counted():
     assert [line[0] for line in shown[2::2]] == ["1", "2", "3", "4", "5", "a"]
     assert shown[-1] == "and 3 more"
     assert "more" not in show(reply(*["text"] * 5), 80, bold=False)
-    assert show(reply(answer=""), 80, bold=False) == "(no answer)\n"
+    assert show(reply(answer=""), 80, bold=False) == "(no answer) (probability 0.607)\n"
 
 
 @pytest.mark.parametrize("width", [60, 120])
 def test_lines_fit_the_terminal(width):
     long = "東京は日本の首都である。" * 40 + " " + "x" * 300 + " é" * 100 + " word" * 100
-    passages = [Evidence(long, long, -123.456, 1234.5, 100), Evidence("T", "y", 0.0, 1.0, 1)]
+    passages = [
+        Evidence(long, long, -12.345, -12.3, 123.4, 100),
+        Evidence("T", "y", 0.0, 0.0, 1.0, 1),
+    ]
     for answer in ("Garøy", long[:200]):
-        for line in show(Reply(answer, passages), width, bold=False).splitlines():
+        for line in show(Reply(answer, passages, -1.0), width, bold=False).splitlines():
             n_wide = sum(c in "東京は日本の首都である。" for c in line)
             n_marks = line.count("\u0301")
             assert len(line) + n_wide - n_marks <= width, line
@@ -179,7 +186,7 @@ def test_lines_fit_the_terminal(width):
 def test_no_control_character_reaches_the_terminal():
     evil = "a\x1b[2J\x07\x9b31m\u202egnp\x00\r\n\tb\u2028c \ud83d\x02d"
     assert clean(evil) == "a[2J31mgnp b c d"
-    shown = show(Reply(evil, [Evidence(evil, evil, 1.0, 1.0, 1)]), 80, bold=False)
+    shown = show(Reply(evil, [Evidence(evil, evil, 1.0, 1.0, 1.0, 1)], -1.0), 80, bold=False)
     assert all(character.isprintable() for character in shown.replace("\n", ""))
 
 
@@ -263,26 +270,10 @@ def test_a_pipe(reference, passages, capfd, monkeypatch):
     assert re.search(r" done +2 questions in 0:\d\d:\d\d\n\Z", printed.out)
 
 
-# A search that does not come back.
-SLOW = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import test_reader
-from src.search import retrieve
-def search(self, questions, k):
-    print("searching", flush=True)
-    while True:
-        pass
-retrieve.BM25Search.search = search
-test_reader.main(sys.argv[1:])
-"""
-
-
-def test_a_terminal(reference, passages, tmp_path):
+def test_a_terminal(reference, passages):
     _, talk = ways(reference, passages)["words"]
     command = [*reader(reference), *talk, "--interactive"]
-    environment = {"XDG_STATE_HOME": str(tmp_path / "state"), "TERM": "xterm"}
-    terminal = Terminal("test_reader.py", *command, **environment)
+    terminal = Terminal("test_reader.py", *command, TERM="xterm")
     terminal.read(until=PROMPT)
     assert " ready      type a question; Ctrl-D leaves\r\n" in terminal.screen
     first = terminal.type("Where does the Strömgarwen rise?\n", PROMPT)
@@ -291,37 +282,11 @@ def test_a_terminal(reference, passages, tmp_path):
     terminal.type("Who was", "Who was")
     assert "reader" not in terminal.type("\x03", PROMPT)  # Ctrl-C: the line is gone
     assert "reader" not in terminal.type("\n", PROMPT)
-    up = "\x1b[A"
-    again = terminal.type(f"{up}\n", PROMPT)
+    again = terminal.type("\x1b[A\x1b[A\n", PROMPT)  # what was asked before
     assert again.split("\r\n", 1)[1] == first.split("\r\n", 1)[1]
     assert "Where does the Strömgarwen rise?" in again
-    terminal.type("What is Daxka?\n", PROMPT)
     terminal.type("\x04", "\r\n")
     assert re.search(
-        r"question: \r\n\S+ \S+ done +3 questions in 0:\d\d:\d\d\r\n\Z", terminal.read()
+        r"question: \r\n\S+ \S+ done +2 questions in 0:\d\d:\d\d\r\n\Z", terminal.read()
     )
     assert terminal.process.wait() == 0
-
-    # Another day: what was asked then is still there. Ctrl-C, while the machine is busy, leaves.
-    (tmp_path / "slow.py").write_text(SLOW)
-    terminal = Terminal(tmp_path / "slow.py", *command, **environment)
-    terminal.read(until=PROMPT)
-    assert "Strömgarwen rise?" in terminal.type(f"{up}{up}", r"rise\?")
-    terminal.type("\n", "searching")
-    seconds, status, printed = terminal.press_ctrl_c()
-    assert seconds < 2
-    assert status == 128 + signal.SIGINT
-    line = "stopped by Ctrl-C; the same command starts again"
-    assert printed.replace("^C", "").strip() == line
-
-
-def test_a_history_that_cannot_be_kept(tmp_path, monkeypatch):
-    """It lasts as long as the conversation."""
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    remember = ask._open_history()
-    before = readline.get_current_history_length()
-    for question in ("Who?", "Where?", "Where?"):
-        remember(question)
-    history = range(before + 1, readline.get_current_history_length() + 1)
-    assert [readline.get_history_item(index) for index in history] == ["Who?", "Where?"]

@@ -139,7 +139,7 @@ def test_the_table_by_groups(tmp_path, capsys):
     assert [row[0] for row in list(cells.values())[2:]] == ["1", "1", "1"]
     (tmp_path / "answers.jsonl").unlink()
     for wrong, message in (
-        (more, "--train_data must name"),
+        (more[3:], "--train_data must name"),
         (more[:3], "no such file; test_reader"),
     ):
         with pytest.raises(SystemExit):

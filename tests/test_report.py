@@ -268,7 +268,7 @@ def test_nothing_is_shown_of_what_was_not_computed(run):
         ("answers.jsonl", '{"id": "q0", "log_probability": -1}\n' * 60,
          r"answers\.jsonl, line 2: must be the answer to question q1"),
         ("n_context_curve.json", '{"5": 3}', r"n_context_curve\.json: not a curve such as"),
-        ("../<other>/final_output.txt", None, r"--against .*: there is no final_output\.txt"),
+        ("../<other>/final_output.txt", None, r"final_output\.txt: cannot be read \(No such file"),
     ],
 )  # fmt: skip
 def test_bad_files_of_a_run_are_one_line(file, content, message, judged, capsys):

@@ -466,10 +466,9 @@ def test_questions_that_share_no_word(output_format, tmp_path, capsys):
 @pytest.mark.parametrize("pairs", [1, 10_000_000])
 def test_one_process_or_many_look_for_answers(pairs, reference, monkeypatch):
     data = json.loads((reference / "retrieved.json").read_text())["retrieved"]
-    tasks = [(row["answers"], [c["text"] for c in row["ctxs"]]) for row in data]
     expected = [(True, [c["hasanswer"] for c in row["ctxs"]]) for row in data]
     monkeypatch.setattr(retrieved, "available_cpus", lambda: 2)
-    assert list(retrieved._find_answers(tasks.__getitem__, len(tasks), pairs, 32)) == expected
+    assert list(retrieved._search_all(expected.__getitem__, len(expected), pairs, 32)) == expected
 
 
 # ----------------------------------------------------------------------------------------------

@@ -4,15 +4,20 @@ import http.client
 import json
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 import test_reader
+from src.data.batches import ReaderCollator, ReaderItem
+from src.models.pretrained import load_tokenizer
+from src.models.reader import load_reader
+from src.options import GenerationOptions
 from src.runtime.errors import InputError
 from src.tools import ask
 from src.tools.replies import Evidence, Reply
-from src.tools.serve import LARGEST_BODY, Server
+from src.tools.serve import LARGEST_BODY, Server, as_json
 from tests.chromium import Chromium
 from tests.test_conversation import passages, reader, run_main, ways  # noqa: F401 (a fixture)
 from tests.test_report import in_browser
@@ -20,17 +25,16 @@ from tests.test_report import in_browser
 EVIL = "<img src=x onerror=alert(1)> \N{MUSICAL SYMBOL G CLEF} Nile & <b>Nile</b>"
 
 
-def talk(questions: Iterable[str]) -> Iterator[Reply]:
-    for question in questions:
-        if question == "bad":
-            raise InputError("reader: a score is not finite")
-        read = [Evidence(EVIL, f"{question} {EVIL}", -n, 2.5, n + 1) for n in range(2)]
-        yield Reply("Nile", read, log_probability=-0.5)
+def answer(question: str) -> Reply:
+    if question == "bad":
+        raise InputError("reader: a score is not finite")
+    read = [Evidence(EVIL, f"{question} {EVIL}", -n, 0.25 * n, 2.5, n + 1) for n in range(2)]
+    return Reply("Nile", read, log_probability=-0.5)
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server(talk, "127.0.0.1", 0, logging.getLogger("test")) as server:
+    with Server(answer, "127.0.0.1", 0, logging.getLogger("test")) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server
@@ -60,10 +64,12 @@ def test_an_answer(server):
     assert (reply["question"], reply["answer"]) == ("Which river?", "Nile")
     assert reply["probability"] == pytest.approx(0.60653, abs=1e-5)
     first = reply["passages"][0]
-    assert {name: first[name] for name in ("title", "score", "search_score", "search_rank")} == {
-        "title": EVIL, "score": 0, "search_score": 2.5, "search_rank": 1,
+    text = first["text"]
+    assert [text[start:end] for start, end in first.pop("marks")] == ["Nile", "Nile"]
+    assert first == {
+        "title": EVIL, "text": f"Which river? {EVIL}", "score": 0, "attribution": 0,
+        "search_score": 2.5, "search_rank": 1,
     }  # fmt: skip
-    assert [first["text"][start:end] for start, end in first["marks"]] == ["Nile", "Nile"]
     status, headers, page = send(server, "GET", "/")
     assert (status, headers.get_content_type()) == (200, "text/html")
     assert headers["Content-Security-Policy"].startswith("default-src 'none'")
@@ -106,14 +112,13 @@ def test_one_question_at_a_time(server):
     """A connection that sends nothing, as browsers keep, holds up nobody."""
     idle = http.client.HTTPConnection("127.0.0.1", server.server_address[1])
     idle.connect()
-    busy, answer = [], server._talk
+    busy = []
 
-    def one(questions: Iterable[str]) -> Iterator[Reply]:
-        for reply in answer(questions):
-            busy.append(server._lock.locked())
-            yield reply
+    def one(text: str) -> Reply:
+        busy.append(server._lock.locked())
+        return answer(text)
 
-    server._talk, replies = one, {}
+    server._answer, replies = one, {}
     asked = [f"Question {n}?" for n in range(8)]
     threads = [
         threading.Thread(
@@ -132,17 +137,42 @@ def test_one_question_at_a_time(server):
     idle.close()
 
 
-def test_it_answers_like_a_conversation(reference, passages, monkeypatch):  # noqa: F811
+def test_attribution_equals_reading_without_the_passage(reference, passages, monkeypatch):  # noqa: F811
+    """In the JSON of a real conversation; the log-probability, too, by teacher forcing."""
+    served = []
+    monkeypatch.setattr(ask, "serve", lambda answer, host, *_: served.append((answer, host)))
     _, search = ways(reference, passages)["words"]
-    served, printed = [], []
-    monkeypatch.setattr(ask, "serve", lambda talk, host, port, log: served.append((talk, host)))
-    monkeypatch.setattr(ask, "print_replies", lambda replies: printed.extend(replies) or 1)
     run_main(test_reader.main, *reader(reference), *search, "--serve")
     ((answers, host),) = served
-    asked = "Where does the Strömgarwen rise?"
-    run_main(test_reader.main, *reader(reference), *search, "--question", asked)
-    assert list(answers([asked])) == printed
     assert host == "127.0.0.1"
+    asked = "Where does the Strömgarwen rise?"
+    for _ in range(2):  # the second time with what was laid out for the first
+        reply = as_json(asked, answers(asked))
+    read = sorted(reply["passages"], key=lambda passage: passage["search_rank"])
+    assert [p["score"] for p in reply["passages"]] == sorted(
+        (p["score"] for p in read), reverse=True
+    )
+    t5, tokenizer = (
+        load_reader(str(reference / "t5")).eval(),
+        load_tokenizer(str(reference / "t5"), "none"),
+    )
+    texts = [f"question: {asked} title: {p['title']} context: {p['text']}" for p in read]
+    coded = ReaderCollator(tokenizer, 96)([ReaderItem(0, texts, None)])
+    ids, mask = coded["input_ids"], coded["attention_mask"]
+    found = t5.answer(ids, mask, GenerationOptions())
+    tokens = found.tokens[0, 1:]
+    tokens = tokens[: (tokens == 1).nonzero()[0, 0] + 1] if (tokens == 1).any() else tokens
+
+    def log_probability(rows: list[int]) -> float:
+        with torch.no_grad():
+            return -len(tokens) * t5(ids[:, rows], mask[:, rows], tokens[None])[0].item()
+
+    everything = log_probability([0, 1, 2])
+    assert reply["log_probability"] == pytest.approx(everything, abs=1e-4)
+    for n, passage in enumerate(read):
+        rest = [row for row in range(3) if row != n]
+        assert passage["attribution"] == pytest.approx(everything - log_probability(rest), abs=1e-4)
+    assert max(abs(passage["attribution"]) for passage in read) > 1e-3
 
 
 @in_browser
@@ -163,6 +193,10 @@ def test_the_page_in_a_browser(server, tmp_path):
             assert facts == "probability 60.7 %"
             text = browser.ask("document.querySelector('#passages li p').textContent")
             assert text == f"{EVIL}. {EVIL} {EVIL}"
+            names = "[...document.querySelectorAll('#passages li:first-child .measure')]"
+            assert browser.ask(f"{names}.map((row) => row.textContent)") == [
+                "attention0.00", "attribution0.00",
+            ]  # fmt: skip
             marks = "[...document.querySelector('#passages li').querySelectorAll('mark')]"
             assert browser.ask(f"{marks}.map((mark) => mark.textContent)") == ["Nile"] * 4
             assert browser.ask("document.querySelectorAll('img').length") == 0

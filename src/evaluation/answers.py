@@ -153,31 +153,25 @@ def find_answers(answers: Sequence[str], texts: Iterable[str]) -> Iterator[bool]
     return (bool(answers) and has_answer(answers, text) for text in texts)
 
 
-Task = tuple[list[str], list[str]]  # answers, and the texts that may contain them
-
-
-def match(task: Task) -> tuple[bool, list[bool]]:
-    """Whether there are answers, and which texts contain one. (For worker processes, which then
-    need not import torch.)"""
-    answers, texts = task
-    return bool(answers), list(find_answers(answers, texts))
-
-
 def answer_spans(answers: Sequence[str], text: str) -> list[tuple[int, int]]:
     """Where `has_answer` finds answers: [start, end) in characters of the text, in order, merged
     where they touch or overlap. Answers without any token are not marked.
 
     A character that is only partly in a match (the "=" in the NFD form of "≠") is included.
     """
-    normal, sources = _normalize_with_sources(text)
-    found = list(_TOKEN.finditer(normal))
+    nfd = functools.partial(unicodedata.normalize, "NFD")
+    # NFD reorders only combining marks: each piece is a character with those after it.
+    starts = {0, *(i for i, c in enumerate(text) if not unicodedata.combining(nfd(c)[0]))}
+    pieces = [(nfd(text[a:b]), (a, b)) for a, b in itertools.pairwise([*sorted(starts), len(text)])]
+    sources = [span for piece, span in pieces for _ in piece]
+    found = list(_TOKEN.finditer("".join(piece for piece, _ in pieces)))
     tokens = [token.group().lower() for token in found]
-    spans = []
-    for answer in filter(None, map(tokenize, answers)):
-        for first in range(len(tokens) - len(answer) + 1):
-            last = first + len(answer) - 1
-            if tokens[first : last + 1] == answer:
-                spans.append((sources[found[first].start()][0], sources[found[last].end() - 1][1]))
+    spans = [
+        (sources[found[first].start()][0], sources[found[first + len(answer) - 1].end() - 1][1])
+        for answer in filter(None, map(tokenize, answers))
+        for first in range(len(tokens) - len(answer) + 1)
+        if tokens[first : first + len(answer)] == answer
+    ]
     joined: list[tuple[int, int]] = []
     for start, end in sorted(spans):
         if joined and start <= joined[-1][1]:
@@ -185,22 +179,6 @@ def answer_spans(answers: Sequence[str], text: str) -> list[tuple[int, int]]:
             end = max(end, before)
         joined.append((start, end))
     return joined
-
-
-def _normalize_with_sources(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text in NFD, and for each of its characters the span of the text that it came from: a
-    character with the combining marks after it, because NFD reorders only these."""
-    starts = [
-        index
-        for index, character in enumerate(text)
-        if index == 0 or not unicodedata.combining(unicodedata.normalize("NFD", character)[0])
-    ]
-    normal, sources = "", []
-    for start, end in itertools.pairwise([*starts, len(text)]):
-        piece = unicodedata.normalize("NFD", text[start:end])
-        normal += piece
-        sources += [(start, end)] * len(piece)
-    return normal, sources
 
 
 def read_aligned(

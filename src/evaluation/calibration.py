@@ -65,7 +65,7 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
 
 def percent(values: Sequence[float]) -> float:
     """The mean of shares or verdicts, in percent."""
-    return 100 * sum(values) / len(values)
+    return 100 * float(np.mean(values))
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:

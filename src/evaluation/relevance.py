@@ -36,8 +36,8 @@ def load_run(path: str) -> Run:
 def judge_run(
     run: Run, qrels: dict[str, dict[str, int]], ks: Sequence[int]
 ) -> tuple[list[str], Values]:
-    """The questions that are both in the run and the qrels, sorted, and for each of them nDCG@10, MRR@10,
-    average precision and recall@k, in [0, 1]. Errors: `InputError` when there are none."""
+    """The questions that are in the run and the qrels, sorted, and for each of them nDCG@10,
+    MRR@10, average precision and recall@k, in [0, 1]. Errors: `InputError` when there are none."""
     questions = sorted(question for question in run if question in qrels)
     if not questions:
         raise InputError("no question of the run is in the qrels; give those of the same data")

@@ -5,7 +5,7 @@ processes in turn, so reading the parts in turn gives the input's order, with no
 """
 
 import contextlib
-import dataclasses
+import itertools
 import json
 import logging
 from argparse import Namespace
@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from src.data.examples import Example, Examples, read_example
-from src.data.json_files import json_list
 from src.data.outputs import require_regular, write_whole, writing
 from src.evaluation.answers import ANSWERS, SCORES, exact_match, find_answers, judge
-from src.evaluation.retrieved import MADE_BY, OnExamples, beside, write_beside
+from src.evaluation.retrieved import MADE_BY, as_json, beside, write_beside
 from src.evaluation.runs import CURVE, PROBABILITIES
 from src.models.answering import Answer
 from src.options import TargetOptions, select
@@ -91,51 +90,47 @@ def right_answer(data: Examples) -> Callable[[int], str | None]:
 
 class Tally:
     """Mean exact match and F1, in percent, of answers to a file's questions, and of those from the
-    first n passages alone in `by_context`."""
+    first n passages alone in `by_context`, for each n of `contexts`."""
 
-    def __init__(self, data: Examples):
+    def __init__(self, data: Examples, contexts: Sequence[int] = ()):
         self._data = data
         self.exact_match, self.f1 = Average(), Average()
-        self.by_context: dict[str, Tally] = {}
+        self.by_context = {str(n): Tally(data) for n in contexts}
 
     def add(self, answers: list[Answer]) -> None:
         for answer in answers:
-            gold = read_example(self._data, answer.index).answers
-            self._add(answer.text, gold)
-            for n, text in answer.by_context.items():
-                self.by_context.setdefault(n, Tally(self._data))._add(text, gold)
+            if gold := read_example(self._data, answer.index).answers:
+                self._add(answer.text, gold)
+                for n, tally in self.by_context.items():
+                    tally._add(answer.by_context[n], gold)
 
     def _add(self, text: str, gold: list[str]) -> None:
-        if gold:
-            match, overlap = judge(text, gold)
-            self.exact_match.add(100.0 * match)
-            self.f1.add(100.0 * overlap)
+        match, overlap = judge(text, gold)
+        self.exact_match.add(100.0 * match)
+        self.f1.add(100.0 * overlap)
 
-    def over_all(self, contexts: Sequence[int] = ()) -> "Tally":
-        """The tally over what every process added, also from these numbers of passages."""
+    def over_all(self) -> "Tally":
+        """The tally over what every process added."""
         joint = Tally(self._data)
         joint.exact_match, joint.f1 = self.exact_match.over_all(), self.f1.over_all()
-        for n in map(str, contexts):  # a process may have had no batch
-            joint.by_context[n] = self.by_context.get(n, Tally(self._data)).over_all()
+        joint.by_context = {n: part.over_all() for n, part in self.by_context.items()}
         return joint
 
-    def values(self) -> dict[str, float | None]:
-        mean, n = self.exact_match, round(self.exact_match.weight)
-        return {"exact_match": mean.value(), "f1": self.f1.value(), "questions": n}
-
     def __str__(self) -> str:
-        n = round(self.exact_match.weight)
-        if not n:
+        if not (n := round(self.exact_match.weight)):
             return "the data has no answers to judge by"
-        return (
-            f"exact match {self.exact_match.value():.2f}, F1 {self.f1.value():.2f} on {n} examples"
-        )
+        match, overlap = self.exact_match.value(), self.f1.value()
+        return f"exact match {match:.2f}, F1 {overlap:.2f} on {n} examples"
 
 
 def write_curve(folder: Path, tally: Tally) -> str:
     """Write `n_context_curve.json`: exact match and F1 by number of passages read. Returns it as
     text for the log."""
-    values = {n: part.values() for n, part in tally.by_context.items()}
+    values = {
+        n: {"exact_match": part.exact_match.value(), "f1": part.f1.value(),
+            "questions": round(part.exact_match.weight)}
+        for n, part in tally.by_context.items()
+    }  # fmt: skip
     write_whole(folder / CURVE, [json.dumps(values, indent=1) + "\n"])
     shown = [(n, part["exact_match"]) for n, part in values.items()]
     return ", ".join(f"{n}: {'-' if match is None else f'{match:.2f}'}" for n, match in shown)
@@ -159,17 +154,14 @@ def _read_batch(line: str) -> list[Answer]:
 
 def read_parts(folder: Path, world_size: int) -> Iterator[Answer]:
     """All processes' answers in the input's order."""
-    files = [open(_part(folder, rank)) for rank in range(world_size)]  # noqa: SIM115
-    try:
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(_part(folder, rank))) for rank in range(world_size)]
         for file in files:
             file.readline()  # what made it
-        turn = 0
-        while line := files[turn % world_size].readline():
+        for file in itertools.cycle(files):
+            if not (line := file.readline()):
+                return
             yield from _read_batch(line)
-            turn += 1
-    finally:
-        for file in files:
-            file.close()
 
 
 def write_files(
@@ -193,8 +185,11 @@ def write_files(
 
 def _probability(log_probability: float, n_tokens: int) -> dict[str, float]:
     mean = log_probability / max(1, n_tokens)
-    names = "log_probability", "mean_log_probability", "n_tokens"
-    return dict(zip(names, (log_probability, mean, n_tokens), strict=True))
+    return {
+        "log_probability": log_probability,
+        "mean_log_probability": mean,
+        "n_tokens": n_tokens,
+    }
 
 
 def write_answers(
@@ -207,27 +202,24 @@ def write_answers(
     Args: abstain_below: the answer is empty where its probability is lower.
     """
 
-    def answers() -> Iterator[tuple[Example, Answer]]:
+    def records() -> Iterator[dict[str, Any]]:
         for answer in read_parts(folder, world_size):
+            example = read_example(data, answer.index)
             text = "" if answer.probability < abstain_below else answer.text
-            yield read_example(data, answer.index), dataclasses.replace(answer, text=text)
-
-    def records() -> Iterator[str]:
-        for example, answer in answers():
-            record = {"id": example.id, "answer": answer.text}
+            record = {"id": example.id, "answer": text}
             record |= _probability(answer.log_probability, answer.n_tokens)
             if example.answers:
-                record["correct"] = exact_match(answer.text, example.answers)
+                record["correct"] = exact_match(text, example.answers)
             if answer.alternatives:
                 others = [{"answer": a[0], **_probability(*a[1:])} for a in answer.alternatives]
                 record["alternatives"] = others
-            yield json.dumps(record) + "\n"
+            yield record
 
     def lines() -> Iterator[str]:
-        for example, answer in answers():
-            yield f"{' '.join(example.id.split())}\t{' '.join(answer.text.split())}\n"
+        for record in records():
+            yield f"{' '.join(record['id'].split())}\t{' '.join(record['answer'].split())}\n"
 
-    write_whole(folder / PROBABILITIES, records())
+    write_whole(folder / PROBABILITIES, (json.dumps(record) + "\n" for record in records()))
     return write_whole(folder / ANSWERS, lines())
 
 
@@ -238,7 +230,7 @@ def write_scores(
     n_context: int,
     made_by: dict[str, Any],
     targets: TargetOptions = TargetOptions(),  # noqa: B008 (frozen)
-    on_examples: OnExamples = lambda n: None,
+    on_examples: Callable[[int], object] = lambda n: None,
 ) -> Path:
     """Write `dataset_wscores.json`, the data with the reader's score of each passage it read, and
     beside it what made it. Returns the file's path.
@@ -254,7 +246,7 @@ def write_scores(
             on_examples(1)
 
     beside(folder / SCORES, MADE_BY).unlink(missing_ok=True)
-    path = write_whole(folder / SCORES, json_list(examples()))
+    path = write_whole(folder / SCORES, as_json(SCORES, examples()))
     write_beside(path, MADE_BY, made_by)
     return path
 

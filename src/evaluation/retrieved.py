@@ -14,11 +14,11 @@ from src.data.examples import Examples, available_cpus, read_example
 from src.data.json_files import json_list
 from src.data.outputs import write_whole
 from src.data.passages import Passages
-from src.evaluation.answers import Task, match
-from src.evaluation.rankings import recall_at_k
+from src.evaluation.answers import find_answers
 from src.runtime.errors import InputError, shorten
 
-OnExamples = Callable[[int], object]  # called with the number of examples just written
+# For a question's index: whether it has answers, and which of its passages contain one.
+Search = Callable[[int], tuple[bool, list[bool]]]
 MADE_BY, RECALL = ".made_by.json", ".recall.json"  # appended to the name of the file they describe
 _PAIRS_WORTH_A_PROCESS = 100_000  # of a question and a passage; a process starts in 0.1 s
 
@@ -50,7 +50,7 @@ def write_retrieved(
     workers: int,
     made_by: dict[str, Any],
     as_trec: bool = False,
-    on_examples: OnExamples = lambda n: None,
+    on_examples: Callable[[int], object] = lambda n: None,
 ) -> list[Sequence[bool]]:
     """Write questions with the passages found for them, and beside them what made them.
 
@@ -67,17 +67,17 @@ def write_retrieved(
     """
     flags: list[Sequence[bool]] = []
 
-    def found_for(index: int) -> Iterator[tuple[int, float]]:
-        for row, score in zip(positions[index].tolist(), scores[index].tolist(), strict=True):
-            if row >= 0:
-                yield row, score
+    def found_for(index: int) -> list[tuple[int, float]]:
+        pairs = zip(positions[index].tolist(), scores[index].tolist(), strict=True)
+        return [(row, score) for row, score in pairs if row >= 0]
 
-    def task(index: int) -> Task:
+    def search(index: int) -> tuple[bool, list[bool]]:
         answers = read_example(data, index).answers
-        return answers, [passages[row].text for row, _ in found_for(index)]
+        texts = (passages[row].text for row, _ in found_for(index))
+        return bool(answers), list(find_answers(answers, texts))
 
     def found() -> Iterator[tuple[int, list[bool]]]:
-        hits = _find_answers(task, len(data), scores.size, workers)
+        hits = _search_all(search, len(data), scores.size, workers)
         for index, (has_answers, contained) in enumerate(hits):
             if has_answers:
                 flags.append(np.array(contained, bool))  # a list takes eight times as much memory
@@ -90,10 +90,8 @@ def write_retrieved(
             for number, (row, score) in enumerate(found_for(index)):
                 identity, title, text, *_, more = passages[row]
                 context = {"id": identity, "title": title, "text": text, "score": score}
-                hit = {"hasanswer": contained[number]} if contained else {}
-                contexts.append(
-                    {**context, **hit, **{n: more[n] for n in more if n not in context}}
-                )
+                context |= {"hasanswer": contained[number]} if contained else {}
+                contexts.append(context | {n: more[n] for n in more if n not in context})
             yield {**data[index], "ctxs": contexts}
 
     def trec_lines() -> Iterator[str]:
@@ -105,11 +103,15 @@ def write_retrieved(
 
     for kind in (MADE_BY, RECALL):  # of an earlier file
         beside(path, kind).unlink(missing_ok=True)
-    as_lines = (json.dumps(example) + "\n" for example in examples())
-    as_json = as_lines if path.suffix == ".jsonl" else json_list(examples())
-    write_whole(path, trec_lines() if as_trec else as_json)
+    write_whole(path, trec_lines() if as_trec else as_json(path, examples()))
     write_beside(path, MADE_BY, made_by)
     return flags
+
+
+def as_json(path: str | Path, examples: Iterator[dict[str, Any]]) -> Iterator[str]:
+    """The text of a data file: `.jsonl` has a line for each example, any other a JSON list."""
+    as_lines = (json.dumps(example) + "\n" for example in examples)
+    return as_lines if str(path).endswith(".jsonl") else json_list(examples)
 
 
 def beside(path: Path, kind: str) -> Path:
@@ -120,30 +122,29 @@ def write_beside(path: Path, kind: str, values: dict[str, Any]) -> None:
     write_whole(beside(path, kind), [json.dumps(values, indent=1) + "\n"])
 
 
-def _find_answers(
-    task: Callable[[int], Task], n_tasks: int, n_pairs: int, workers: int
+def _search_all(
+    search: Search, n: int, n_pairs: int, workers: int
 ) -> Iterator[tuple[bool, list[bool]]]:
-    """Whether there are answers, and which texts contain one, for each task in turn."""
+    """The results for the first n indices in order."""
     workers = min(workers, available_cpus(), n_pairs // _PAIRS_WORTH_A_PROCESS)
     if workers <= 1:
-        yield from map(match, map(task, range(n_tasks)))
+        yield from map(search, range(n))
         return
     # Forked: they import nothing, read the passages themselves, and send only what they found.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, _start_worker, (task,)) as pool:
-        size = max(1, min(64, n_tasks // (4 * workers)))
-        yield from pool.map(_match_one, range(n_tasks), chunksize=size)
+    with ProcessPoolExecutor(workers, context, _start_worker, (search,)) as pool:
+        yield from pool.map(_search, range(n), chunksize=max(1, min(64, n // (4 * workers))))
 
 
-def _start_worker(task: Callable[[int], Task]) -> None:
-    global _task
-    _task = task
+def _start_worker(search: Search) -> None:
+    global _given
+    _given = search
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the waiting process answers them
 
 
-def _match_one(index: int) -> tuple[bool, list[bool]]:
-    return match(_task(index))
+def _search(index: int) -> tuple[bool, list[bool]]:
+    return _given(index)
 
 
 def write_recall(path: Path, flags: list[Sequence[bool]], n_docs: int) -> dict[str, float]:
@@ -152,7 +153,7 @@ def write_recall(path: Path, flags: list[Sequence[bool]], n_docs: int) -> dict[s
     Returns: the values by name, in [0, 1].
     """
     ks = [k for k in (1, 5, 20, 100) if flags and k <= n_docs]
-    recalls = {f"recall@{k}": recall_at_k(flags, k) for k in ks}
+    recalls = {f"recall@{k}": sum(any(part[:k]) for part in flags) / len(flags) for k in ks}
     if recalls:
         write_beside(path, RECALL, {**recalls, "questions": len(flags)})
     return recalls

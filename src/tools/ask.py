@@ -12,8 +12,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from src.options import (
@@ -40,7 +39,7 @@ from src.runtime.device import describe, pick_device, resolve_precision
 from src.runtime.launch import detect_launch
 from src.runtime.terminal import count, duration, say
 from src.search.retrieve import open_search
-from src.tools.replies import Evidence, Reply, clean, print_replies
+from src.tools.replies import Evidence, Reply, clean, print_reply
 from src.tools.serve import serve
 from src.training.metrics import passing_bar, start_log
 
@@ -71,30 +70,28 @@ def main(options: argparse.Namespace) -> None:
             for rank, position in enumerate(found.rows()[0])
         ]
 
-    def talk(questions: Iterable[str]) -> Iterator[Reply]:
-        return converse(questions, find, reader, tokenizer, device, precision, options)
-
+    answer = Conversation(find, reader, tokenizer, device, precision, options)
     if options.serve:
-        serve(talk, options.host, options.port, log)
+        serve(answer, options.host, options.port, log)
         return
     sys.stdout.reconfigure(errors="replace")  # not every terminal has every character
     is_typed = options.question is None and sys.stdin.isatty() and sys.stdout.isatty()
     if is_typed:
         say(log, "ready", "type a question; Ctrl-D leaves")
     asked = [options.question.strip()] if options.question is not None else _piped()
-    n_replies = print_replies(talk(_typed() if is_typed else asked))
+    n_asked = 0
+    for question in _typed() if is_typed else asked:
+        print_reply(answer(question))
+        n_asked += 1
     took = duration(time.perf_counter() - started)
-    say(log, "done", "%s in %s", count(n_replies, "question"), took)
-
-
-# ----------------------------------------------------------------------------------------------
-# Questions
+    say(log, "done", "%s in %s", count(n_asked, "question"), took)
 
 
 def _typed() -> Iterator[str]:
     """Questions typed at a prompt, until Ctrl-D. Ctrl-C drops the line, as in a shell; the arrow
-    keys bring back earlier questions, also of earlier conversations."""
-    remember = _open_history()
+    keys bring back earlier questions."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (not in every Python; looks at the terminal when imported)
     while True:
         try:
             question = input("question: ").strip()
@@ -105,7 +102,6 @@ def _typed() -> Iterator[str]:
             print()
             return
         if question:
-            remember(question)
             yield question
 
 
@@ -118,66 +114,47 @@ def _piped() -> Iterator[str]:
             yield question
 
 
-def _open_history() -> Callable[[str], None]:
-    """Give `input` a history. Returns a function that adds a question to it and, if possible, to
-    its file at once: a conversation can end at any moment."""
-    try:
-        import readline  # not in every Python; and it looks at the terminal when it is imported
-    except ImportError:
-        return lambda question: None
-    state = Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state"))
-    file = state / "fusion-in-decoder" / "questions"
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        readline.read_history_file(file)
-    readline.set_history_length(1000)
-    readline.set_auto_history(False)  # which has empty lines, too
+class Conversation:
+    """Answers questions: finds passages for each, and reads them like those in a data file."""
 
-    def remember(question: str) -> None:
-        if question != readline.get_history_item(readline.get_current_history_length()):
-            readline.add_history(question)
-        with contextlib.suppress(OSError):
-            readline.write_history_file(file)
+    def __init__(
+        self,
+        find: Find,
+        reader: FiDT5,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        precision: str,
+        options: argparse.Namespace,
+    ):
+        self._find, self._options = find, options
+        self._collate = ReaderCollator(tokenizer, options.text_maxlength)
+        self._passages: list[Passage] = []  # of the question that is being read
+        how = device, precision, select(GenerationOptions, options)
+        scores = {"with_scores": True, "targets": TargetOptions(attribution=True)}
+        self._start = lambda: answer_questions(reader, tokenizer, self._batches(), *how, **scores)
+        self._question, self._answers = "", self._start()
 
-    return remember
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        while True:
+            question = self._question.encode(errors="replace").decode()  # no unpaired surrogates
+            self._passages = self._find(question)
+            example = Example(0, "0", question, None, [], self._passages)
+            n_context, with_title = self._options.n_context, not self._options.no_title
+            texts = reader_texts(example, n_context, with_title)
+            yield self._collate([ReaderItem(0, texts, None)])
 
-
-# ----------------------------------------------------------------------------------------------
-# Replies
-
-
-def converse(
-    questions: Iterable[str],
-    find: Find,
-    reader: FiDT5,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    precision: str,
-    options: argparse.Namespace,
-) -> Iterator[Reply]:
-    """Find passages for each question, and read them like those in a data file."""
-    collate = ReaderCollator(tokenizer, options.text_maxlength)
-    passages: list[Passage] = []  # of the question that is being read
-
-    def batches() -> Iterator[dict[str, Any]]:
-        for question in questions:
-            question = question.encode(errors="replace").decode()  # no unpaired surrogates
-            passages[:] = find(question)
-            example = Example(0, "0", question, None, [], passages)
-            texts = reader_texts(example, options.n_context, not options.no_title)
-            yield collate([ReaderItem(0, texts, None)])
-
-    how = device, precision, select(GenerationOptions, options)
-    scored = {"with_scores": True, "targets": TargetOptions(attribution=True)}
-    for (answer,) in answer_questions(reader, tokenizer, batches(), *how, **scored):
+    def __call__(self, question: str) -> Reply:
+        """Errors: those of reading; the next question starts afresh."""
+        answers, self._answers, self._question = self._answers, self._start(), question
+        (answer,) = next(answers)
+        self._answers = answers
         # (Without passages, the question alone has scores.)
-        scores = zip(passages, answer.scores, answer.targets["attribution"], strict=False)
+        scores = zip(self._passages, answer.scores, answer.targets["attribution"], strict=False)
         read = [
             Evidence(p.title, p.text, score, attribution, p.score, p.position + 1)
             for p, score, attribution in scores
         ]
-        read.sort(key=lambda evidence: -evidence.score)
-        yield Reply(answer.text, read, answer.log_probability)
+        return Reply(answer.text, sorted(read, key=lambda e: -e.score), answer.log_probability)
 
 
 if __name__ == "__main__":

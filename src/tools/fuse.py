@@ -14,17 +14,16 @@ if __name__ == "__main__":
     reports_input_errors(fusion_parser().parse_args)()  # answers --help at once
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.data.examples import Examples, load_data, read_example
-from src.data.json_files import json_list
+from src.data.examples import load_data, read_example
 from src.data.outputs import claim_output, write_whole
 from src.data.trec import Run
 from src.evaluation.answers import find_answers
 from src.evaluation.relevance import load_run
+from src.evaluation.retrieved import as_json
 from src.runtime.errors import shorten
 from src.runtime.terminal import count
 
@@ -33,20 +32,11 @@ from src.runtime.terminal import count
 def main(arguments: list[str] | None = None) -> None:
     options = fusion_parser().parse_args(arguments)
     claim_output(options.output, "--output")
-    is_data = [path.endswith((".json", ".jsonl")) for path in options.files]
     runs = list(map(load_run, options.files))
-    if not options.output.endswith((".json", ".jsonl")):
-        lines = _trec_lines(runs, options)
-    elif all(is_data):
-        examples = _examples(list(map(load_data, options.files)), runs, options)
-        as_lines = (json.dumps(example) + "\n" for example in examples)
-        lines = as_lines if options.output.endswith(".jsonl") else json_list(examples)
+    if options.output.endswith((".json", ".jsonl")):
+        lines = as_json(options.output, _examples(runs, options))
     else:
-        run = options.files[is_data.index(False)]
-        raise InputError(
-            f"{run}: a TREC run has no texts: fuse into a run (-o fused.trec), and turn that into "
-            "data with passage_retrieval.py --from_trec"
-        )
+        lines = _trec_lines(runs, options)
     write_whole(Path(options.output), lines)
     n = len(dict.fromkeys(question for run in runs for question in run))
     print(f"{options.output}: {count(n, 'question')}, from {count(len(runs), 'file')}")
@@ -83,12 +73,16 @@ def _trec_lines(runs: Sequence[Run], options: argparse.Namespace) -> Iterator[st
             yield f"{question} Q0 {name} {rank} {score!r} fused\n"
 
 
-def _examples(
-    files: Sequence[Examples], runs: Sequence[Run], options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
+def _examples(runs: Sequence[Run], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The first file's examples with the passages of all."""
+    for path in options.files:
+        if not path.endswith((".json", ".jsonl")):
+            how = "fuse into a run (-o fused.trec), and turn that into data with"
+            how += " passage_retrieval.py --from_trec"
+            raise InputError(f"{path}: a TREC run has no texts: {how}")
+    files = list(map(load_data, options.files))
     for index in range(len(files[0])):
-        asked, contexts, rankings = read_example(files[0], index), {}, []
+        asked, contexts = read_example(files[0], index), {}
         for data, run in zip(files, runs, strict=True):
             if len(data) != len(files[0]) or len(run) != len(data):
                 raise InputError(f"{data.path}: needs the questions of {files[0].path}, each once")
@@ -96,11 +90,10 @@ def _examples(
             if (example.id, example.question) != (asked.id, asked.question):
                 other = f"not question {asked.id} of {files[0].path}; fuse files of the same data"
                 raise InputError(f"{data.where(index)}: {other}")
-            raw = data[index].get("ctxs") or []
+            raw = data[index].get("ctxs")
             for passage in example.passages:
                 contexts.setdefault(passage.id, raw[passage.position])
-            rankings.append(run[example.id])
-        fused = fuse(rankings, options)
+        fused = fuse([run[asked.id] for run in runs], options)
         found = [{**contexts[name], "score": score} for name, score in fused.items()]
         if asked.answers:
             hits = find_answers(asked.answers, (context["text"] for context in found))

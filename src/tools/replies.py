@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from src.evaluation.answers import answer_spans
@@ -40,15 +39,11 @@ class Reply(NamedTuple):
         return math.exp(min(0.0, self.log_probability))
 
 
-def print_replies(replies: Iterable[Reply]) -> int:
-    """Show each reply when it comes, fitted to the terminal; returns how many there were."""
+def print_reply(reply: Reply) -> None:
+    """Show a reply, fitted to the terminal."""
     bold = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-    n_replies = 0
-    for reply in replies:
-        n_replies += 1
-        width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
-        print(f"\n{show(reply, width, bold)}\n", flush=True)
-    return n_replies
+    width = max(60, min(120, shutil.get_terminal_size((100, 24)).columns))
+    print(f"\n{show(reply, width, bold)}\n", flush=True)
 
 
 def show(reply: Reply, width: int, bold: bool) -> str:
@@ -63,10 +58,12 @@ def show(reply: Reply, width: int, bold: bool) -> str:
         for rank, e in enumerate(shown, start=1)
     ]
     widest = max(map(len, heads), default=0)
+    room = width - widest - 7
     for head, evidence in zip(heads, shown, strict=True):
-        title = wrap(clean(evidence.title), max(12, width - widest - 7))
-        if title:
-            head = f"{head:{widest}} | {title[0]}{' ...' if len(title) > 1 else ''}"
+        title = wrap(clean(evidence.title), room if room >= 12 else width - 7)
+        if title:  # in a narrow terminal on a line of its own
+            head = f"{head:{widest}} | " if room >= 12 else f"{head}\n   "
+            head += f"{title[0]}{' ...' if len(title) > 1 else ''}"
         lines.append(head)
         lines += [f"   {line}" for line in _excerpt(evidence.text, reply.answer, width - 3)]
     if len(reply.passages) > _SHOWN:

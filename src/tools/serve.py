@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ LARGEST_BODY = 1 << 16  # bytes
 _DRAINED = 1 << 25  # of a larger body, so that its sender reads the refusal
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _METHODS = {"/": "GET", "/answer": "POST"}
-Talk = Callable[[Iterable[str]], Iterator[Reply]]
+Answer = Callable[[str], Reply]
 
 
 class Refusal(Exception):
@@ -129,11 +129,9 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, talk: Talk, host: str, port: int, log: logging.Logger):
+    def __init__(self, answer: Answer, host: str, port: int, log: logging.Logger):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._talk, self._log, self._lock = talk, log, threading.Lock()
-        self._replies: Iterator[Reply] | None = None
-        self._question = ""
+        self._answer, self._log, self._lock = answer, log, threading.Lock()
         page, policy = frame(Path(__file__).with_suffix(".html"))
         self.page, self.policy = page.encode(), f"{policy}; connect-src 'self'"
         super().__init__((host, port), _Handler)
@@ -144,26 +142,19 @@ class Server(ThreadingHTTPServer):
         if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
-    def _questions(self) -> Iterator[str]:
-        while True:
-            yield self._question
-
     def ask(self, question: str) -> dict[str, Any]:
-        """Errors: those of reading; the next question starts afresh."""
         with self._lock:
-            start, self._question = time.perf_counter(), question
-            replies, self._replies = self._replies or self._talk(self._questions()), None
-            reply = next(replies)
-            self._replies = replies
+            start = time.perf_counter()
+            reply = self._answer(question)
             seconds = time.perf_counter() - start
         say(self._log, "answered", "%s (%.2f s)", clean(question)[:100], seconds)
         return as_json(question, reply)
 
 
-def serve(talk: Talk, host: str, port: int, log: logging.Logger) -> None:
+def serve(answer: Answer, host: str, port: int, log: logging.Logger) -> None:
     """Answer until Ctrl-C. Errors: `InputError` for an address that cannot be taken."""
     try:
-        server = Server(talk, host, port, log)
+        server = Server(answer, host, port, log)
     except OSError as error:
         problem = f"cannot be served ({first_line(error)}); give another --host or --port"
         raise InputError(f"{host}, port {port}: {problem}") from None

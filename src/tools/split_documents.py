@@ -14,7 +14,6 @@ if __name__ == "__main__":
     reports_input_errors(splitting_parser().parse_args)()  # answers --help at once
 
 import argparse
-import contextlib
 import csv
 import gzip
 import html
@@ -37,9 +36,9 @@ from src.data.passages import FIELD_NAMES
 from src.runtime.errors import shorten
 from src.runtime.terminal import count, progress_bar
 
-_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".json", ".jsonl")
+_NAMES = r"(\.(txt|text|md|markdown|json|jsonl)|^wiki_\d+)(\.gz)?$"
 _WORTH_A_PROCESS, _BATCH, _CHUNK = 1 << 24, 1 << 20, 1 << 20  # bytes
-_LONGEST_WORD = 100_000  # characters
+_LONGEST_WORD = 400_000  # bytes
 _SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f][\"'\u201d\u2019)\]]*")
 _HEADING = re.compile(r"^#{1,6}[ \t]+(.*?)[ \t#]*$", re.MULTILINE)
 _DOC = re.compile(r'<doc id="([^"]*)" url="([^"]*)" title="(.*)">\s*$')
@@ -52,6 +51,9 @@ class Document(NamedTuple):
     title: str
     text: Iterable[str]
     more: dict[str, Any]
+
+
+Task = Callable[[list[Document]], Iterator[tuple[str, int]]]
 
 
 @reports_input_errors
@@ -81,21 +83,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _find_files(path: Path, output: str) -> list[tuple[Path, str]]:
     """A file, or a folder's that can be read, by name, each with the name that ids begin with."""
-    if not path.is_dir():
-        return [(path, path.name)] if path.is_file() else _missing(path)
+    if path.is_file():
+        return [(path, path.name)]
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name[0] != "."]
-    names = {file: file.name.removesuffix(".gz") for file in files}
-    kept = [f for f in files if names[f].endswith(_SUFFIXES) or re.fullmatch(r"wiki_\d+", names[f])]
+    kept = [file for file in files if re.search(_NAMES, file.name)]
     kept = [file for file in kept if file.resolve() != Path(output).resolve()]
     if not kept:
-        raise InputError(f"{path}: no documents ({', '.join(_SUFFIXES)} or wiki_00) in this folder")
+        raise InputError(f"{path}: no documents (.txt, .md, .json, .jsonl, wiki_00) are there")
     if len(kept) < len(files):
         print(f"{path}: skipped {count(len(files) - len(kept), 'file')} of other kinds")
     return [(file, str(file.relative_to(path))) for file in kept]
-
-
-def _missing(path: Path) -> list:
-    raise InputError(f"{path}: there is no such file or folder; check the path")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -107,23 +104,9 @@ def _batches(
 ) -> Iterator[list[Document]]:
     """A file's documents, about a megabyte at a time."""
     batch, size = [], 0
-    kind = Path(name.removesuffix(".gz")).suffix
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            is_wiki = file.peek(5)[:5] == b"<doc "
-            if kind == ".jsonl" or (kind == "" and file.peek(1)[:1] == b"{"):
-                found = (
-                    _from_json(*numbered, name, options) for numbered in _json_lines(path, file)
-                )
-            elif kind == ".json":
-                found = (
-                    _from_json(d, str(n), name, options) for n, d in enumerate(JsonItems(path))
-                )
-            elif is_wiki:
-                found = _from_wikiextractor(_lines(path, file))
-            else:
-                found = iter([_from_text(path, name, file, kind)])
-            for document in found:
+            for document in _documents(path, name, file, options):
                 batch.append(document)
                 size += len(document.text[0]) if isinstance(document.text, list) else 0
                 if size > _BATCH:
@@ -136,11 +119,32 @@ def _batches(
     update(path.stat().st_size)
 
 
+def _documents(
+    path: Path, name: str, file: io.BufferedReader, options: argparse.Namespace
+) -> Iterator[Document]:
+    kind = Path(name.removesuffix(".gz")).suffix
+    if kind == ".json":
+        for number, raw in enumerate(JsonItems(path)):
+            yield _from_json(raw, number, name, options)
+    elif kind == ".jsonl" or (kind == "" and file.peek(1)[:1] == b"{"):
+        for number, line in enumerate(_lines(path, file)):
+            if line.strip():
+                try:
+                    raw = json.loads(line)
+                except ValueError:
+                    problem = f"not JSON: {shorten(line)}"
+                    raise InputError(f"{path}, line {number + 1}: {problem}; correct it") from None
+                yield _from_json(raw, number, name, options)
+    elif file.peek(5)[:5] == b"<doc ":
+        yield from _from_wikiextractor(_lines(path, file))
+    else:
+        yield _from_text(path, name, file, kind in (".md", ".markdown"))
+
+
 def _decode(path: Path, data: bytes, start: int) -> str:
     if 0 in data:
-        raise InputError(
-            f"{path}: byte {start + data.index(0)} is 0; not a text file, leave it out"
-        )
+        problem = f"byte {start + data.index(0)} is 0; not a text file, leave it out"
+        raise InputError(f"{path}: {problem}")
     try:
         return data.decode("utf-8-sig" if start == 0 else "utf-8")
     except UnicodeDecodeError as error:
@@ -155,17 +159,7 @@ def _lines(path: Path, file: Iterable[bytes]) -> Iterator[str]:
         start += len(line)
 
 
-def _json_lines(path: Path, file: Iterable[bytes]) -> Iterator[tuple[Any, str]]:
-    for number, line in enumerate(_lines(path, file)):
-        if line.strip():
-            try:
-                yield json.loads(line), str(number)
-            except ValueError:
-                problem = f"not JSON: {shorten(line)}"
-                raise InputError(f"{path}, line {number + 1}: {problem}; correct it") from None
-
-
-def _from_json(raw: Any, number: str, name: str, options: argparse.Namespace) -> Document:
+def _from_json(raw: Any, number: int, name: str, options: argparse.Namespace) -> Document:
     where = f"{name}, object {number} (from 0)"
     if not isinstance(raw, dict):
         raise InputError(f"{where}: must be an object with a text, not {shorten(raw)}")
@@ -196,18 +190,18 @@ def _from_wikiextractor(lines: Iterable[str]) -> Iterator[Document]:
             text.append(line)
 
 
-def _from_text(path: Path, name: str, file: io.BufferedReader, kind: str) -> Document:
+def _from_text(path: Path, name: str, file: io.BufferedReader, is_markdown: bool) -> Document:
     """The file as one document. One of several megabytes is read while it is split."""
-    title, is_markdown = Path(name.removesuffix(".gz")).stem, kind in (".md", ".markdown")
+    title = Path(name.removesuffix(".gz")).stem
     pieces = _pieces(path, file, b"\n" if is_markdown else b"\n ")
     some = list(itertools.islice(pieces, 2))
-    if is_markdown and (heading := _HEADING.search("".join(some))):
-        title = heading[1]
-    text = some if len(some) < 2 else itertools.chain(some, pieces)
     if is_markdown:
-        clean = lambda piece: _HEADING.sub(r"\1", piece)  # noqa: E731
-        text = list(map(clean, text)) if isinstance(text, list) else map(clean, text)
-    return Document(name, title, text or [""], {})
+        found = _HEADING.search("".join(some))
+        title = found[1] if found else title
+        some, pieces = ((_HEADING.sub(r"\1", p) for p in part) for part in (some, pieces))
+    some = list(some)
+    text = some or [""] if len(some) < 2 else itertools.chain(some, pieces)
+    return Document(name, title, text, {})
 
 
 def _pieces(path: Path, file: io.BufferedReader, ends: bytes) -> Iterator[str]:
@@ -216,7 +210,7 @@ def _pieces(path: Path, file: io.BufferedReader, ends: bytes) -> Iterator[str]:
     while chunk := file.read(_CHUNK):
         data = rest + chunk
         end = max(data.rfind(bytes([character])) for character in ends) + 1
-        if len(data) - end > 4 * _LONGEST_WORD:
+        if len(data) - end > _LONGEST_WORD:
             raise InputError(f"{path}: a word of {len(data) - end:,} bytes; is this text?")
         if end:
             yield _decode(path, data[:end], start)
@@ -262,8 +256,7 @@ def _split_all(documents: list[Document], options: argparse.Namespace) -> Iterat
             if options.output.endswith(".tsv"):
                 table.writerow(row.values())
             else:
-                row |= {name: value for name, value in more.items() if name not in row}
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                out.write(json.dumps({**row, **more, **row}, ensure_ascii=False) + "\n")
             n += 1
             if out.tell() > _BATCH:
                 yield out.getvalue(), n
@@ -272,32 +265,28 @@ def _split_all(documents: list[Document], options: argparse.Namespace) -> Iterat
 
 
 def _in_order(
-    task: Callable[[list[Document]], Iterator[tuple[str, int]]],
-    batches: Iterable[list[Document]],
-    workers: int,
+    task: Task, batches: Iterable[list[Document]], workers: int
 ) -> Iterator[tuple[str, int]]:
     """The results for batches in their order, by several processes, a few batches ahead. A text
     that is still being read is split here."""
-    with contextlib.ExitStack() as stack:
-        pool = None
-        if workers > 1:
-            context = multiprocessing.get_context("fork")
-            pool = stack.enter_context(ProcessPoolExecutor(workers, context, _start, (task,)))
-        waiting: deque = deque()
+    if workers == 1:
+        yield from itertools.chain.from_iterable(map(task, batches))
+        return
+    context = multiprocessing.get_context("fork")
+    waiting: deque = deque()
+    with ProcessPoolExecutor(workers, context, _start, (task,)) as pool:
         for batch in batches:
-            if pool and all(isinstance(document.text, list) for document in batch):
+            if is_read := all(isinstance(document.text, list) for document in batch):
                 waiting.append(pool.submit(_run, batch))
-                while len(waiting) > 2 * workers:
-                    yield from waiting.popleft().result()
-                continue
-            while waiting:
+            while waiting and (len(waiting) > 2 * workers or not is_read):
                 yield from waiting.popleft().result()
-            yield from task(batch)
+            if not is_read:
+                yield from task(batch)
         for future in waiting:
             yield from future.result()
 
 
-def _start(task: Callable[[list[Document]], Iterator[tuple[str, int]]]) -> None:
+def _start(task: Task) -> None:
     global _task
     _task = task
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

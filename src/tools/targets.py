@@ -20,40 +20,21 @@ import numpy as np
 
 from src.data.examples import load_data
 from src.evaluation.answers import find_answers
+from src.evaluation.calibration import percent, rank_correlation
 from src.evaluation.rankings import first_hit
 
 KS = (1, 5, 20)
 
 
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0 [n], the mean rank for equal values."""
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts + 1) / 2)[group]
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation of scores [n]; nan if one has equal scores only."""
-    x, y = (ranks(values) - (len(values) - 1) / 2 for values in (a, b))
-    norm = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / norm) if norm else np.nan
-
-
 def read_scores(path: str) -> Iterator[tuple[dict[str, np.ndarray], list[bool]]]:
-    """Each question's scores by target [n], and which passages have an answer (as scored by
-    `has_answer`, or else by the texts)."""
+    """Each question's scores by target [n], and which passages have an answer (by the texts)."""
     data = load_data(path)
     for index in range(len(data)):
         raw = data[index]
         contexts = [c for c in raw.get("ctxs") or [] if isinstance(c.get("scores"), dict)]
-        names = (
-            set.intersection(*(set(context["scores"]) for context in contexts)) if contexts else ()
-        )
-        scores = {
-            name: np.array([context["scores"][name] for context in contexts], dtype=float)
-            for name in names
-        }
-        flags = list(find_answers(raw.get("answers") or [], (c["text"] for c in contexts)))
-        yield scores, flags
+        names = set.intersection(*(set(c["scores"]) for c in contexts)) if contexts else set()
+        scores = {name: np.array([c["scores"][name] for c in contexts], float) for name in names}
+        yield scores, list(find_answers(raw.get("answers") or [], (c["text"] for c in contexts)))
 
 
 def measure(path: str) -> tuple[list[str], list[list[float]]]:
@@ -63,13 +44,11 @@ def measure(path: str) -> tuple[list[str], list[list[float]]]:
     related: dict[tuple[str, str], list[float]] = {}
     for scores, flags in read_scores(path):
         for name, values in scores.items():
-            if any(flags):
-                order = np.argsort(-values, kind="stable")
-                firsts.setdefault(name, []).append(first_hit(flags[n] for n in order))
-            elif flags:
-                firsts.setdefault(name, []).append(0)
+            order = np.argsort(-values, kind="stable")
+            firsts.setdefault(name, []).append(first_hit(flags[n] for n in order))
             for other in scores:
-                related.setdefault((name, other), []).append(correlation(values, scores[other]))
+                if (value := rank_correlation(values, scores[other])) is not None:
+                    related.setdefault((name, other), []).append(value)
     if not firsts:
         raise InputError(
             f"{path}: no passages with scores by name; write them with test_reader.py "
@@ -78,10 +57,9 @@ def measure(path: str) -> tuple[list[str], list[list[float]]]:
     names, rows = sorted(firsts), []
     for name in names:
         found = np.array(firsts[name])
-        recalls = [100 * np.mean((found > 0) & (found <= k)) for k in KS]
+        recalls = [percent((found > 0) & (found <= k)) for k in KS]
         misses = 100 * np.mean(found > 1) / max(np.mean(found > 0), 1e-9)
-        pairs = [np.array(related.get((name, other), [np.nan])) for other in names]
-        means = [float(p[~np.isnan(p)].mean()) if (~np.isnan(p)).any() else np.nan for p in pairs]
+        means = [np.mean(related.get((name, other), np.nan)) for other in names]
         rows.append([*recalls, misses, *means])
     return names, rows
 
