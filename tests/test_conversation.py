@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import passage_retrieval
 import test_reader
 from src.tools import ask
 from src.tools.replies import Evidence, Reply, clean, show, wrap
+from tests.conftest import ROOT
 from tests.terminal import Terminal
 
 PROMPT = r"question: \Z"
@@ -270,7 +272,22 @@ def test_a_pipe(reference, passages, capfd, monkeypatch):
     assert re.search(r" done +2 questions in 0:\d\d:\d\d\n\Z", printed.out)
 
 
-def test_a_terminal(reference, passages):
+# A search that does not come back.
+SLOW = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import test_reader
+from src.search import retrieve
+def search(self, questions, k):
+    print("searching", flush=True)
+    while True:
+        pass
+retrieve.BM25Search.search = search
+test_reader.main(sys.argv[1:])
+"""
+
+
+def test_a_terminal(reference, passages, tmp_path):
     _, talk = ways(reference, passages)["words"]
     command = [*reader(reference), *talk, "--interactive"]
     terminal = Terminal("test_reader.py", *command, TERM="xterm")
@@ -290,3 +307,14 @@ def test_a_terminal(reference, passages):
         r"question: \r\n\S+ \S+ done +2 questions in 0:\d\d:\d\d\r\n\Z", terminal.read()
     )
     assert terminal.process.wait() == 0
+
+    # Ctrl-C, while the machine is busy, leaves.
+    (tmp_path / "slow.py").write_text(SLOW)
+    terminal = Terminal(tmp_path / "slow.py", *command, TERM="xterm")
+    terminal.read(until=PROMPT)
+    terminal.type("Who?\n", "searching")
+    seconds, status, printed = terminal.press_ctrl_c()
+    assert seconds < 2
+    assert status == 128 + signal.SIGINT
+    line = "stopped by Ctrl-C; the same command starts again"
+    assert printed.replace("^C", "").strip() == line

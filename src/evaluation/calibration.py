@@ -21,19 +21,20 @@ class Bin(NamedTuple):
 
 def reliability(probabilities: Sequence[float], right: Sequence[bool]) -> list[Bin]:
     """The bins of a reliability diagram that have answers (Guo et al., 2017, section 2)."""
-    bins: dict[int, list[tuple[float, bool]]] = {}
-    for probability, is_right in zip(probabilities, right, strict=True):
-        place = min(N_BINS - 1, int(probability * N_BINS))
-        bins.setdefault(place, []).append((probability, is_right))
-    means = {place: [sum(v) / len(v) for v in zip(*bins[place], strict=True)] for place in bins}
-    return [Bin(place / N_BINS, len(bins[place]), *means[place]) for place in sorted(bins)]
+    sure, right = np.asarray(probabilities, float), np.asarray(right, float)
+    numbers = np.minimum(N_BINS - 1, (sure * N_BINS).astype(int))
+    bins = {number: numbers == number for number in np.unique(numbers).tolist()}
+    return [
+        Bin(number / N_BINS, int(part.sum()), float(sure[part].mean()), float(right[part].mean()))
+        for number, part in bins.items()
+    ]
 
 
 def expected_calibration_error(bins: Sequence[Bin]) -> float:
     """The mean distance of confidence and accuracy over answers, in [0, 1] (Guo et al., 2017,
-    equation 3). It depends on the bins: `N_BINS` of equal width."""
-    total = sum(b.count for b in bins)
-    return sum(b.count * abs(b.accuracy - b.confidence) for b in bins) / total
+    equation 3)."""
+    gaps = [abs(b.accuracy - b.confidence) for b in bins]
+    return float(np.average(gaps, weights=[b.count for b in bins]))
 
 
 def coverage_curve(
@@ -57,7 +58,7 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's, in [-1, 1]; None where one of the two is constant or has fewer than 2 values."""
+    """Spearman's, in [-1, 1]; None if there is none, as all values of one are equal."""
     if len(set(first)) < 2 or len(set(second)) < 2:
         return None
     return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])

@@ -28,7 +28,7 @@ def by_type(example: Example) -> tuple[int, str]:
 
 def by_length(example: Example) -> tuple[int, str]:
     n = min(answer_length(example.answers), 6)
-    return n, f"{n}{'+' if n == 6 else ''} {'word' if n == 1 else 'words'}"
+    return n, "1 word" if n == 1 else f"{n}{'+' * (n == 6)} words"
 
 
 def by_overlap(train: Examples) -> Group:

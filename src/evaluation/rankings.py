@@ -38,11 +38,8 @@ def first_hit(has_answers: Iterable[bool]) -> int:
 
 
 class Ranking:
-    """The rank of each question's first passage with an answer.
-
-    `firsts` holds each question's `first_hit`, None without gold answers; `depth` is the largest
-    number of passages. Rankings of the same questions have equal `questions`.
-    """
+    """Each question's `first_hit`, None without gold answers, and the largest number of passages.
+    Rankings of the same questions have equal `questions`."""
 
     def __init__(self, name: str = ""):
         self.name, self.depth = name, 0
@@ -75,10 +72,8 @@ def rank_answers(path: str, name: str = "", regex_answers: bool = False) -> Rank
         example = read_example(data, index)
         ranking.add(example, find_answers(example.answers, (p.text for p in example.passages)))
     if ranking.depth == 0:
-        raise InputError(
-            f"{path}: no question in this file has both answers and passages (ctxs); give what "
-            "passage_retrieval.py wrote of questions with answers"
-        )
+        problem = "no question in this file has both answers and passages (ctxs)"
+        raise InputError(f"{path}: {problem}; give what passage_retrieval.py wrote")
     return ranking
 
 

@@ -80,12 +80,13 @@ def read_curve(path: Path) -> dict[str, list[tuple[int, float]]]:
         return {}
     try:
         rows = sorted((int(n), row) for n, row in json.loads(path.read_bytes()).items())
-        rows = [(n, row) for n, row in rows if row["exact_match"] is not None]  # no gold answers
-        names = {"exact match": "exact_match", "F1": "f1"} if rows else {}
-        return {name: [(n, float(row[key])) for n, row in rows] for name, key in names.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        known = [(n, row) for n, row in rows if row["exact_match"] is not None]
+        curves = {"exact match": [(n, float(row["exact_match"])) for n, row in known]}
+        curves["F1"] = [(n, float(row["f1"])) for n, row in known]
+    except (ValueError, KeyError, TypeError, AttributeError):
         problem = 'not a curve such as {"5": {"exact_match": 31.2, "f1": 40.1}}; remove the file'
         raise InputError(f"{path}: {problem}") from None
+    return curves if known else {}  # there may be no gold answers
 
 
 def read_run_options(folder: Path) -> dict[str, Any]:

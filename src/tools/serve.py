@@ -33,10 +33,6 @@ Answer = Callable[[str], Reply]
 class Refusal(Exception):
     """A request that is not answered: its HTTP status, and why."""
 
-    def __init__(self, status: int, why: str):
-        super().__init__(why)
-        self.status = status
-
 
 def read_question(body: bytes) -> str:
     """The question of a request. Errors: `Refusal`."""
@@ -72,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
             question = read_question(self._body())
             status, content = 200, self.server.ask(question)
         except Refusal as refusal:
-            status, content = refusal.status, {"error": str(refusal)}
+            status, content = refusal.args[0], {"error": refusal.args[1]}
         except InputError as error:
             status, content = 500, {"error": str(error)}
         text = json.dumps(content, allow_nan=False).encode()

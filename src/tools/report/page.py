@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         "Confidence": sections.confidence_section(found),
         f"Compared with {against}": sections.against_section(found, against) if against else "",
         "Recall": sections.recall_section(compared),
+        "Targets": sections.targets_section(found),
     }
     parts = parts | {"Training": curves} if found else {"Training": curves} | parts
     named = [n for n in ("model_path", "train_data", "eval_data", "n_context") if n in run_options]

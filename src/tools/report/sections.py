@@ -11,6 +11,7 @@ from src.evaluation.answers import ANSWERS, SCORES
 from src.evaluation.calibration import percent
 from src.evaluation.rankings import Ranking
 from src.evaluation.runs import METRICS
+from src.tools import targets
 from src.tools.frame import figure, link, missing, table
 from src.tools.report.charts import Group, Line, bar_chart, legend, line_chart, number
 from src.tools.report.survey import Survey
@@ -188,6 +189,20 @@ def answers_section(found: Survey | None, curve_file: Path) -> str:
         values = table([f"{len(correlations):,} questions", "Spearman"], rows)
         drawn.append(figure(title, values, note))
     return _charts(*drawn)
+
+
+def targets_section(found: Survey | None) -> str:
+    """What the targets in scored data are worth; empty without several."""
+    if not (found and found.scored and any("scores" in c for c in found.data[0].get("ctxs") or ())):
+        return ""
+    names, values = targets.measure(found.data.path)
+    rows = [[name, *(f"{v:.1f}" for v in row[:4]), *(f"{v:.2f}" for v in row[4:])]
+            for name, row in zip(names, values, strict=True)]  # fmt: skip
+    title = "Which target finds answers? Look for high recall and few misses"
+    note = "Passages sorted by each target. Misses: the first passage has no answer, another has."
+    head = ["target", *(f"recall@{k}" for k in targets.KS), "misses", *names]
+    note += " Right: rank correlation with the others, averaged over questions."
+    return figure(title, table(head, rows), note)
 
 
 def _bins(found: Survey) -> list[calibration.Bin]:
