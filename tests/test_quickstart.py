@@ -93,7 +93,7 @@ def test_its_models_answer_at_a_prompt(tmp_path):
     terminal.read(until=PROMPT)
     for example in right[:3]:
         printed = terminal.type(f"{example['question']}\n", PROMPT)
-        answer = re.search(r"\r\n\r\n\x1b\[1m(.*?)\x1b\[22m\r\n\r\n1  reader ", printed)[1]
+        answer = re.search(r"\r\n\r\n\x1b\[1m(.*?)\x1b\[22m \(.*\)\r\n\r\n1  reader ", printed)[1]
         assert exact_match(answer, example["answers"])
         first = printed[printed.index("\n1  reader ") : printed.index("\n2  reader ")]
         assert re.search(rf"\x1b\[1m{re.escape(answer)}\x1b\[22m", first, re.IGNORECASE)

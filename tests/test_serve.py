@@ -5,6 +5,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_what_is_refused(case, server):
     assert send(server, "POST", "/answer", question("Who?"), Host="localhost:1")[0] == 200
 
 
-def test_one_question_at_a_time(server):
+def test_one_question_at_a_time(server, monkeypatch):
     """A connection that sends nothing, as browsers keep, holds up nobody."""
     idle = http.client.HTTPConnection("127.0.0.1", server.server_address[1])
     idle.connect()
@@ -118,21 +119,11 @@ def test_one_question_at_a_time(server):
         busy.append(server._lock.locked())
         return answer(text)
 
-    server._answer, replies = one, {}
+    monkeypatch.setattr(server, "_answer", one)
     asked = [f"Question {n}?" for n in range(8)]
-    threads = [
-        threading.Thread(
-            target=lambda text=text: replies.update(
-                {text: send(server, "POST", "/answer", question(text))[2]["passages"][0]["text"]}
-            )
-        )
-        for text in asked
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert replies == {text: f"{text} {EVIL}" for text in asked}
+    with ThreadPoolExecutor(8) as pool:
+        sent = pool.map(lambda text: send(server, "POST", "/answer", question(text))[2], asked)
+        assert [reply["passages"][0]["text"] for reply in sent] == [f"{t} {EVIL}" for t in asked]
     assert busy == [True] * 8
     idle.close()
 

@@ -69,18 +69,13 @@ def test_ranks_beyond_ten():
 
 def test_qrels_from_a_shell(run, tmp_path, capsys):
     """A data file with the run's passages gives the run's figures, under `--compare` p = 1."""
-    data = [
-        {
-            "id": q,
-            "question": "?",
-            "ctxs": [{"id": p, "text": "", "score": s} for p, s in found.items()],
-        }
-        for q, found in read_run(run).items()
-    ]
+    data = []
+    for question, found in read_run(run).items():
+        contexts = [{"id": p, "text": "", "score": score} for p, score in found.items()]
+        data.append({"id": question, "question": "?", "ctxs": contexts})
     (tmp_path / "data.json").write_text(json.dumps(data))
-    (tmp_path / "qrels").write_text(
-        "\n".join(f"{q} 0 {p} {r}" for q, judged in QRELS.items() for p, r in judged.items())
-    )
+    lines = [f"{q} 0 {p} {r}\n" for q, judged in QRELS.items() for p, r in judged.items()]
+    (tmp_path / "qrels").write_text("".join(lines))
     files = [str(tmp_path / "data.json"), str(run)]
     evaluate.main([*files, "--qrels", str(tmp_path / "qrels"), "--k", "5,1", "--compare"])
     out, err = capsys.readouterr()
@@ -106,29 +101,14 @@ def test_paired_bootstrap():
     assert compare(before, rng.permutation(before))[3] > 0.05
 
 
-@pytest.mark.parametrize(
-    ("files", "options", "problem"),
-    [
-        ({"a": "q Q0 d 1 high x"}, ["--qrels", "a"], "line 1: a line of qrels must be question"),
-        (
-            {"a": "q Q0 d 1 high x", "b": "q 0 d 1"},
-            ["--qrels", "b"],
-            "line 1: a line of a run must",
-        ),
-        ({"a": "q Q0 d 1 1 x", "b": "r 0 d 1"}, ["--qrels", "b"], "no question of the run is in"),
-        ({"a": "x"}, [], "a: to judge answers, --data must name"),
-        ({"a": "x"}, ["--compare"], "--compare needs two files, not 1"),
-        ({"a": "x"}, ["--k", "5,0"], "0 must be at least 1"),
-    ],
-)
-def test_files_that_cannot_be_judged(files, options, problem, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    with pytest.raises(SystemExit) as exited:
-        evaluate.main(["a", *options])
-    assert exited.value.code == 2
-    assert problem in capsys.readouterr().err
+def test_bootstrap_of_known_cases():
+    """Of two questions, one gained: a mean of 0, 1/2 or 1 is drawn with odds of 1 : 2 : 1, and
+    half of the draws are as far from 1/2 as 1/2 is from 0. A difference without spread is sure."""
+    mean, low, high, p = compare(np.array([1, 1]), np.array([0, 1]))
+    assert (mean, low, high) == (0.5, 0.0, 1.0)
+    assert p == pytest.approx(0.5, abs=0.02)
+    assert compare(np.ones(9), np.zeros(9)) == (1.0, 1.0, 1.0, 1 / 10_001)
+    assert compare(np.ones(9), np.ones(9)) == (0.0, 0.0, 0.0, 1.0)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -163,32 +143,9 @@ def test_fusion(options, expected, output, tmp_path):
         assert rows[1] == {"id": "r", "question": "r", "answers": ["y"], "ctxs": []}
         found = {context["id"]: context["score"] for context in rows[0]["ctxs"]}
         for c in rows[0]["ctxs"]:
-            assert (c["text"], c["url"], c["hasanswer"]) == (
-                f"text {c['id']}",
-                c["id"],
-                c["id"] == "y",
-            )
+            name = c["id"]
+            assert (c["text"], c["url"], c["hasanswer"]) == (f"text {name}", name, name == "y")
     assert list(found.items()) == [(name, pytest.approx(score)) for name, score in expected.items()]
-
-
-def test_files_that_cannot_be_fused(run, tmp_path, capsys):
-    row = {"id": "q1", "question": "?", "ctxs": [{"id": "d", "text": ""}]}
-    (tmp_path / "a.json").write_text(json.dumps([row]))
-    (tmp_path / "b.json").write_text(json.dumps([{**row, "question": "!"}]))
-    (tmp_path / "c.json").write_text(json.dumps([{**row, "ctxs": [{"text": ""}]}]))
-    for files, more, problem in (
-        (["a.json", "run.trec"], [], "run.trec: a TREC run has no texts: fuse into a run"),
-        (["a.json", "b.json"], [], "b.json, example 1 (line 1): not question q1 of"),
-        (["a.json", "c.json"], [], 'passage 1: an "id" is needed to tell passages apart'),
-        (["a.json"], [], "give at least two files to fuse"),
-        (["a.json", "a.json"], ["--weights", "1"], "--weights must be 2 numbers"),
-    ):
-        with pytest.raises(SystemExit):
-            fuse.main(
-                [str(tmp_path / f) for f in files] + ["-o", str(tmp_path / "out.json"), *more]
-            )
-        assert problem in capsys.readouterr().err
-        assert not (tmp_path / "out.json").exists()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -264,31 +221,62 @@ def test_documents_of_every_kind(workers, name, tmp_path, monkeypatch, capsys):
         assert found == ROWS
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "more", "problem"),
-    [
-        ("a.txt", b"text \0\1", [], "a.txt: byte 5 is 0; not a text file"),
-        ("a.txt", "na\u00efve".encode("latin-1"), [], "a.txt: byte 2 is not UTF-8 text; re-encode"),
-        ("a.txt", b"", [], "a.txt: no text in these files"),
-        ("a.txt", b"x" * 3_000_000, [], "a.txt: a word of 1,048,576 bytes; is this text?"),
-        ("a.jsonl", b'{"text": "a"}\n{"text"', [], "a.jsonl, line 2: not JSON"),
-        ("a.jsonl", b'{"contents": 3}', [], "object 0 (from 0): its contents and title must be"),
-        ("a.jsonl", b'{"text": "a"}', ["--text_field", "main"], "its main and title must be texts"),
-        ("a.txt.gz", b"not gzip", [], "a.txt.gz: cannot be read"),
-        ("a.txt", b"a", ["--overlap", "100"], "--overlap 100 must be less than --words 100"),
-        ("a.txt", b"a", ["-o", "p.csv"], "its name must end in .tsv or .jsonl"),
-        ("", b"", [], "no documents (.txt, "),
-    ],
+# ----------------------------------------------------------------------------------------------
+# Bad input
+
+ROW = {"id": "q1", "question": "?", "ctxs": [{"id": "d", "text": ""}]}
+FILES = {
+    "bad.run": "q Q0 d 1 high x", "good.run": "q Q0 d 1 1 x", "qrels": "q 0 d 1",
+    "other": "r 0 d 1",
+    "a.json": json.dumps([ROW]), "b.json": json.dumps([{**ROW, "question": "!"}]),
+    "c.json": json.dumps([{**ROW, "ctxs": [{"text": ""}]}]),
+    "zero.txt": b"text \0\1", "latin.txt": "na\u00efve".encode("latin-1"), "empty.txt": "",
+    "word.txt": "x" * 3_000_000, "cut.jsonl": '{"text": "a"}\n{"text"', "a.txt.gz": "not gzip",
+    "number.jsonl": '{"contents": 3}', "a.jsonl": '{"text": "a"}', "docs/image.png": "",
+}  # fmt: skip
+JUDGE, FUSE, SPLIT = (
+    (tool, f"{options} " if options else "")
+    for tool, options in ((evaluate, ""), (fuse, "-o out.json"), (split_documents, "-o out.jsonl"))
 )
-def test_documents_that_cannot_be_split(name, content, more, problem, tmp_path, capsys):
+BAD = [
+    (JUDGE, "bad.run --qrels bad.run", "line 1: a line of qrels must be question"),
+    (JUDGE, "bad.run --qrels qrels", "line 1: a line of a run must"),
+    (JUDGE, "good.run --qrels other", "no question of the run is in"),
+    (JUDGE, "good.run", "good.run: to judge answers, --data must name"),
+    (JUDGE, "good.run --compare", "--compare needs two files, not 1"),
+    (JUDGE, "good.run --k 5,0", "0 must be at least 1"),
+    (FUSE, "a.json good.run", "good.run: a TREC run has no texts: fuse into a run"),
+    (FUSE, "a.json b.json", "b.json, example 1 (line 1): not question q1 of"),
+    (FUSE, "a.json c.json", 'passage 1: an "id" is needed to tell passages apart'),
+    (FUSE, "a.json", "give at least two files to fuse"),
+    (FUSE, "a.json a.json --weights 1", "--weights must be 2 numbers"),
+    (SPLIT, "zero.txt", "zero.txt: byte 5 is 0; not a text file"),
+    (SPLIT, "latin.txt", "latin.txt: byte 2 is not UTF-8 text; re-encode"),
+    (SPLIT, "empty.txt", "empty.txt: no text in these files"),
+    (SPLIT, "word.txt", "word.txt: a word of 1,048,576 bytes; is this text?"),
+    (SPLIT, "cut.jsonl", "cut.jsonl, line 2: not JSON"),
+    (SPLIT, "number.jsonl", "object 0 (from 0): its contents and title must be"),
+    (SPLIT, "a.jsonl --text_field main", "its main and title must be texts"),
+    (SPLIT, "a.txt.gz", "a.txt.gz: cannot be read"),
+    (SPLIT, "a.jsonl --overlap 100", "--overlap 100 must be less than --words 100"),
+    (SPLIT, "a.jsonl -o p.csv", "its name must end in .tsv or .jsonl"),
+    (SPLIT, "docs", "docs: no documents (.txt, "),
+    (SPLIT, "nowhere", "nowhere: no documents (.txt, "),
+]
+
+
+@pytest.mark.parametrize(("tool", "options", "problem"), BAD)
+def test_bad_input_is_one_line(tool, options, problem, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
-    if name:
-        (tmp_path / "docs" / name).write_bytes(content)
-    output = tmp_path / "p.jsonl"
+    for name, content in FILES.items():
+        content = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / name).write_bytes(content)
+    module, output = tool
     with pytest.raises(SystemExit) as exited:
-        split_documents.main([str(tmp_path / "docs" / name), "-o", str(output), *more])
+        module.main((output + options).split())
     assert exited.value.code == 2
     error = capsys.readouterr().err
     assert problem in error
-    assert error.count("\n") == 1
-    assert not output.exists()
+    assert error.count("\n") == 1 or "usage: " in error
+    assert not list(tmp_path.glob("out.*"))
