@@ -138,7 +138,7 @@ def test_the_answer_then_passages_with_scores():
         "",
         "1  reader   1.50 | attribution 12.25 | search 8.25 (#12) | Rivers",
         "   It ends.",
-        "2  reader -10.25 | attribution -0.00 | search 90.00 (#1)",
+        "2  reader -10.25 | attribution  0.00 | search 90.00 (#1)",
         "   No.",
     ]
 

@@ -53,7 +53,7 @@ def show(reply: Reply, width: int, bold: bool) -> str:
     lines = [*wrap(f"{given} (probability {reply.probability:.3f})", width), ""]
     shown = reply.passages[:_SHOWN]
     heads = [
-        f"{rank}  reader {e.score:6.2f} | attribution {e.attribution:5.2f} | "
+        f"{rank}  reader {e.score:6.2f} | attribution {round(e.attribution, 2) + 0.0:5.2f} | "
         f"search {e.search_score:.2f} (#{e.search_rank})"
         for rank, e in enumerate(shown, start=1)
     ]
