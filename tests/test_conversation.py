@@ -195,54 +195,37 @@ def test_no_control_character_reaches_the_terminal():
 # ----------------------------------------------------------------------------------------------
 # Bad use
 
-ASK = "--question Who? --passages {passages}"
-BAD = {
-    "two ways to ask": (f"{ASK} --bm25 --interactive", "--interactive and --question: give one"),
-    "a page and a prompt": (
-        "--serve --interactive --passages {passages} --bm25",
-        "--interactive and --serve: give one of them",
-    ),
-    "a page's address": (f"{ASK} --bm25 --host 0.0.0.0", "--host: for a web page; add --serve"),
-    "no address of this machine": (
-        "--serve --host 192.0.2.1 --bm25 --passages {passages}",
+FROM, ASK = "--passages {passages}", "--passages {passages} --question Who?"
+VECTORS = "--retriever_path {retriever} --passages_embeddings {shards}"
+BAD = [
+    (f"{ASK} --bm25 --interactive", "--interactive and --question: give one"),
+    (f"{FROM} --bm25 --serve --interactive", "--interactive and --serve: give one of them"),
+    (f"{ASK} --bm25 --host 0.0.0.0", "--host: for a web page; add --serve"),
+    (
+        f"{FROM} --bm25 --serve --host 192.0.2.1",  # no address of this machine
         "192.0.2.1, port 8000: cannot be served .*; give another --host or --port",
     ),
-    "only spaces": ("--question '  ' --bm25 --passages {passages}", "--question is empty: give it"),
-    "no collection": ("--interactive --bm25", "--passages is missing: the collection to find"),
-    "no search": (ASK, "give either --retriever_path and --passages_embeddings, or --bm25"),
-    "two searches": (f"{ASK} --bm25 --retriever_path x", "give either --retriever_path and --pass"),
-    "no embeddings": (f"{ASK} --retriever_path x", "--passages_embeddings is missing, for example"),
-    "results": (
-        f"{ASK} --bm25 --write_results --write_crossattention_scores",
-        "--write_results, --write_crossattention_scores: for a file of questions",
-    ),
-    "a search without a question": (
-        "--passages {passages} --bm25 --no_fp16",
-        "--passages, --bm25, --no_fp16: for a conversation; add --interactive",
-    ),
-    "a retriever without a tokenizer": (
-        f"{ASK} --retriever_path {{retriever}} --passages_embeddings {{shards}}",
-        "bert-base-uncased: no tokenizer .*; give one with --retriever_tokenizer",
-    ),
-    "a retriever of another tokenizer": (
-        f"{ASK} --retriever_path {{retriever}} --passages_embeddings {{shards}} "
-        "--retriever_tokenizer {t5}",
+    (f"{FROM} --bm25 --question '  '", "--question is empty: give it"),
+    ("--interactive --bm25", "--passages is missing: the collection to find"),
+    (ASK, "give either --retriever_path and --passages_embeddings, or --bm25"),
+    (f"{ASK} --bm25 --retriever_path x", "give either --retriever_path and --pass"),
+    (f"{ASK} --retriever_path x", "--passages_embeddings is missing, for example"),
+    (f"{ASK} --bm25 --write_results", "--write_results: for a file of questions; leave this out"),
+    (f"{FROM} --bm25 --no_fp16", "--passages, --bm25, --no_fp16: for a conversation; add --inter"),
+    (f"{ASK} {VECTORS}", "bert-base-uncased: no tokenizer .*; give one with --retriever_tokenizer"),
+    (
+        f"{ASK} {VECTORS} --retriever_tokenizer {{t5}}",
         "the tokenizer .*t5; give its own with --retriever_tokenizer",
     ),
-}
+]
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_use_is_one_line(case, reference, passages, tmp_path, capsys, monkeypatch):
-    options, message = BAD[case]
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_bad_use_is_one_line(options, message, reference, passages, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {
-        "passages": passages,
-        "retriever": reference / "legacy_retriever_mask_mean",
-        "shards": reference / "legacy_embeddings" / "wiki_*",
-        "t5": reference / "t5",
-    }
-    options = [word.format(**names) for word in shlex.split(options)]
+    names = {"retriever": "legacy_retriever_mask_mean", "shards": "legacy_embeddings/wiki_*"}
+    paths = {name: reference / path for name, path in {**names, "t5": "t5"}.items()}
+    options = [word.format(**paths, passages=passages) for word in shlex.split(options)]
     with pytest.raises(SystemExit) as exited:
         run_main(test_reader.main, "--model_path", reference / "t5", *options)
     assert exited.value.code == 2

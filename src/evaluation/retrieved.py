@@ -130,21 +130,26 @@ def _search_all(
     if workers <= 1:
         yield from map(search, range(n))
         return
-    # Forked: they import nothing, read the passages themselves, and send only what they found.
+    with forked(search, workers) as pool:
+        yield from pool.map(call, range(n), chunksize=max(1, min(64, n // (4 * workers))))
+
+
+def forked(task: Callable[[Any], Any], workers: int) -> ProcessPoolExecutor:
+    """Processes that run this task, by `call`. They import nothing, read files themselves, and
+    leave signals to the process that waits for them."""
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, _start_worker, (search,)) as pool:
-        yield from pool.map(_search, range(n), chunksize=max(1, min(64, n // (4 * workers))))
+    return ProcessPoolExecutor(workers, context, _start_worker, (task,))
 
 
-def _start_worker(search: Search) -> None:
-    global _given
-    _given = search
+def _start_worker(task: Callable[[Any], Any]) -> None:
+    global _task
+    _task = task
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the waiting process answers them
+        signal.signal(number, signal.SIG_IGN)
 
 
-def _search(index: int) -> tuple[bool, list[bool]]:
-    return _given(index)
+def call(argument: Any) -> Any:
+    return _task(argument)
 
 
 def write_recall(path: Path, flags: list[Sequence[bool]], n_docs: int) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """A reader's answers to batches of questions, as texts with their probabilities."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -10,10 +11,10 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from src.data.batches import encode_texts
-from src.models.decoder import GreedyDecoder, TransformersDecoder, is_answer_token
+from src.models.decoder import GreedyDecoder, is_answer_token
 from src.models.pretrained import decode_answers
 from src.models.reader import FiDT5, Generated
-from src.models.targets import attribution, questions, score_passages
+from src.models.targets import Question, attribution, questions, score_passages
 from src.options import GenerationOptions, TargetOptions
 from src.runtime import distributed
 from src.runtime.device import autocast
@@ -90,11 +91,16 @@ def answer_questions(
     try:
         with autocast(device, precision):
             laid_out = reader.decoder(options.decoder)
-        scorer = None
+        score_by = None
         if with_scores and (targets.needs_answer or targets.attribution):
             is_exact = precision == "fp32" and isinstance(laid_out, GreedyDecoder)
             decoder = laid_out if is_exact else reader.decoder()
-            scorer = _Scorer(decoder, tokenizer, targets)
+            score_by = functools.partial(_with_targets, decoder, tokenizer, targets)
+            if not isinstance(decoder, GreedyDecoder):
+                raise InputError(
+                    "something in the reader's decoder was changed, so of all --targets only "
+                    "attention can be computed, and no --attribution"
+                )
         for given in _in_step(batches) if isinstance(reader, FSDPModule) else batches:
             batch = given or _FILLER
             ids = batch["input_ids"].to(device, non_blocking=True)
@@ -105,82 +111,56 @@ def answer_questions(
             if given is None:
                 continue
             answers = _as_answers(batch, found, tokenizer, reader.config.eos_token_id)
-            if scorer:
-                right = [right_answer(index) for index in batch["index"]]
-                answers = scorer.score(answers, found, mask, right, names)
+            if score_by:
+                read = zip(
+                    answers,
+                    questions(found.encoded, mask),
+                    found.tokens[:: found.n_best],
+                    names,
+                    strict=True,
+                )
+                answers = [score_by(*one, right_answer(one[0].index)) for one in read]
             yield answers
     finally:
         reader.train(was_training)
 
 
-class _Scorer:
-    """Adds to answers the scores that need the right answer, or their own.
-
-    Errors: `InputError` if something in the reader's decoder was changed: only the scores by
-        `attention` follow that.
-    """
-
-    def __init__(
-        self,
-        decoder: GreedyDecoder | TransformersDecoder,
-        tokenizer: PreTrainedTokenizerBase,
-        targets: TargetOptions,
-    ):
-        self._tokenizer, self._targets = tokenizer, targets
-        self._names = [name for name in targets.names if name not in ("attention", "has_answer")]
-        if not isinstance(decoder, GreedyDecoder):
-            raise InputError(
-                "something in the reader's decoder was changed, so of all --targets only attention "
-                "can be computed, and no --attribution"
-            )
-        self._decoder = decoder
-
-    def score(
-        self,
-        answers: list[Answer],
-        found: Generated,
-        mask: torch.Tensor,
-        right: list[str | None],
-        names: list[str],
-    ) -> list[Answer]:
-        scored = []
-        rows = zip(answers, questions(found.encoded, mask), right, names, strict=True)
-        for row, (answer, question, text, name) in enumerate(rows):
-            n = len(question.of_passage[question.of_passage.any(dim=1)])
-            question = question._replace(of_passage=question.of_passage[:n])
-            tokens = found.tokens[row * found.n_best]
-            real = is_answer_token(tokens[None], self._decoder.config.eos_token_id)[0]
-            own = tokens[1:][real]
-            values: dict[str, list] = {}
-            if self._names:
-                label = self._label(text, own, name)
-                scores = score_passages(
-                    self._decoder, question, label, self._names, self._targets.target_sum
-                )
-                if not self._targets.token_log_probs:
-                    scores.pop("token_log_probs", None)
-                values = {target: part.tolist() for target, part in scores.items()}
-                if not all(part.isfinite().all() for part in scores.values()):
-                    raise InputError(f"{name}: a passage's score is inf or nan; use another model")
-            if self._targets.attribution:
-                values["attribution"] = attribution(self._decoder, question, own).tolist()
-            if answer.scores is not None:
-                values["attention"] = answer.scores
-            first = values.get(self._targets.names[0], answer.scores)
-            scored.append(dataclasses.replace(answer, scores=first, targets=values))
-        return scored
-
-    def _label(self, text: str | None, own: torch.Tensor, name: str) -> torch.Tensor:
-        """The token ids of the answer to score by."""
-        if text is not None:
-            ids = encode_texts(self._tokenizer, [text.rstrip()], None)[0]
-            return torch.tensor([*ids, self._tokenizer.eos_token_id], device=own.device)
-        if not self._targets.score_own_answer:
-            raise InputError(
-                f"{name}: no target and no answers to score passages by ({self._targets.targets}); "
-                "add some, or --score_own_answer"
-            )
-        return own
+def _with_targets(
+    decoder: GreedyDecoder,
+    tokenizer: PreTrainedTokenizerBase,
+    targets: TargetOptions,
+    answer: Answer,
+    question: Question,
+    tokens: torch.Tensor,
+    name: str,
+    right: str | None,
+) -> Answer:
+    """The answer, of these tokens [T], with the scores that need the right answer or this one."""
+    n = int(question.of_passage.any(dim=1).sum())
+    question = question._replace(of_passage=question.of_passage[:n])
+    own = tokens[1:][is_answer_token(tokens[None], decoder.config.eos_token_id)[0]]
+    values: dict[str, list] = {}
+    if wanted := [target for target in targets.names if target not in ("attention", "has_answer")]:
+        if right is not None:
+            ids = encode_texts(tokenizer, [right.rstrip()], None)[0]
+            label = torch.tensor([*ids, tokenizer.eos_token_id], device=own.device)
+        elif targets.score_own_answer:
+            label = own
+        else:
+            problem = f"no target and no answers to score passages by ({targets.targets})"
+            raise InputError(f"{name}: {problem}; add some, or --score_own_answer")
+        scores = score_passages(decoder, question, label, wanted, targets.target_sum)
+        if not targets.token_log_probs:
+            scores.pop("token_log_probs", None)
+        if not all(part.isfinite().all() for part in scores.values()):
+            raise InputError(f"{name}: a passage's score is inf or nan; use another model")
+        values = {target: part.tolist() for target, part in scores.items()}
+    if targets.attribution:
+        values["attribution"] = attribution(decoder, question, own).tolist()
+    if answer.scores is not None:
+        values["attention"] = answer.scores
+    first = values.get(targets.names[0], answer.scores)
+    return dataclasses.replace(answer, scores=first, targets=values)
 
 
 def _as_answers(

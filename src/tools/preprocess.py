@@ -58,14 +58,12 @@ def make_examples(folder: Path, dataset: str, split: str) -> Iterator[dict[str, 
     downloads = folder / "download"
     questions = Examples(downloads / FILES[dataset].format(PUBLISHED[split]))
     index = downloads / "dataindex" / f"{dataset.upper()}.{split}.idx.json"
-    rows = read_json(index)
-    if not isinstance(rows, list) or not rows:
-        raise InputError(f"{index}: must hold a list of rows, not {shorten(rows)}; {_FETCH}")
     ids_file = downloads / f"{dataset}_passages" / f"{split}.json"
-    ids_of = read_json(ids_file)
-    if not isinstance(ids_of, dict):
-        problem = f"must hold passage ids by question, not {shorten(ids_of)}"
-        raise InputError(f"{ids_file}: {problem}; {_FETCH}")
+    rows, ids_of = read_json(index), read_json(ids_file)
+    for file, value, kind in (index, rows, list), (ids_file, ids_of, dict):
+        if not isinstance(value, kind) or not value:
+            names = {list: "a list of rows", dict: "passage ids by question"}
+            raise InputError(f"{file}: must hold {names[kind]}, not {shorten(value)}; {_FETCH}")
     passages = Passages(folder / "psgs_w100.tsv", passing_bar)
     with progress_bar(len(rows), "question") as bar:
         for position, row in enumerate(rows):
@@ -83,8 +81,10 @@ def make_examples(folder: Path, dataset: str, split: str) -> Iterator[dict[str, 
                 found = [passages[i] for i in passages.find(ids)]
             except InputError as error:
                 raise InputError(f"{where}: {error}") from None
-            contexts = [{"id": p.id, "title": p.title, "text": p.text} for p in found]
-            yield {**example, "ctxs": contexts}
+            yield {
+                **example,
+                "ctxs": [{"id": p.id, "title": p.title, "text": p.text} for p in found],
+            }
             bar.update()
 
 

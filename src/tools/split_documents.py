@@ -20,12 +20,9 @@ import html
 import io
 import itertools
 import json
-import multiprocessing
 import re
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +30,7 @@ from src.data.examples import available_cpus
 from src.data.json_files import JsonItems
 from src.data.outputs import claim_output, write_whole
 from src.data.passages import FIELD_NAMES
+from src.evaluation.retrieved import call, forked
 from src.runtime.errors import shorten
 from src.runtime.terminal import count, progress_bar
 
@@ -272,29 +270,17 @@ def _in_order(
     if workers == 1:
         yield from itertools.chain.from_iterable(map(task, batches))
         return
-    context = multiprocessing.get_context("fork")
     waiting: deque = deque()
-    with ProcessPoolExecutor(workers, context, _start, (task,)) as pool:
+    with forked(lambda batch: list(task(batch)), workers) as pool:
         for batch in batches:
             if is_read := all(isinstance(document.text, list) for document in batch):
-                waiting.append(pool.submit(_run, batch))
+                waiting.append(pool.submit(call, batch))
             while waiting and (len(waiting) > 2 * workers or not is_read):
                 yield from waiting.popleft().result()
             if not is_read:
                 yield from task(batch)
         for future in waiting:
             yield from future.result()
-
-
-def _start(task: Task) -> None:
-    global _task
-    _task = task
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the waiting process answers them
-
-
-def _run(batch: list[Document]) -> list[tuple[str, int]]:
-    return list(_task(batch))
 
 
 if __name__ == "__main__":

@@ -82,11 +82,11 @@ def line_chart(
     return _svg([*parts, circles], f"{y_name} over {x_name}: {names}")
 
 
-def bar_chart(groups: Sequence[Group], names: Sequence[str], x_name: str, y_name: str) -> str:
+def bar_chart(groups: Sequence[Group], names: Sequence[str], x_name: str) -> str:
     """Values in percent, one bar for each name in each group, with the group's count below it."""
     base = HEIGHT - _BOTTOM - 14  # room for a line of counts
     y_at = _scale(0, 100, base, _TOP)
-    parts = _axes([0, 25, 50, 75, 100], y_at, x_name, y_name)
+    parts = _axes([0, 25, 50, 75, 100], y_at, x_name, "percent")
     room = (WIDTH - _RIGHT - _LEFT) / len(groups)
     wide = min(24.0, 0.88 * room / len(names))
     for index, group in enumerate(groups):

@@ -30,8 +30,9 @@ def find_files(run: Path) -> list[Path]:
         return [run]
     needed = METRICS, ANSWERS, SCORES
     if not any((run / name).exists() for name in needed):
-        wanted = f"there is no {METRICS}, {ANSWERS} or {SCORES} in such a folder"
-        raise InputError(f"{run}: {wanted}; give a run's (--checkpoint_dir/--name)")
+        lacks = f"neither {METRICS} nor {ANSWERS} nor {SCORES} is in this folder"
+        problem = lacks if run.is_dir() else "no such folder"
+        raise InputError(f"{run}: {problem}; give a run's (--checkpoint_dir/--name)")
     return [run / n for n in (*needed, PROBABILITIES, CURVE) if (run / n).exists()]
 
 

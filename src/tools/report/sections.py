@@ -139,7 +139,7 @@ def outcome_table(found: Survey) -> str:
 
 
 def _bar_figure(title: str, groups: Sequence[Group], names: Sequence[str], x_name: str) -> str:
-    drawn = legend(names) + bar_chart(groups, names, x_name, "percent")
+    drawn = legend(names) + bar_chart(groups, names, x_name)
     return figure(title, drawn, "Click a bar to see its questions.")
 
 
