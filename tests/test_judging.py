@@ -137,6 +137,12 @@ def test_the_table_by_groups(tmp_path, capsys):
     assert cells["who"] == ["2", "50.00", "75.00", "100.00", "70.00", "30.00"]
     assert cells["where"][:2] == ["1", "0.00"]
     assert [row[0] for row in list(cells.values())[2:]] == ["1", "1", "1"]
+    (tmp_path / "better.txt").write_text("0\tAnn\n1\tBob\n2\tRome\n3\t\n")  # rows of its own
+    main([files[0], str(tmp_path / "better.txt"), *files[1:], "--by", "type"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines if line.startswith("  who ")] == [
+        ["who", "2", "50.00"], ["who", "2", "100.00"],
+    ]  # fmt: skip
     (tmp_path / "answers.jsonl").unlink()
     for wrong, message in (
         (more[3:], "--train_data must name"),

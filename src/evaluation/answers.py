@@ -220,7 +220,7 @@ def read_answers(path: str | Path, data: Examples) -> list[str]:
     return read_aligned(path, data, lambda line: line.split("\t", 1), "as id, tab, answer")
 
 
-METRICS = {"contained": contains_answer, "ROUGE-L": rouge_l}  # besides exact match and F1
+METRICS = {"contained": contains_answer, "rouge_l": rouge_l}  # besides exact match and F1
 
 
 def judge_answers(

@@ -23,7 +23,7 @@ import numpy as np
 
 from src.data.examples import load_data
 from src.data.trec import read_qrels
-from src.evaluation.answers import judge_answers, means
+from src.evaluation.answers import METRICS, judge_answers, means
 from src.evaluation.calibration import expected_calibration_error, reliability
 from src.evaluation.groups import group_questions
 from src.evaluation.rankings import judge_retrieval
@@ -31,7 +31,7 @@ from src.evaluation.relevance import Values, compare, judge_run, load_run
 from src.evaluation.runs import PROBABILITIES, read_probabilities
 from src.runtime.terminal import count
 
-Rows = dict[str, dict[str, float]]  # of the table, by name
+Rows = list[tuple[str, dict[str, float]]]  # of the table, each with its name
 Judged = tuple[object, Values]  # what tells one set of questions from another; values of each, [n]
 
 
@@ -39,12 +39,12 @@ Judged = tuple[object, Values]  # what tells one set of questions from another; 
 def main(arguments: list[str] | None = None) -> None:
     options = evaluation_parser().parse_args(arguments)
     qrels = read_qrels(options.qrels) if options.qrels else None
-    rows: Rows = {}
+    rows: Rows = []
     judged = {path: _judge(path, options, qrels, rows) for path in options.files}
-    columns = list(dict.fromkeys(name for values in rows.values() for name in values))
-    width = max(map(len, rows))
+    columns = list(dict.fromkeys(name for _, values in rows for name in values))
+    width = max(len(name) for name, _ in rows)
     print(" " * width, *(f"{name:>11}" for name in columns))
-    for path, values in rows.items():
+    for path, values in rows:
         cells = [values.get(name, "-") for name in columns]
         cells = [f"{cell:11.2f}" if isinstance(cell, float) else f"{cell:>11}" for cell in cells]
         print(f"{path:{width}}", *cells)
@@ -62,20 +62,18 @@ def _judge(path: str, options: argparse.Namespace, qrels: dict | None, rows: Row
     elif path.endswith((".json", ".jsonl")):
         questions, values = judge_retrieval(path, options.k, options.regex_answers)
     elif options.data:
-        questions, values = options.data, _judge_answers(path, options, rows)
+        return options.data, _judge_answers(path, options, rows)
     else:
         how = "to judge answers, --data must name the questions' file"
         raise InputError(f"{path}: {how}; to judge a TREC run, give --qrels")
-    rows.setdefault(path, means(values))
+    rows.append((path, means(values)))
     return questions, values
 
 
 def _judge_answers(path: str, options: argparse.Namespace, rows: Rows) -> Values:
     """With rows for groups of questions, and calibration from the file beside the answers."""
     data = load_data(options.data, regex_answers=options.regex_answers)
-    names = {"contained": "contained", "rouge_l": "ROUGE-L"}
-    more = [names[name] for name in options.also if name in names]
-    indices, columns = judge_answers(path, data, more)
+    indices, columns = judge_answers(path, data, [n for n in options.also if n in METRICS])
     values = {name: np.array(column, float) for name, column in columns.items()}
     if "calibration" in options.also:
         beside = Path(path).with_name(PROBABILITIES)
@@ -84,10 +82,11 @@ def _judge_answers(path: str, options: argparse.Namespace, rows: Rows) -> Values
         values["probability"] = np.array([sure[index].probability for index in indices])
     groups = group_questions(data, indices, options.by, options.train_data)
     for name, chosen in [(path, slice(None)), *((f"  {n}", group) for n, group in groups.items())]:
-        rows[name] = means(part := {n: column[chosen] for n, column in values.items()})
+        part = {n: column[chosen] for n, column in values.items()}
+        rows.append((name, means(part)))
         if "probability" in part:
             bins = reliability(part["probability"], part["exact match"])
-            rows[name]["ECE"] = 100 * expected_calibration_error(bins)
+            rows[-1][1]["ECE"] = 100 * expected_calibration_error(bins)
     return values
 
 

@@ -11,11 +11,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 22, 26, 44  # margins around the plotted area
 N_COLOURS = 4  # of the page; a fifth series has the first one's, dashed
 
 
-class Line(NamedTuple):
-    """A curve: (x, y) by x."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
+Line = tuple[str, Sequence[tuple[float, float]]]  # a curve's name, and its points by x
 
 
 class Group(NamedTuple):
@@ -52,8 +48,8 @@ def line_chart(
 ) -> str:
     """Curves over a common x, which starts at 0, or (`log_x`) is logarithmic and at least 1. With
     `percent`, the y axis ends at 100 at most."""
-    xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points]
+    xs = [x for _, points in lines for x, _ in points]
+    ys = [y for _, points in lines for _, y in points]
     y_ticks = ticks(min(ys), max(ys))
     if percent:
         y_ticks = [tick for tick in y_ticks if 0 <= tick <= 100]
@@ -78,8 +74,8 @@ def line_chart(
             title = escape(f"{name}: {number(y)}{' %' if percent else ''} at {number(x)}")
             centre = f'cx="{left:.1f}" cy="{top:.1f}" r="{radius}"'
             circles += f'<circle class="point {style}" {centre}><title>{title}</title></circle>'
-    names = ", ".join(line.name for line in lines)
-    return _svg([*parts, circles], f"{y_name} over {x_name}: {names}")
+    names = [name for name, _ in lines]
+    return _svg([*parts, circles], f"{y_name} over {x_name}: {', '.join(names)}", names)
 
 
 def bar_chart(groups: Sequence[Group], names: Sequence[str], x_name: str) -> str:
@@ -102,17 +98,7 @@ def bar_chart(groups: Sequence[Group], names: Sequence[str], x_name: str) -> str
         parts.append(_text(middle, base + 16, group.label, kind="label"))
         parts.append(_text(middle, base + 31, f"{group.count:,}"))
     parts.append(_text(_LEFT - 6, base + 31, "n", "end"))
-    return _svg(parts, f"{' and '.join(names)} by {x_name}")
-
-
-def legend(names: Sequence[str]) -> str:
-    """The colours of a chart, as HTML that wraps."""
-    items = [
-        f'<li><svg class="key" viewBox="0 0 22 10" aria-hidden="true">'
-        f'<path class="line {_style(index)}" d="M1 5H21"/></svg>{escape(name)}</li>'
-        for index, name in enumerate(names)
-    ]
-    return f'<ul class="legend">{"".join(items)}</ul>'
+    return _svg(parts, f"{' and '.join(names)} by {x_name}", names)
 
 
 def _style(index: int) -> str:
@@ -125,9 +111,8 @@ def _scale(low: float, high: float, start: float, end: float) -> Callable[[float
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle", kind: str = "tick") -> str:
-    return (
-        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-    )
+    at = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text class="{kind}" {at}>{escape(text)}</text>'
 
 
 def _axes(
@@ -142,8 +127,14 @@ def _axes(
     return parts
 
 
-def _svg(parts: Sequence[str], description: str) -> str:
+def _svg(parts: Sequence[str], description: str, names: Sequence[str]) -> str:
+    """The drawing, below its colours as a list that wraps."""
+    legend = "".join(
+        f'<li><svg class="key" viewBox="0 0 22 10" aria-hidden="true">'
+        f'<path class="line {_style(index)}" d="M1 5H21"/></svg>{escape(name)}</li>'
+        for index, name in enumerate(names)
+    )
     return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="group" '
-        f'aria-label="{escape(description)}">{"".join(parts)}</svg>'
+        f'<ul class="legend">{legend}</ul><svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        f'role="group" aria-label="{escape(description)}">{"".join(parts)}</svg>'
     )

@@ -13,7 +13,7 @@ from src.evaluation.rankings import Ranking
 from src.evaluation.runs import METRICS
 from src.tools import targets
 from src.tools.frame import figure, link, missing, table
-from src.tools.report.charts import Group, Line, bar_chart, legend, line_chart, number
+from src.tools.report.charts import Group, bar_chart, line_chart, number
 from src.tools.report.survey import Survey
 
 _DASH = "\N{EN DASH}"
@@ -50,11 +50,11 @@ def training_section(folder: Path) -> tuple[str, list[Tile]]:
     for key in sorted(charts, key=lambda key: [*_TITLES, key].index(key)):
         title, unit = _TITLES.get(key, (f"{key}: does it do what you expect?", key))
         thinned = {name: runs.thin(values[name]) for name in charts[key]}
-        lines = [Line(name, points) for name, (points, _) in thinned.items()]
+        lines = [(name, points) for name, (points, _) in thinned.items()]
         sizes = {name: n for name, (_, n) in thinned.items() if n > 1}
         notes = [f"Points of {name} are means of {n} updates." for name, n in sizes.items()]
         chart = line_chart(lines, "updates", unit, percent=unit.endswith("(%)"))
-        drawn.append(figure(title, legend(charts[key]) + chart, " ".join(notes)))
+        drawn.append(figure(title, chart, " ".join(notes)))
     tiles = [("updates", f"{max(step for v in values.values() for step, _ in v):,}", "")]
     for name, best in ("best dev exact match", max), ("lowest dev loss", min):
         if points := values.get("dev/" + "_".join(name.split()[2:])):
@@ -71,7 +71,7 @@ def recall_section(rankings: Sequence[Ranking]) -> str:
     for r in rankings:
         even = {round(r.depth ** (part / 60)) for part in range(61)}  # on a logarithmic scale
         curve = sorted(even | {min(5, r.depth)})
-        lines.append(Line(r.name, [(k, r.recall(k)) for k in curve]))
+        lines.append((r.name, [(k, r.recall(k)) for k in curve]))
         cells = [f"{r.recall(k):.1f}" if k <= r.depth else _DASH for k in ks]
         rows.append([escape(r.name), f"{r.n_judged:,}", *cells])
     chart = line_chart(lines, "k: passages from the top", "recall@k (%)", log_x=True, percent=True)
@@ -79,7 +79,7 @@ def recall_section(rankings: Sequence[Ranking]) -> str:
     if len({ranking.questions for ranking in rankings}) > 1:
         note += " The files do not ask the same questions: compare with care."
     title = "How far down is an answer? The higher on the left, the better"
-    curves = figure(title, legend([ranking.name for ranking in rankings]) + chart, note)
+    curves = figure(title, chart, note)
     title = "Recall@k, in percent: the first column is what one passage is worth"
     return _charts(curves, figure(title, table(["passages", "n", *(f"@{k}" for k in ks)], rows)))
 
@@ -105,8 +105,9 @@ def headline(found: Survey | None) -> list[Tile]:
     if found.by_score.depth:
         share = percent([v["holding"] > 0 for v in verdicts])
         read = "read" if found.answers or found.scored else "found"
-        name = "answer in a passage" + (" read, %" if read == "read" else ", %")
-        tiles.append((name, f"{share:.1f}", f"recall of what was {read}"))
+        tiles.append(
+            (f"answer in a passage {read}, %", f"{share:.1f}", f"recall of what was {read}")
+        )
         order = "by the reader's score" if found.scored else "by the data's score or order"
         tiles.append(("answer in the top passage, %", f"{found.mean('top'):.1f}", order))
     return tiles
@@ -139,8 +140,7 @@ def outcome_table(found: Survey) -> str:
 
 
 def _bar_figure(title: str, groups: Sequence[Group], names: Sequence[str], x_name: str) -> str:
-    drawn = legend(names) + bar_chart(groups, names, x_name)
-    return figure(title, drawn, "Click a bar to see its questions.")
+    return figure(title, bar_chart(groups, names, x_name), "Click a bar to see its questions.")
 
 
 def verdict_chart(
@@ -175,10 +175,10 @@ def answers_section(found: Survey | None, curve_file: Path) -> str:
     title, name = "Are long answers harder? If so, bars fall", "words in the shortest gold answer"
     drawn.append(verdict_chart(title, name, "length", [0, 1, 2, 3, 4, 5, 6, 10], found.verdicts))
     if curve := runs.read_curve(curve_file):
-        lines = [Line(name, points) for name, points in curve.items()]
+        lines = list(curve.items())
         chart = line_chart(lines, "passages read", "percent", log_x=True, percent=True)
         title = "How many passages are enough? Where the curve flattens"
-        drawn.append(figure(title, legend(list(curve)) + chart))
+        drawn.append(figure(title, chart))
     if found.agreements:
         correlations, same_first = zip(*found.agreements, strict=True)
         rows = [["mean rank correlation", f"{statistics.mean(correlations):.2f}"]]
@@ -226,7 +226,7 @@ def confidence_section(found: Survey | None) -> str:
     points = [(100 * x, 100 * y) for x, y in calibration.coverage_curve(*values)]
     points = points[:: -(-len(points) // 100)] + points[-1:]
     names = "surest answers given, in %", "exact match (%)"
-    chart = line_chart([Line("exact match", points)], *names, percent=True)
+    chart = line_chart([("exact match", points)], *names, percent=True)
     title = "Does it know when to abstain? The curve should fall from left to right"
     return _charts(bars, figure(title, chart))
 
