@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import interleaved, matrix_peak, nothing, peak_memory, table
 from src.models.losses import reader_loss
 from src.models.reader import FiDT5
+from src.models.targets import attribution, questions
 from src.options import GenerationOptions
 from src.training.optim import build_optimizer
 
@@ -166,6 +167,12 @@ def main() -> None:
         sys.exit("the two ways answer differently")
     points = ",".join(str(max(1, options.passages * part // 7)) for part in range(1, 8))
     curve = GenerationOptions(20, n_context_curve=points)
+
+    def explain() -> None:
+        found = ours.answer(ids, mask, GenerationOptions(20), decoder)
+        for question, tokens in zip(questions(found.encoded, mask), found.tokens, strict=True):
+            attribution(decoder, question, tokens[1:])
+
     seconds = interleaved(
         {
             "plain": lambda: plain.generate(ids, mask, 20),
@@ -174,6 +181,7 @@ def main() -> None:
                 ids, mask, 20, decoder=decoder
             ),
             "ours, a curve of 7 points": lambda: ours.answer(ids, mask, curve, decoder),
+            "ours, with attribution": explain,
         },
         options.rounds,
     )

@@ -75,8 +75,8 @@ def test_log_probabilities_equal_teacher_forcing(reader, decoder, n_best):
 
 def test_the_best_comes_first_and_is_the_answer_of_beam_search(reader):
     alone = answers(reader, 3, generation_max_length=8, num_beams=4)
-    for answer, best in zip(answers(reader, 3, generation_max_length=8, num_beams=4, n_best=4),
-                            alone, strict=True):  # fmt: skip
+    several = answers(reader, 3, generation_max_length=8, num_beams=4, n_best=4)
+    for answer, best in zip(several, alone, strict=True):
         assert (answer.text, answer.log_probability) == (best.text, best.log_probability)
         candidates = [(answer.log_probability, answer.n_tokens)]
         candidates += [(log_probability, n) for _, log_probability, n in answer.alternatives]
