@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from src.data.examples import Example, Examples, load_data, read_example
+from src.data.passages import Passage
 from src.evaluation.answers import (
     ANSWERS,
     SCORES,
@@ -85,31 +86,36 @@ def survey(
     n_shown = min(options.max_questions, len(data))
     shown = [number * len(data) // n_shown for number in range(n_shown)]
     for index, other in enumerate(others):
-        example = read_example(data, index)
-        flags = list(find_answers(example.answers, (passage.text for passage in example.passages)))
+        example, given = read_example(data, index), answers[index] if answers else None
+        gold, passages = example.answers, example.passages
+        flags = list(find_answers(gold, (passage.text for passage in passages)))
         n_read = len(flags)
         if scored:
-            n_read = sum(passage.score is not None for passage in example.passages)
+            n_read = sum(passage.score is not None for passage in passages)
         elif isinstance(n_context, int):
             n_read = min(n_context, n_read)
-        record = _judge(example, flags, n_read, answers[index] if answers else None, other)
-        record |= {"p": sure[index].probability if sure else None, "causes": []}
-        if example.answers:
+        record = dict(zip(("match", "f1"), _judge(given, gold), strict=True))
+        record |= {"other_match": _judge(other, gold)[0]}
+        record |= {"length": answer_length(gold) if gold else None}
+        record |= {"holding": sum(flags[:n_read]) if gold else None}
+        record |= {"p": sure[index].probability if sure else None}
+        if gold:
             found.verdicts.append({**record, "top": any(flags[: min(n_read, 1)])})
-        if scored:
-            record["causes"] = causes = _attributions(data[index], example)
-            scores = [passage.score for passage in example.passages[: len(causes)]]
-            if (correlation := rank_correlation(scores, causes)) is not None:
-                same_first = scores.index(max(scores)) == causes.index(max(causes))
-                found.agreements.append((correlation, same_first))
+        causes = _attributions(data[index], passages[:n_read]) if scored else []
+        scores = [passage.score for passage in passages[: len(causes)]]
+        if (correlation := rank_correlation(scores, causes)) is not None:
+            same_first = scores.index(max(scores)) == causes.index(max(causes))
+            found.agreements.append((correlation, same_first))
         found.by_score.add(example, flags)
-        by_position = sorted(zip((p.position for p in example.passages), flags, strict=True))
+        by_position = sorted(zip((p.position for p in passages), flags, strict=True))
         found.as_found.add(example, (flag for _, flag in by_position))
         if index == shown[len(found.records) % n_shown]:
-            record |= {"id": example.id, "question": example.question, "other": other}
-            record |= {"given": answers[index] if answers else None, "read": n_read}
+            record |= {"id": example.id, "question": example.question, "given": given}
+            record |= {"other": other, "read": n_read, "causes": causes}
+            record |= {"right": gold[:MOST_ANSWERS], "more": max(0, len(gold) - MOST_ANSWERS)}
             record["alternatives"] = sure[index].alternatives[:MOST_ANSWERS] if sure else []
-            record |= _evidence(example, flags)
+            record["scores"] = [p.score and float(f"{p.score:.4g}") for p in passages]
+            record["flags"] = "".join("01"[flag] for flag in flags)
             room = MOST_BYTES / n_shown - len(to_json(record).encode())
             record["passages"] = _passages(example, flags, options.passages_shown, room)
             found.records.append(record)
@@ -126,37 +132,15 @@ def to_json(value: Any) -> str:
     return text.replace("<", "\\u003c")
 
 
-def _judge(
-    example: Example, flags: list[bool], n_read: int, given: str | None, other: str | None
-) -> dict[str, Any]:
-    """A verdict but for `p` and `top`; everything is None without gold answers."""
-    if not (gold := example.answers):
-        return dict.fromkeys(["match", "f1", "length", "holding", "other_match"])
-    match, f1 = (None, None) if given is None else judge(given, gold)
-    return {
-        "match": match,
-        "f1": f1,
-        "length": answer_length(gold),
-        "holding": sum(flags[:n_read]),
-        "other_match": None if other is None else judge(other, gold)[0],
-    }
+def _judge(answer: str | None, gold: list[str]) -> tuple[bool | None, float | None]:
+    return (None, None) if answer is None or not gold else judge(answer, gold)
 
 
-def _attributions(raw: dict[str, Any], example: Example) -> list[float]:
+def _attributions(raw: dict[str, Any], read: Sequence[Passage]) -> list[float]:
     """How much each of the passages read matters to the answer; [] if that was not computed."""
-    read = [passage for passage in example.passages if passage.score is not None]
     causes = [raw["ctxs"][passage.position].get("attribution") for passage in read]
     is_known = all(isinstance(c, int | float) and math.isfinite(c) for c in causes)
     return [float(f"{cause:.3g}") for cause in causes] if is_known else []
-
-
-def _evidence(example: Example, flags: list[bool]) -> dict[str, Any]:
-    return {
-        "right": example.answers[:MOST_ANSWERS],
-        "more": max(0, len(example.answers) - MOST_ANSWERS),
-        "scores": [None if p.score is None else float(f"{p.score:.4g}") for p in example.passages],
-        "flags": "".join("01"[flag] for flag in flags),
-    }
 
 
 def _passages(example: Example, flags: list[bool], n: int, room: float) -> list[dict[str, Any]]:
