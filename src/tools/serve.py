@@ -24,7 +24,7 @@ from src.tools.frame import frame
 from src.tools.replies import Reply, clean
 
 LARGEST_BODY = 1 << 16  # bytes
-_DRAINED = 1 << 25  # of a larger body, so that its sender reads the refusal
+_MOST_READ = 1 << 25  # of a larger body, so that its sender reads the refusal
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _METHODS = {"/": "GET", "/answer": "POST"}
 Answer = Callable[[str], Reply]
@@ -37,10 +37,9 @@ class Refusal(Exception):
 def read_question(body: bytes) -> str:
     """The question of a request. Errors: `Refusal`."""
     try:
-        question = json.loads(body)["question"]
-        if isinstance(question, str) and question.strip():
-            return question.strip()
-    except (ValueError, TypeError, KeyError, RecursionError):
+        if question := json.loads(body)["question"].strip():
+            return question
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
     raise Refusal(400, 'the body must be JSON such as {"question": "Who named polonium?"}')
 
@@ -95,12 +94,10 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,18}", length):
             raise Refusal(411, "send the body's Content-Length")
+        body = self.rfile.read(min(int(length), _MOST_READ))
         if int(length) > LARGEST_BODY:
-            left = min(int(length), _DRAINED)
-            while left > 0 and (piece := self.rfile.read(min(left, LARGEST_BODY))):
-                left -= len(piece)
             raise Refusal(413, f"a body has at most {LARGEST_BODY:,} bytes")
-        return self.rfile.read(int(length))
+        return body
 
     def _send(self, status: int, body: bytes, kind: str, policy: str) -> None:
         self.send_response(status)
@@ -154,10 +151,10 @@ def serve(answer: Answer, host: str, port: int, log: logging.Logger) -> None:
     except OSError as error:
         problem = f"cannot be served ({first_line(error)}); give another --host or --port"
         raise InputError(f"{host}, port {port}: {problem}") from None
+    shown = f"[{host}]" if ":" in host else host
+    say(log, "page", "http://%s:%d/ (Ctrl-C stops)", shown, server.server_address[1])
+    if not server.is_local:
+        risk = "everyone who reaches this address can ask and read passages: no password, no "
+        say(log, "warning", "--host %s: %s", host, risk + "encryption, your hardware")
     with server:
-        shown = f"[{host}]" if ":" in host else host
-        say(log, "page", "http://%s:%d/ (Ctrl-C stops)", shown, server.server_address[1])
-        if not server.is_local:
-            risk = "everyone who reaches this address can ask and read passages: no password, no "
-            say(log, "warning", "--host %s: %s", host, risk + "encryption, your hardware")
         server.serve_forever()

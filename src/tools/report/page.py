@@ -10,7 +10,6 @@ import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from src.data.outputs import claim_output, write_whole
 from src.evaluation import runs
@@ -21,7 +20,7 @@ from src.options import report_parser
 from src.runtime.errors import InputError, reports_input_errors
 from src.tools.frame import frame, missing, table, tiles
 from src.tools.report import sections
-from src.tools.report.survey import Survey, survey, to_json
+from src.tools.report.survey import survey, to_json
 
 
 def find_files(run: Path) -> list[Path]:
@@ -40,15 +39,6 @@ def short_names(paths: Sequence[str]) -> list[str]:
     """File names without folder and ending if these are unique, else the paths."""
     names = [Path(path).stem for path in paths]
     return names if len(set(names)) == len(names) else list(paths)
-
-
-def for_script(found: Survey | None, against: str) -> dict[str, Any]:
-    """What the page's script is to know; it shows texts as texts."""
-    if not found:
-        return {"total": 0, "questions": []}
-    about = {"total": len(found.data), "answered": bool(found.answers), "scored": found.scored}
-    about |= {"against": against, "judged": bool(found.confidences)}
-    return about | {"rankings": found.compared, "questions": found.records}
 
 
 @reports_input_errors
@@ -87,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = [[escape(key), escape(str(value))] for key, value in run_options.items()]
     no_options = missing(f"There is no {OPTIONS} in this folder.")
     sources = dict.fromkeys([*map(str, files), *[path] * bool(path), *options.retrieved])
-    about = for_script(found, against)
+    about = found.for_script(against) if found else {"total": 0, "questions": []}
     html, policy = frame(Path(__file__).with_suffix(".html"))
     texts = {
         "title": escape(run.resolve().name),

@@ -63,6 +63,12 @@ class Survey:
         """The mean of this part of the verdict, in percent."""
         return percent([verdict[name] for verdict in self.verdicts])
 
+    def for_script(self, against: str) -> dict[str, Any]:
+        """What the page's script is to know; it shows texts as texts."""
+        about = {"total": len(self.data), "answered": bool(self.answers), "scored": self.scored}
+        about |= {"against": against, "judged": bool(self.confidences)}
+        return about | {"rankings": self.compared, "questions": self.records}
+
 
 def survey(
     path: str, options: Namespace, run_options: dict[str, Any], rankings: Sequence[Ranking]
