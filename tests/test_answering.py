@@ -10,7 +10,7 @@ import torch
 import test_reader
 from src.data.batches import ReaderCollator, ReaderDataset, evaluation_batches, make_loader
 from src.data.examples import load_data
-from src.evaluation.answers import judge
+from src.evaluation.answers import judge, measure_answers
 from src.models.answering import Answer, answer_questions
 from src.models.pretrained import load_tokenizer
 from src.models.reader import FiDT5, load_reader
@@ -136,13 +136,10 @@ def test_files(run):
     assert list(curve) == ["1", "2", "4"]
     for n, values in curve.items():
         alone = run(f"n{n}", "--n_context", n, "--num_beams", 3)
-        given = [line.split("\t")[1] for line in (alone / "final_output.txt").open()]
-        pairs = zip(given, (example.get("answers") for example in data), strict=True)
-        judged = [judge(answer.strip(), gold) for answer, gold in pairs if gold]
-        match, f1 = (100 * sum(part) / len(judged) for part in zip(*judged, strict=True))
-        assert values["exact_match"] == pytest.approx(match)
-        assert values["f1"] == pytest.approx(f1)
-        assert values["questions"] == len(judged)
+        judged = measure_answers(str(alone / "final_output.txt"), data)
+        assert values["questions"] == judged["questions"]
+        measured = values["exact_match"], values["f1"]
+        assert measured == pytest.approx((judged["exact match"], judged["F1"]))
 
 
 def test_abstaining(run):
