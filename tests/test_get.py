@@ -116,7 +116,7 @@ def tar_gz(files: dict[str, bytes | str], links: dict[str, str] | None = None) -
         for name, content in files.items():
             content = content.encode() if isinstance(content, str) else content
             member = tarfile.TarInfo(name)
-            member.size = len(content)
+            member.size, member.mode = len(content), 0o6644  # with another user's rights
             archive.addfile(member, io.BytesIO(content))
         for name, target in (links or {}).items():
             member = tarfile.TarInfo(name)
@@ -525,13 +525,14 @@ def test_a_disk_that_fills_up(megabytes, message, tools, disk, server):
 
 @pytest.mark.parametrize("folder", ["x/", ""])
 def test_an_archive_with_or_without_a_folder_of_its_own(folder, server, tmp_path):
-    """And with a harmless link."""
+    """And with a harmless link, and files that would run with their owner's rights."""
     contents = {f"{folder}a": "1", f"{folder}b": "2"}
     server.files["nq_retriever.tar.gz"] = tar_gz(contents, {f"{folder}link": "a"})
     options = ["-m", "nq_retriever", "-o", tmp_path]
     get_well("get-model.sh", *options, path=os.environ["PATH"], server=server)
     assert files(tmp_path).keys() == {f"nq_retriever/{name}" for name in ("a", "b", "link")}
     assert (tmp_path / "nq_retriever" / "link").read_text() == "1"
+    assert not any(path.stat().st_mode & 0o6000 for path in (tmp_path / "nq_retriever").iterdir())
 
 
 # ----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from src.data.examples import load_data
 from src.evaluation.answers import read_answers
 from src.evaluation.results import AnswerFile, check_results
 from src.models.answering import Answer
-from src.models.pretrained import load_config
+from src.models.pretrained import load_config, load_tokenizer
+from src.models.reader import load_reader
 from src.runtime.errors import InputError, reports_input_errors
 from src.runtime.launch import detect_launch
 from src.search.embeddings import open_shards
 from src.search.shards import ShardWriter
-from tests.conftest import REFERENCE
+from tests.conftest import REFERENCE, run
 
 
 def refused(capsys, call, *arguments) -> str:
@@ -159,6 +161,64 @@ def test_absurd_configs(change, tmp_path):
     for where in (path, tmp_path):
         with pytest.raises(InputError, match=f"^{where}: no model config can be read there"):
             load_config(str(where), "t5")
+
+
+PANICS = {
+    "of a normalizer": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "while encoding": {
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": "BAAAAAECAwRhYmM="}
+    },
+    "no panic, but only while encoding": {
+        "model": {"type": "Unigram", "vocab": [["a", -1.0], ["b", -2.0]]}
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PANICS)
+def test_a_tokenizer_that_panics(case, tmp_path, capfd):
+    load_tokenizer(str(REFERENCE / "t5"), "none").save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | PANICS[case]))
+    with pytest.raises(InputError, match=f"^{tmp_path}: no tokenizer can be read there .*give one"):
+        load_tokenizer(str(tmp_path), "none")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("settings", [
+    {"max_new_tokens": -1}, {"temperature": -1.0}, {"early_stopping": 7}, {"top_p": 0.5},
+    {"num_return_sequences": 3}, {"cache_implementation": "none such"}, {"pad_token_id": -5},
+    [1], "x",
+], ids=str)  # fmt: skip
+def test_invalid_generation_settings(settings, tmp_path):
+    """Transformers loads some of them, and refuses to save them, after training."""
+    load_reader(str(REFERENCE / "t5")).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    names = "|".join(settings) if isinstance(settings, dict) else ""
+    message = f"^{tmp_path}: its generation_config.json is refused .*({names}).*; correct or remove"
+    with pytest.raises(InputError, match=message):
+        load_reader(str(tmp_path))
+
+
+def test_a_run_folder_deleted_under_tensorboard(tmp_path):
+    program = """if True:
+        import shutil, sys
+        from pathlib import Path
+        from src.runtime.errors import reports_input_errors
+        from src.training.metrics import Metrics
+        @reports_input_errors
+        def main(folder):
+            metrics = Metrics(folder, 0)
+            metrics.write(1, {"train/loss": 1.0})
+            metrics._board.flush()
+            shutil.rmtree(folder)
+            for step in range(2, 100):
+                metrics.write(step, {"train/loss": 1.0})
+                metrics._board.flush()
+        main(Path(sys.argv[1]))
+    """
+    done = run("-c", program, tmp_path / "run")
+    assert done.returncode == 2
+    assert re.fullmatch(f"error: {tmp_path}/run/tensorboard/.*: No such file .*\n", done.stderr)
 
 
 def test_models_that_are_something_else(tmp_path):

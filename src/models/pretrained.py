@@ -6,9 +6,11 @@ Code in a model folder never runs: weights are safetensors, or `.bin` files read
 import contextlib
 import hashlib
 import json
+import os
 import pickle
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,6 +34,7 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     BertTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -97,10 +100,8 @@ def _check_sizes(config: PreTrainedConfig) -> None:
         if is_size and isinstance(value, int) and value < 1:
             raise ValueError(f"{name} is {value}")
         ids = value if isinstance(value, list) else [value]
-        is_read = name == "pad_token_id" or (
-            name.endswith("token_id") and config.is_encoder_decoder
-        )
-        if is_read and not all(
+        in_use = "token_id" if config.is_encoder_decoder else "pad_token_id"
+        if name.endswith(in_use) and not all(
             one is None or (isinstance(one, int) and 0 <= one < config.vocab_size) for one in ids
         ):
             raise ValueError(f"{name} {value} is not among the {config.vocab_size} tokens")
@@ -120,6 +121,10 @@ def from_pretrained(
     Errors: `InputError` if weights are missing, or have other shapes than in the config.
     """
     _check_index(path)
+    if settings := read_model_json(path, "generation_config.json"):
+        with _reporting(path, "its generation_config.json is refused", "correct or remove it"):
+            # (Saving the model would fail otherwise, after training.)
+            GenerationConfig.from_dict(settings).validate(strict=True)
     with _reporting(path, "the model's weights cannot be read", _COPY):
         try:
             model, report = model_class.from_pretrained(
@@ -135,9 +140,6 @@ def from_pretrained(
             raise InputError(
                 f"{path}: the weights have other shapes than its config.json says; {_SAVED_WITH}"
             ) from None
-    if getattr(model, "generation_config", None) is not None:
-        with _reporting(path, "its generation_config.json is refused", "correct or remove it"):
-            model.generation_config.validate(strict=True)  # or saving would fail, after training
     for name, found, wanted in sorted(report["mismatched_keys"]):
         raise InputError(
             f"{path}: by its config.json {name} is {list(wanted)}, but in the weights it is "
@@ -186,7 +188,8 @@ def load_tokenizer(
     source = encoder_folder(source)
     files = {path.name for path in Path(source).glob("*")}
     bare = "vocab.txt" in files and not files & {"tokenizer.json", "tokenizer_config.json"}
-    with _reporting(source, "no tokenizer can be read there", f"give one with {option}"):
+    broken = _reporting(source, "no tokenizer can be read there", f"give one with {option}")
+    with broken, _panics_unprinted():
         # Old BERTs come with a vocabulary alone, which does not name its class.
         loader = BertTokenizer if bare else AutoTokenizer
         tokenizer = loader.from_pretrained(source, trust_remote_code=False)
@@ -200,6 +203,7 @@ def load_tokenizer(
             parts = [normalizers.Lowercase(), *([own] if own else [])]
             tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(parts)
         tokenizer.clean_up_tokenization_spaces = True  # whatever the folder says
+        getattr(tokenizer, "backend_tokenizer", tokenizer).encode("é 中")  # may find damage
     return tokenizer
 
 
@@ -295,13 +299,10 @@ def load_layers(module: nn.Module, path: str, prefix: str, folder: str = "") -> 
     with _reporting(path, "the model's weights cannot be read", _SAVED_WITH):
         found = read_tensors(path, *(prefix + name for name in names), folder=folder)
         for name, tensor in zip(names, found, strict=True):
-            shape, wanted = (
-                None if tensor is None else tensor.shape,
-                module.state_dict()[name].shape,
-            )
+            wanted = list(module.state_dict()[name].shape)
+            shape = "missing" if tensor is None else list(tensor.shape)
             if shape != wanted:
-                is_found = "missing" if shape is None else list(shape)
-                raise ValueError(f"{folder}{prefix}{name} is {is_found}, not {list(wanted)}")
+                raise ValueError(f"{folder}{prefix}{name} is {shape}, not {wanted}")
         module.load_state_dict(dict(zip(names, found, strict=True)))
 
 
@@ -353,6 +354,24 @@ def _ask_hub(name: str) -> None:
             f"{name}: there is no such folder, and the hub cannot be asked for a model of this "
             f"name ({first_line(error)}); give a model's folder"
         ) from error
+
+
+@contextlib.contextmanager
+def _panics_unprinted():
+    """Leave out what Rust prints about a panic before Python gets it as an exception."""
+    with tempfile.TemporaryFile() as printed, contextlib.closing(os.fdopen(os.dup(2), "wb")) as out:
+        os.dup2(printed.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            if type(error).__name__ == "PanicException":
+                printed.truncate(0)
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(out.fileno(), 2)
+            printed.seek(0)
+            out.write(printed.read())
 
 
 @contextlib.contextmanager

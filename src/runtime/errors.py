@@ -33,9 +33,11 @@ def shorten(value: object, width: int = 80) -> str:
 
 
 def first_line(error: BaseException, width: int = 300) -> str:
-    """The first line with text in an exception's message (libraries like to write paragraphs)."""
+    """The first line with text in an exception's message (libraries like to write paragraphs), and
+    the next if it ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:width]
+    lines = lines[: 2 if lines and lines[0].endswith(":") else 1]
+    return (" ".join(lines) or type(error).__name__)[:width]
 
 
 _describe_resume: Callable[[], str]  # see on_interrupt

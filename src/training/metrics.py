@@ -4,6 +4,7 @@ import json
 import logging
 import platform
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ class Metrics:
         self._file = open(path, "a")  # noqa: SIM115 (open for the whole run)
         from torch.utils.tensorboard import SummaryWriter  # slow, and for the main process only
 
+        threading.excepthook = _without_lost_files
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -123,6 +125,12 @@ class Metrics:
         if self._file is not None:
             self._file.close()
             self._board.close()
+
+
+def _without_lost_files(unhandled: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread hands an error with its file to the main thread, which reports it."""
+    if not isinstance(unhandled.exc_value, OSError):
+        threading.__excepthook__(unhandled)
 
 
 def _keep_until(path: Path, step: int, evaluation_due: bool) -> None:
