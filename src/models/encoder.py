@@ -33,6 +33,7 @@ from transformers.models.t5.modeling_t5 import (
 )
 from transformers.models.umt5.modeling_umt5 import UMT5Block
 
+from src.models.dropout import dropout, use_fast_dropout
 from src.models.lengths import length_groups, longest_first
 from src.models.plain import has_own_methods, is_plain, original_class
 from src.runtime.device import full_precision, number_format
@@ -108,10 +109,11 @@ class WideLinear(nn.Linear):
 
 
 def prepare(t5: T5ForConditionalGeneration) -> None:
-    """Let a T5's encoder accept packed passages, and its `wo` layers and head compute in float32
-    where they must."""
+    """Let a T5's encoder accept packed passages, its `wo` layers and head compute in float32 where
+    they must, and its dropout be fast."""
     for block in t5.encoder.block:
         block.__class__ = _PACKED.get(type(block), type(block))
+    use_fast_dropout(t5)
     wide = [module.wo for module in t5.modules() if original_class(module) in _FEED_FORWARDS]
     for layer in (*wide, t5.lm_head):
         if type(layer) is nn.Linear:
@@ -243,7 +245,6 @@ def _attend(
 ) -> torch.Tensor:
     """Attention within each passage of a group: query, key, value [p, H * K] -> [p, H * K]."""
     G, W = group.shape
-    dropout = attention.dropout if attention.training else 0.0
 
     def heads(tokens: torch.Tensor) -> torch.Tensor:
         """[p, H * K] -> [G, H, W, K]"""
@@ -252,8 +253,12 @@ def _attend(
             tokens = padded.index_copy(0, group.positions, tokens)
         return tokens.view(G, W, attention.n_heads, -1).transpose(1, 2)
 
-    mixed = scaled_dot_product_attention(
-        *map(heads, states), bias, dropout, scale=attention.scaling
-    )
+    p = attention.dropout if attention.training else 0.0
+    query, key, value = map(heads, states)
+    if p and query.device.type == "cpu":  # what PyTorch does there, but for the dropout
+        scores = torch.matmul(query * attention.scaling, key.transpose(2, 3)).add_(bias)
+        mixed = torch.matmul(dropout(scores.softmax(dim=-1), p), value)
+    else:
+        mixed = scaled_dot_product_attention(query, key, value, bias, p, scale=attention.scaling)
     mixed = mixed.transpose(1, 2).reshape(G * W, -1)
     return mixed if group.positions is None else mixed.index_select(0, group.positions)

@@ -29,6 +29,7 @@ from transformers import (
 
 from src.data.batches import passage_text, question_text
 from src.models import encoders
+from src.models.dropout import use_fast_dropout
 from src.models.lengths import MIN_TOKENS, length_groups, longest_first
 from src.models.pretrained import (
     build,
@@ -65,6 +66,7 @@ class Retriever(nn.Module):
         self.skip = {"questions": 0, "passages": 0}  # tokens that are not pooled
         kind, without_pooler = _encoder_class(config)
         self.model = kind(config, **without_pooler)
+        use_fast_dropout(self.model)
         self.head = encoders.make_head(config)
         if config.projection:
             self.proj = nn.Linear(config.hidden_size, config.indexing_dimension)
