@@ -24,7 +24,6 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import safe_open
 from tokenizers import normalizers
 from torch import nn
 from transformers import (
@@ -32,21 +31,22 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     BertTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     dynamic_module_utils,
 )
-from transformers.utils import cached_file
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from src.data.json_files import read_json
 from src.models.pieces import load_pieces
+from src.models.stored import SAVED_WITH, StoredWeights
 from src.runtime.errors import InputError, first_line, shorten
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 Model = TypeVar("Model", bound=PreTrainedModel)
 _COPY = "was the file cut off? copy it, or make the model, again"
-_SAVED_WITH = "give the config.json that was saved with these weights, or make the model again"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.txt")
 _TOKENIZER_FILES += ("vocab.json", "sentencepiece.bpe.model")
 
@@ -133,21 +133,48 @@ def from_pretrained(
             )
         except NotImplementedError:  # Transformers compares tied tensors that it has left out
             raise InputError(
-                f"{path}: the weights have other shapes than its config.json says; {_SAVED_WITH}"
+                f"{path}: the weights have other shapes than its config.json says; {SAVED_WITH}"
             ) from None
-    if getattr(model, "generation_config", None) is not None:
-        with _reporting(path, "its generation_config.json is refused", "correct or remove it"):
-            model.generation_config.validate(strict=True)  # or saving would fail, after training
+    _check_generation(model, path)
     for name, found, wanted in sorted(report["mismatched_keys"]):
         raise InputError(
             f"{path}: by its config.json {name} is {list(wanted)}, but in the weights it is "
-            f"{list(found)}; {_SAVED_WITH}"
+            f"{list(found)}; {SAVED_WITH}"
         )
     if missing := sorted(report["missing_keys"]):
         raise InputError(
-            f"{path}: the weights lack {len(missing)} tensors, such as {missing[0]}; {_SAVED_WITH}"
+            f"{path}: the weights lack {len(missing)} tensors, such as {missing[0]}; {SAVED_WITH}"
         )
     return model
+
+
+def unfilled(
+    model_class: Callable[[Config], Model],
+    path: str,
+    config: Config,
+) -> Model:
+    """A model as by `from_pretrained`, but on the meta device: without its weights."""
+    config.dtype = torch.float32
+    with torch.device("meta"):
+        model = build(model_class, path, config).eval()
+    if read_model_json(path, GENERATION_CONFIG_NAME) is not None:
+        with _reporting(path, "its generation_config.json is refused", "correct or remove it"):
+            model.generation_config = GenerationConfig.from_pretrained(path)
+    _check_generation(model, path)
+    return model
+
+
+def open_weights(path: str, rename: Callable[[str], str]) -> StoredWeights:
+    """The weights at a folder or hub name. Errors: `InputError` if they cannot be read."""
+    _check_index(path)
+    with _reporting(path, "the model's weights cannot be read", _COPY):
+        return StoredWeights(path, rename)
+
+
+def _check_generation(model: PreTrainedModel, path: str) -> None:
+    if getattr(model, "generation_config", None) is not None:
+        with _reporting(path, "its generation_config.json is refused", "correct or remove it"):
+            model.generation_config.validate(strict=True)  # or saving would fail, after training
 
 
 def _check_index(path: str) -> None:
@@ -252,6 +279,7 @@ def digest(model: nn.Module, settings: Iterable[str] = (), without: str = "\0") 
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(without):
             continue
+        tensor = model.stored.read(name) if tensor.is_meta else tensor
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         found.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
@@ -271,19 +299,8 @@ def read_model_json(path: str, name: str) -> Any:
 def read_tensors(path: str, *keys: str, folder: str = "") -> list[torch.Tensor | None]:
     """Some tensors, in float32, of the weights at a folder or hub name, or in `folder/` inside it;
     None if not among them."""
-    files = (
-        cached_file(path, folder + name, _raise_exceptions_for_missing_entries=False)
-        for name in ("model.safetensors", "pytorch_model.bin")
-    )
-    file = next((file for file in files if file), None)
-    if file is None:
-        return [None] * len(keys)
-    if file.endswith(".bin"):
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-        return [weights[key].float() if key in weights else None for key in keys]
-    with safe_open(file, framework="pt") as stored:
-        names = set(stored.keys())
-        return [stored.get_tensor(key).float() if key in names else None for key in keys]
+    stored = StoredWeights(path, folder=folder)
+    return [stored.read(key) if key in stored.shapes else None for key in keys]
 
 
 def load_layers(module: nn.Module, path: str, prefix: str, folder: str = "") -> None:
@@ -292,7 +309,7 @@ def load_layers(module: nn.Module, path: str, prefix: str, folder: str = "") -> 
     Errors: `InputError` if some are missing, or have other shapes than in the config.
     """
     names = list(module.state_dict())
-    with _reporting(path, "the model's weights cannot be read", _SAVED_WITH):
+    with _reporting(path, "the model's weights cannot be read", SAVED_WITH):
         found = read_tensors(path, *(prefix + name for name in names), folder=folder)
         for name, tensor in zip(names, found, strict=True):
             shape, wanted = (

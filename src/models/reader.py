@@ -15,6 +15,7 @@ H heads, K head size.
 import argparse
 import functools
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,11 +35,14 @@ from src.models.pretrained import (
     from_pretrained,
     load_config,
     load_tokenizer,
+    open_weights,
     quiet_transformers,
-    read_tensors,
+    unfilled,
 )
 from src.models.scores import passage_means, passage_scores
+from src.models.stored import StoredWeights
 from src.options import GenerationOptions
+from src.runtime import distributed
 from src.runtime.device import compile_layers, number_format
 from src.runtime.errors import InputError
 from src.runtime.terminal import say
@@ -46,6 +50,7 @@ from src.runtime.terminal import say
 # T5 under transformers 3.0.2 added a table of relative positions to the decoder's cross-attention.
 # Published and legacy readers were trained with it; today's T5 drops it without a message.
 POSITION_TABLE_KEY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+_TABLE = "positions.table.weight"  # its name in `FiDT5`
 # The reference's checkpoints wrap the encoder twice: this key, and how keys map to T5's.
 _LEGACY_KEY = "encoder.encoder.final_layer_norm.weight"
 _LEGACY_NAMES = {r"^encoder\.encoder\.": "encoder.", r"\.module\.layer\.": ".layer."}
@@ -78,6 +83,7 @@ class FiDT5(nn.Module):
         self._warned: set[str] = set()
         self.positions: CrossAttentionPositions | None = None
         self._key_positions: torch.Tensor | None = None  # [B, S] of the passages encoded last
+        self.stored: StoredWeights | None = None  # of a reader on the meta device, to be sharded
         if position_table is not None:
             self.positions = CrossAttentionPositions(t5.config)
             self.positions.table.weight.data.copy_(position_table)
@@ -282,7 +288,7 @@ class FiDT5(nn.Module):
         state = self.state_dict() if state_dict is None else state_dict
         weights = {k.removeprefix("t5."): v for k, v in state.items() if k.startswith("t5.")}
         if self.positions is not None:
-            weights[POSITION_TABLE_KEY] = state["positions.table.weight"]
+            weights[POSITION_TABLE_KEY] = state[_TABLE]
         self.config.fid_position_table = self.positions is not None
         self.t5.save_pretrained(folder, state_dict=weights, save_original_format=False)
 
@@ -291,7 +297,12 @@ class FiDT5(nn.Module):
 # Loading
 
 
-def load_reader(path: str, dropout: float | None = None, use_position_table: bool = False) -> FiDT5:
+def load_reader(
+    path: str,
+    dropout: float | None = None,
+    use_position_table: bool = False,
+    by_shares: bool = False,
+) -> FiDT5:
     """A reader from a checkpoint of ours or of the reference, or any T5 by folder or hub name.
 
     Args:
@@ -299,19 +310,38 @@ def load_reader(path: str, dropout: float | None = None, use_position_table: boo
         use_position_table: use the cross-attention position table that T5 weights of 2020 carry,
             as the reference did when it started from them. Readers that were trained with one (the
             reference's, and ours that began from them) always keep theirs.
+        by_shares: leave the reader on the meta device, and its weights on disk, for
+            `training/sharding.py` to read.
 
     Errors: `InputError` when there is no such model, or it is not a T5.
     """
     config = reader_config(path, dropout)
-    t5 = from_pretrained(family(config), path, config, key_mapping=_LEGACY_NAMES)
-    table, legacy = read_tensors(path, POSITION_TABLE_KEY, _LEGACY_KEY)
+    load = unfilled if by_shares else functools.partial(from_pretrained, key_mapping=_LEGACY_NAMES)
+    t5 = load(family(config), path, config)
+    stored = open_weights(path, _own_name)
+    table = _TABLE if _TABLE in stored.shapes else None
     use_position_table |= getattr(config, "fid_position_table", False)
     if use_position_table and table is None:
         raise InputError(
             f"{path}: its weights hold no cross-attention position table ({POSITION_TABLE_KEY}); "
             "leave out --legacy_position_table"
         )
-    return FiDT5(t5, table if use_position_table or legacy is not None else None)
+    if not (use_position_table or _LEGACY_KEY in stored.keys):
+        table = None
+    if not by_shares:
+        return FiDT5(t5, None if table is None else stored.read(table))
+    with torch.device("meta"):
+        reader = FiDT5(t5, None if table is None else torch.empty(stored.shapes[table]))
+    stored.fit(reader, path)
+    reader.stored = stored
+    return reader
+
+
+def _own_name(key: str) -> str:
+    """The name of a stored weight in `FiDT5`."""
+    for pattern, new in _LEGACY_NAMES.items():
+        key = re.sub(pattern, new, key)
+    return _TABLE if key == POSITION_TABLE_KEY else f"t5.{key}"
 
 
 def new_reader(config_file: str, dropout: float | None = None) -> FiDT5:
@@ -363,7 +393,8 @@ def open_reader(
     else:
         source = path = str(newest or path)
         table = newest is None and getattr(options, "legacy_position_table", False)
-        reader = load_reader(path, dropout, table)
+        by_shares = options.shard and distributed.world_size() > 1
+        reader = load_reader(path, dropout, table, by_shares)
     tokenizer = load_tokenizer(path, fallback)
     check_vocabulary(reader.config, tokenizer)
     tokenizer.clean_up_tokenization_spaces = not options.no_clean_up
