@@ -58,28 +58,32 @@ class StoredWeights:
 
         Errors: `InputError` if weights are missing, or have other shapes than in the config.
         """
-        missing = []
+        missing, shapes = [], {}
         for names in tied_names(model):
-            parameter = model.get_parameter(names[0])
             stored = [name for name in names if name in self.shapes]
+            if not stored:
+                missing.append(names[0].removeprefix("t5."))
+                continue
+            parameter = model.get_parameter(names[0])
             for name in stored:
-                if self.shapes[name] != (wanted := list(parameter.shape)):
-                    raise InputError(
-                        f"{path}: by its config.json {name} is {wanted}, but in the weights it is "
-                        f"{self.shapes[name]}; {SAVED_WITH}"
-                    )
+                shapes[name.removeprefix("t5.")] = list(parameter.shape), self.shapes[name]
                 if not self._are_equal(stored[0], name):
                     owner, _, key = name.rpartition(".")
                     own = nn.Parameter(torch.empty_like(parameter))
                     setattr(model.get_submodule(owner), key, own)
-            for name in names if stored else ():
+            for name in names:
                 for known in (self.shapes, self._files, self._tensors):
                     if stored[0] in known:
                         known.setdefault(name, known[stored[0]])
-            missing += [] if stored else names[:1]
+        for name, (wanted, found) in sorted(shapes.items()):
+            if found != wanted:
+                raise InputError(
+                    f"{path}: by its config.json {name} is {wanted}, but in the weights it is "
+                    f"{found}; {SAVED_WITH}"
+                )
         if missing:
             raise InputError(
-                f"{path}: the weights lack {len(missing)} tensors, such as {missing[0]}; "
+                f"{path}: the weights lack {len(missing)} tensors, such as {min(missing)}; "
                 f"{SAVED_WITH}"
             )
 
