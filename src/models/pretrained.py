@@ -148,11 +148,7 @@ def from_pretrained(
     return model
 
 
-def unfilled(
-    model_class: Callable[[Config], Model],
-    path: str,
-    config: Config,
-) -> Model:
+def unfilled(model_class: Callable[[Config], Model], path: str, config: Config) -> Model:
     """A model as by `from_pretrained`, but on the meta device: without its weights."""
     config.dtype = torch.float32
     with torch.device("meta"):

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, T5Config, T5ForConditionalGene
 from transformers.modeling_outputs import BaseModelOutput
 
 from src.models.decoder import Decoded, Encoded, GreedyDecoder, TransformersDecoder
-from src.models.encoder import changed_part, encode_packed, parts_to_compile, prepare
+from src.models.encoder import changed_part, encode_packed, pack, parts_to_compile, prepare
 from src.models.plain import FAMILY, changed_decoder_part, gathered
 from src.models.positions import CrossAttentionPositions
 from src.models.pretrained import (
@@ -124,22 +124,24 @@ class FiDT5(nn.Module):
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Encoded:
         """Passages [B, N, L], their real tokens first, and the mask of these -> `Encoded`."""
         B, N, L = input_ids.shape
-        ids, mask = input_ids.flatten(0, 1), attention_mask.flatten(0, 1)
         self._attach_positions()
         changed = changed_part(self.t5.encoder)
         if changed is not None:
             self._warn_once(changed, "the encoder runs with padding, which is slower")
-        tokens, indices = encode_packed(self.t5.encoder, ids, mask, changed is None)
-
-        lengths = attention_mask.sum(dim=(1, 2))  # of the questions
+        mask = attention_mask.cpu()  # waits for a GPU once, before it has anything to compute
+        packing = pack(mask.flatten(0, 1))
+        indices, lengths = packing.indices, mask.sum(dim=(1, 2))  # lengths of the questions
         S = int(lengths.max())
         # A token's index in its question is the number of real tokens before it there.
-        before = attention_mask.flatten(1).cumsum(dim=1).flatten()[indices] - 1
+        before = mask.flatten(1).cumsum(dim=1).flatten()[indices] - 1
         target = indices // (N * L) * S + before
-        real = torch.arange(S, device=ids.device) < lengths[:, None]
+        real = torch.arange(S) < lengths[:, None]
+        positions = indices.new_zeros(B * S).index_copy(0, target, indices % (N * L)).view(B, S)
+        ids = input_ids.flatten(0, 1)
+        parts = (part.to(ids.device) for part in (indices, target, real, positions))
+        indices, target, real, self._key_positions = parts
+        tokens = encode_packed(self.t5.encoder, ids, packing, indices, changed is None)
         hidden = tokens.new_zeros(B * S, tokens.shape[1]).index_copy(0, target, tokens)
-        positions = indices.new_zeros(B * S).index_copy(0, target, indices % (N * L))
-        self._key_positions = positions.view(B, S)
         return Encoded(hidden.view(B, S, -1), real, self._key_positions)
 
     def forward(
@@ -164,12 +166,10 @@ class FiDT5(nn.Module):
         return output.loss, output.logits
 
     def decoder(self, kind: str = "fast") -> GreedyDecoder | TransformersDecoder:
-        """What generates the answers, to be passed to `generate` batch by batch.
-
-        "fast" is our own decoder, laid out with the present weights and, inside autocast, in its
-        number format; or Transformers' if something in the T5's decoder was changed, which only
-        calling its modules respects. "transformers" is always the latter.
-        """
+        """What generates the answers, to be passed to `generate` batch by batch: "fast" is our own
+        decoder, with copies of the present weights, in autocast's number format inside it; or
+        Transformers' if something in the T5's decoder was changed, which only calling its modules
+        respects. "transformers" is always the latter."""
         self._attach_positions()
         if kind == "fast":
             changed = changed_decoder_part(self.t5, self._add_positions)
@@ -310,28 +310,25 @@ def load_reader(
         use_position_table: use the cross-attention position table that T5 weights of 2020 carry,
             as the reference did when it started from them. Readers that were trained with one (the
             reference's, and ours that began from them) always keep theirs.
-        by_shares: leave the reader on the meta device, and its weights on disk, for
-            `training/sharding.py` to read.
+        by_shares: stay on the meta device; `training/sharding.py` reads the weights.
 
     Errors: `InputError` when there is no such model, or it is not a T5.
     """
     config = reader_config(path, dropout)
     load = unfilled if by_shares else functools.partial(from_pretrained, key_mapping=_LEGACY_NAMES)
-    t5 = load(family(config), path, config)
+    t5 = load(FAMILY[config.model_type], path, config)
     stored = open_weights(path, _own_name)
-    table = _TABLE if _TABLE in stored.shapes else None
-    use_position_table |= getattr(config, "fid_position_table", False)
-    if use_position_table and table is None:
+    is_wanted = use_position_table or getattr(config, "fid_position_table", False)
+    if is_wanted and _TABLE not in stored.shapes:
         raise InputError(
             f"{path}: its weights hold no cross-attention position table ({POSITION_TABLE_KEY}); "
             "leave out --legacy_position_table"
         )
-    if not (use_position_table or _LEGACY_KEY in stored.keys):
-        table = None
+    has_table = _TABLE in stored.shapes and (is_wanted or _LEGACY_KEY in stored.keys)
     if not by_shares:
-        return FiDT5(t5, None if table is None else stored.read(table))
+        return FiDT5(t5, stored.read(_TABLE) if has_table else None)
     with torch.device("meta"):
-        reader = FiDT5(t5, None if table is None else torch.empty(stored.shapes[table]))
+        reader = FiDT5(t5, torch.empty(stored.shapes[_TABLE]) if has_table else None)
     stored.fit(reader, path)
     reader.stored = stored
     return reader
@@ -347,18 +344,13 @@ def _own_name(key: str) -> str:
 def new_reader(config_file: str, dropout: float | None = None) -> FiDT5:
     """A reader with fresh random weights, shaped by a T5 config file (JSON)."""
     config = reader_config(config_file, dropout)
-    t5 = build(family(config), config_file, config)
+    t5 = build(FAMILY[config.model_type], config_file, config)
     if config.model_type != "t5" or not config.scale_decoder_outputs:
         # tie_word_embeddings is false (T5 v1.1, Flan-T5, ByT5, mT5, umT5), but Transformers ties
         # fresh weights all the same, and would save them as tied.
         head = torch.empty_like(t5.shared.weight).normal_(std=config.initializer_factor)
         t5.lm_head.weight = nn.Parameter(head)
     return FiDT5(t5)
-
-
-def family(config: T5Config) -> type[T5ForConditionalGeneration]:
-    """The class of a T5, mT5 or umT5 of this config."""
-    return FAMILY[config.model_type][1]
 
 
 def reader_config(path: str, dropout: float | None) -> T5Config:
