@@ -34,7 +34,11 @@ class StoredWeights:
                 mmap = zipfile.is_zipfile(file)
                 tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
                 self.keys |= set(tensors)
-                self._tensors |= {rename(name): tensor for name, tensor in tensors.items()}
+                self._tensors |= {
+                    rename(name): tensor
+                    for name, tensor in tensors.items()
+                    if isinstance(tensor, torch.Tensor)
+                }
             else:
                 with safe_open(file, framework="pt") as stored:
                     self.keys |= (names := set(stored.keys()))

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
@@ -215,7 +216,7 @@ class State:
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.position = Position()
         self.scratch = scratch
-        self.is_sharded = sharding.is_sharded(model)
+        self.is_sharded = isinstance(model, FSDPModule)
         self.weights: dict[str, torch.Tensor] = {}  # all of a sharded model's, while it is saved
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if distributed.world_size() > 1 and not self.is_sharded:
