@@ -80,7 +80,7 @@ def test_each_process_reads_its_share(reference, tmp_path):
     for part in set(index.values()):
         mine = {name: weights[name].bfloat16() for name in weights if index[name] == part}
         torch.save(mine, tmp_path / "split_bin" / part, _use_new_zipfile_serialization="0" in part)
-    text = json.dumps({"weight_map": index})
+    text = json.dumps({"metadata": {}, "weight_map": index})
     (tmp_path / "split_bin/pytorch_model.bin.index.json").write_text(text)
     shutil.copy(reference / "t5/config.json", tmp_path / "split_bin")
     assert len(list((tmp_path / "split").glob("*.safetensors"))) > 1
@@ -90,9 +90,9 @@ def test_each_process_reads_its_share(reference, tmp_path):
 
 @pytest.mark.parametrize("change", [{"d_ff": 96}, {"num_layers": 9}])
 def test_weights_that_do_not_fit_are_refused_as_ever(change, reference, tmp_path):
-    shutil.copytree(reference / "t5", tmp_path / "t5")
+    (tmp_path / "t5").mkdir()
+    shutil.copy(reference / "t5/pytorch_model.bin", tmp_path / "t5")
     shape = json.loads((reference / "t5/config.json").read_text()) | change
-    (tmp_path / "t5/config.json").unlink()
     (tmp_path / "t5/config.json").write_text(json.dumps(shape))
     lines = []
     for by_shares in (False, True):
