@@ -242,7 +242,8 @@ class State:
         own hyperparameters, which may have changed. The random state is the checkpoint's, unless
         the seed or the number of processes has changed."""
         meta, groups, rank = read_meta(checkpoint), self.optimizer.param_groups, distributed.rank()
-        if sharding.has_shares(checkpoint) or self.is_sharded:
+        has_shares = (checkpoint / sharding.SHARES).exists()
+        if has_shares or self.is_sharded:
             saved = load_state(checkpoint)
             optimizer, scaler, random_states = map(
                 saved.get, ("optimizer", "scaler", "random_states")
@@ -252,7 +253,7 @@ class State:
                 lambda: read_state(checkpoint, self.optimizer, rank, meta["step"])
             )
         current = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        if sharding.has_shares(checkpoint):
+        if has_shares:
             sharding.read_shares(checkpoint, self.optimizer, self._parameters)
         elif self.is_sharded:
             sharding.divide_state(optimizer, self.optimizer)
@@ -332,7 +333,7 @@ def fit(
     def save_model(folder: Path) -> None:
         model.save_pretrained(folder, **({"state_dict": state.weights} if state.weights else {}))
         if state.is_sharded:
-            sharding.move_shares(scratch, folder)
+            scratch.rename(folder / sharding.SHARES)
         for name, content in tokenizer_files.items():
             (folder / name).write_bytes(content)
 

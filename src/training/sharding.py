@@ -5,9 +5,7 @@ the model itself. Every process must therefore call the model equally often. A c
 are those of an unsharded run; each process writes its own share of the optimizer beside them.
 """
 
-import os
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from src.runtime import distributed
 from src.runtime.errors import InputError, first_line
 from src.runtime.terminal import size
 
-_PREFIX = "optimizer-"  # of the shares' files in a checkpoint
+SHARES = "optimizer"  # the folder in a checkpoint
 
 
 def check_fits(model: nn.Module, memory: float, is_sharded: bool) -> None:
@@ -127,29 +125,16 @@ def write_shares(folder: Path, optimizer: torch.optim.Optimizer, parameters: Nam
         ) from error
 
 
-def move_shares(folder: Path, checkpoint: Path) -> None:
-    """Make the files in `folder` part of a checkpoint."""
-    for file in folder.iterdir():
-        file.rename(checkpoint / f"{_PREFIX}{file.name}")
-
-
-def has_shares(checkpoint: Path) -> bool:
-    return any(checkpoint.glob(f"{_PREFIX}*"))
-
-
 def read_shares(checkpoint: Path, optimizer: torch.optim.Optimizer, parameters: Named) -> None:
     """Give an optimizer the state in a checkpoint of any number of processes."""
-    with tempfile.TemporaryDirectory() as folder:  # without the weights
-        for file in checkpoint.glob(f"{_PREFIX}*"):
-            os.symlink(file.resolve(), Path(folder, file.name.removeprefix(_PREFIX)))
-        reader = HuggingFaceStorageReader(folder)
-        tensors: dict[str, torch.Tensor] = {}
-        for name, found in reader.read_metadata().state_dict_metadata.items():
-            parameter = parameters[name.rpartition(".")[0]]
-            is_like = found.size == parameter.shape and not name.endswith(".step")
-            scalar = torch.zeros(1, device=parameter.device)
-            tensors[name] = torch.zeros_like(parameter.detach()) if is_like else scalar
-        dcp.load(tensors, storage_reader=reader, no_dist=distributed.world_size() == 1)
+    reader = HuggingFaceStorageReader(str(checkpoint / SHARES))
+    tensors: dict[str, torch.Tensor] = {}
+    for name, found in reader.read_metadata().state_dict_metadata.items():
+        parameter = parameters[name.rpartition(".")[0]]
+        is_like = found.size == parameter.shape and not name.endswith(".step")
+        scalar = torch.zeros(1, device=parameter.device)
+        tensors[name] = torch.zeros_like(parameter.detach()) if is_like else scalar
+    dcp.load(tensors, storage_reader=reader, no_dist=distributed.world_size() == 1)
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition(".")
         value = tensor.view(()) if key == "step" else tensor
