@@ -1,6 +1,6 @@
 """Kill each of the five scripts at random moments, start it again until it is done, and compare.
 
-    python -m tests.kill_chains --chains 15 --processes 1 [--scripts test_reader ...]
+    python -m tests.kill_chains --chains 15 --processes 1 [--scripts test_reader ...] [--shard]
 
 Half of the kills come after a random time, half when a file is opened, renamed or removed. At the
 end of a chain the output equals that of an undisturbed run to the bit, and so does the list of all
@@ -54,7 +54,10 @@ def main() -> None:
     parser.add_argument("--chains", type=int, default=15)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--scripts", nargs="+", default=list(SCRIPTS), choices=list(SCRIPTS))
+    parser.add_argument("--shard", action="store_true", help="add --shard to the commands")
     options = parser.parse_args()
+    for script in options.scripts if options.shard else ():
+        SCRIPTS[script].append("--shard")
     with tempfile.TemporaryDirectory() as base:
         for script in options.scripts:
             importlib.import_module(script)

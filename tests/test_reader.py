@@ -169,7 +169,9 @@ def test_nothing_changes_by_leaving_out_the_padding(name, grouping, reference, b
     cut = changed_passages(batch, [5, 1, 3, 5, 2, 4, 5, 5])
     cut["attention_mask"] &= kept
     cut["input_ids"] = cut["input_ids"].masked_fill(~cut["attention_mask"], 0)
-    monkeypatch.setattr("src.models.encoder.GROUPING", {"cpu": GROUPINGS[grouping]})
+    monkeypatch.setattr(encoder, "GROUPING", {"cpu": GROUPINGS[grouping]})
+    if grouping == "similar lengths":  # as on a GPU, whose biases have aligned rows, too
+        monkeypatch.setattr(encoder, "ALIGNMENT", {"cpu": 8})
     results = []
     for encode in (reader.encode, lambda *_: padded_encode(reader, cut)):
         with monkeypatch.context() as patch:
@@ -183,6 +185,38 @@ def test_nothing_changes_by_leaving_out_the_padding(name, grouping, reference, b
     for ours, slow in zip(*results, strict=True):
         for one, other in zip(ours, slow, strict=True):
             assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_biases_of_a_gpu_have_aligned_rows(reference, monkeypatch):
+    monkeypatch.setattr(encoder, "ALIGNMENT", {"cpu": 8})
+    attention = load(reference, "t5").t5.encoder.block[0].layer[0].SelfAttention
+    groups = encoder._make_groups([13, 13, 9, 8], torch.device("cpu"))
+    for group, bias in zip(groups, encoder._make_biases(attention, groups), strict=True):
+        W = group.shape[1]
+        assert bias.shape[2:] == (W, W)
+        assert torch.equal(bias[0], attention.compute_bias(W, W)[0])
+        assert all(stride % 8 == 0 for stride in bias.stride()[:-1])
+
+
+@pytest.mark.parametrize("kind", ["relu", "gated-gelu"])
+def test_the_feed_forward_equals_transformers_to_the_bit(kind, reference, tmp_path):
+    """Also inside autocast, where Transformers converts to float32 and back."""
+    shape = json.loads((reference / "t5/config.json").read_text())
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(shape | {"feed_forward_proj": kind, "dropout_rate": 0.0}))
+    dense = new_reader(str(file)).t5.encoder.block[0].layer[1].DenseReluDense
+    assert type(dense) is not type(dense).stands_for
+    tokens = torch.randn(5, shape["d_model"], generator=torch.manual_seed(0))
+    for precision in ("fp32", "bf16"):
+        found = []
+        for forward in (type(dense).forward, type(dense).stands_for.forward):
+            dense.zero_grad()
+            with autocast(torch.device("cpu"), precision):
+                output = forward(dense, tokens)
+            output.float().square().sum().backward()
+            found.append([output.detach(), *(p.grad.clone() for p in dense.parameters())])
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_half_precision_is_near(reference, batch):

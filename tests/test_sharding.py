@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import multiprocessing
 from transformers import T5ForConditionalGeneration
 
+from src.models.pretrained import digest
+from src.models.reader import load_reader, new_reader
 from src.runtime.errors import InputError
 from src.training import sharding
 from tests.conftest import run_well
@@ -37,6 +41,67 @@ def train(folder: Path, data: Path, reference: Path, processes: int, *more: obje
         "--checkpoint_dir", folder, "--name", "run", *shared, *more, processes=processes,
     )  # fmt: skip
     return folder / "run" / "checkpoint" / "latest"
+
+
+def read_shares(rank: int, folders: list[Path], meeting: Path) -> None:
+    """In one of 2 processes: each reader loaded by shares has the weights of an ordinary one."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    for folder in folders:
+        whole, reader = load_reader(str(folder)), load_reader(str(folder), by_shares=True)
+        assert all(p.is_meta for p in reader.parameters())
+        assert digest(reader) == digest(whole)
+        sharding.shard(reader, torch.device("cpu"), "fp32", True)
+        held = sum(p.to_local().numel() for p in reader.parameters())
+        assert held < 0.6 * sum(p.numel() for p in whole.parameters())
+        found = {name: sharding.full(p) for name, p in reader.state_dict(keep_vars=True).items()}
+        assert found.keys() == whole.state_dict().keys()
+        assert all(torch.equal(found[name], p) for name, p in whole.state_dict().items()), folder
+        tied = [len(set(map(id, t5.parameters()))) for t5 in (reader, whole)]
+        assert tied[0] == tied[1]
+        assert reader.t5.config.to_dict() == whole.t5.config.to_dict()
+    dist.destroy_process_group()
+
+
+def test_each_process_reads_its_share(reference, tmp_path):
+    """From safetensors, split or not, with a position table or a head of its own; from .bin files;
+    and from the reference's, whose encoder is wrapped and whose format is bf16."""
+    legacy = reference / "legacy_reader/checkpoint/step-20"
+    reader = load_reader(str(legacy))
+    reader.save_pretrained(tmp_path / "one")
+    reader.t5.save_pretrained(
+        tmp_path / "split", max_shard_size="200KB", save_original_format=False
+    )
+    shape = json.loads((reference / "t5/config.json").read_text())
+    (tmp_path / "own.json").write_text(json.dumps(shape | {"tie_word_embeddings": False}))
+    reader = new_reader(str(tmp_path / "own.json"))
+    assert reader.t5.lm_head.weight is not reader.t5.shared.weight
+    reader.save_pretrained(tmp_path / "own_head")
+    (tmp_path / "split_bin").mkdir()
+    weights = torch.load(reference / "t5/pytorch_model.bin", weights_only=True)
+    index = {name: f"part-{number % 2}.bin" for number, name in enumerate(weights)}
+    for part in set(index.values()):
+        mine = {name: weights[name].bfloat16() for name in weights if index[name] == part}
+        torch.save(mine, tmp_path / "split_bin" / part, _use_new_zipfile_serialization="0" in part)
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (tmp_path / "split_bin/pytorch_model.bin.index.json").write_text(text)
+    shutil.copy(reference / "t5/config.json", tmp_path / "split_bin")
+    assert len(list((tmp_path / "split").glob("*.safetensors"))) > 1
+    folders = [tmp_path / name for name in ("one", "split", "own_head", "split_bin")]
+    multiprocessing.spawn(read_shares, ([legacy, *folders], tmp_path / "meet"), nprocs=2)
+
+
+@pytest.mark.parametrize("change", [{"d_ff": 96}, {"num_layers": 9}])
+def test_weights_that_do_not_fit_are_refused_as_ever(change, reference, tmp_path):
+    (tmp_path / "t5").mkdir()
+    shutil.copy(reference / "t5/pytorch_model.bin", tmp_path / "t5")
+    shape = json.loads((reference / "t5/config.json").read_text()) | change
+    (tmp_path / "t5/config.json").write_text(json.dumps(shape))
+    lines = []
+    for by_shares in (False, True):
+        with pytest.raises(InputError) as error:
+            load_reader(str(tmp_path / "t5"), by_shares=by_shares)
+        lines.append(str(error.value))
+    assert lines[0] == lines[1]
 
 
 def difference(one: Path, other: Path) -> float:
@@ -70,7 +135,7 @@ def test_it_resumes_with_any_number_of_processes(data, reference, tmp_path):
     half = ["--total_steps", STEPS // 2]
     for folder, first, then in (("shares", 2, (2, 1, 4)), ("one", 1, (1, 2))):
         stopped = train(tmp_path / folder, data, reference, first, *half)
-        assert sharding.has_shares(stopped) == (first > 1)
+        assert (stopped / sharding.SHARES).exists() == (first > 1)
         for processes in then:
             copy = tmp_path / f"{folder}-{processes}"
             shutil.copytree(tmp_path / folder, copy, symlinks=True)

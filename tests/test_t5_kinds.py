@@ -42,8 +42,8 @@ def make_model(kind: str, data: Path, folder: Path) -> T5ForConditionalGeneratio
     ids["initializer_factor"] = 3.0  # so that answers differ
     torch.manual_seed(0)
     values = {**shape, **ids, **KINDS[kind]}
-    config_class, model_class = FAMILY[values.pop("model_type", "t5")]
-    model = model_class(config_class(**values))
+    model_class = FAMILY[values.pop("model_type", "t5")]
+    model = model_class(model_class.config_class(**values))
     if not KINDS[kind]["tie_word_embeddings"]:  # in the hub's weights; Transformers ties fresh ones
         model.lm_head.weight = torch.nn.Parameter(torch.randn(model.lm_head.weight.shape))
     model.save_pretrained(folder)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import linear, pad, rms_norm, scaled_dot_product_attention
 from transformers.models.mt5.modeling_mt5 import MT5Block
 from transformers.models.t5.modeling_t5 import (
     T5Attention,
@@ -41,7 +41,8 @@ from src.runtime.device import full_precision, number_format
 # The largest share of padding in a group, and the fewest tokens for which padding is avoided.
 # A CPU loses more to padding than to extra calls; a GPU the other way round.
 GROUPING = {"cpu": (0.0, 1), "cuda": (0.1, 8192)}
-_FEED_FORWARDS = (T5DenseActDense, T5DenseGatedActDense)
+# A GPU's attention copies a bias whose rows do not begin at multiples of 8 numbers, in each layer.
+ALIGNMENT = {"cpu": 1, "cuda": 8}
 
 
 class _Group(NamedTuple):
@@ -108,14 +109,35 @@ class WideLinear(nn.Linear):
             return linear(hidden.float(), self.weight, self.bias)
 
 
+class FeedForward(T5DenseActDense):
+    """T5's without its conversion of `wo`'s input to float32, which autocast takes back."""
+
+    stands_for = T5DenseActDense
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.wo(self.dropout(self.act(self.wi(hidden))))
+
+
+class GatedFeedForward(T5DenseGatedActDense):
+    stands_for = T5DenseGatedActDense
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.wo(self.dropout(self.act(self.wi_0(hidden)) * self.wi_1(hidden)))
+
+
+_FEED_FORWARDS = {kind.stands_for: kind for kind in (FeedForward, GatedFeedForward)}
+
+
 def prepare(t5: T5ForConditionalGeneration) -> None:
     """Let a T5's encoder accept packed passages, its `wo` layers and head compute in float32 where
     they must, and its dropout be fast."""
     for block in t5.encoder.block:
         block.__class__ = _PACKED.get(type(block), type(block))
     use_fast_dropout(t5)
-    wide = [module.wo for module in t5.modules() if original_class(module) in _FEED_FORWARDS]
-    for layer in (*wide, t5.lm_head):
+    dense = [module for module in t5.modules() if original_class(module) in _FEED_FORWARDS]
+    for module in dense:
+        module.__class__ = _FEED_FORWARDS[original_class(module)]
+    for layer in (*(module.wo for module in dense), t5.lm_head):
         if type(layer) is nn.Linear:
             layer.__class__ = WideLinear
             layer.is_head = layer is t5.lm_head
@@ -153,27 +175,46 @@ def _is_packable(block: nn.Module) -> bool:
     )
 
 
-def encode_packed(
-    encoder: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, is_packable: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode passages [R, L], real tokens first, each on its own; the ordinary way if not
-    `is_packable`. Returns the real tokens' hidden states [P, D] and indices in [R * L]."""
-    order, lengths = longest_first(attention_mask)
+class Packing(NamedTuple):
+    """The passages [R, L] that have tokens, longest first: their rows [r], their lengths, and the
+    indices [P] in [R * L] of their tokens, end to end; all on the CPU."""
+
+    rows: torch.Tensor
+    lengths: list[int]
+    indices: torch.Tensor
+
+
+def pack(mask: torch.Tensor) -> Packing:
+    """How to pack passages with this mask [R, L], real tokens first, which is on the CPU."""
+    order, lengths = longest_first(mask)
     lengths = lengths[: len(lengths) - lengths.count(0)]  # missing passages
-    rows = order[: len(lengths)]
-    mask = attention_mask[rows].bool()
-    L = attention_mask.shape[1]
-    positions = (rows[:, None] * L + torch.arange(L, device=rows.device))[mask]
+    rows, L = order[: len(lengths)], mask.shape[1]
+    return Packing(rows, lengths, (rows[:, None] * L + torch.arange(L))[mask[rows].bool()])
+
+
+def encode_packed(
+    encoder: nn.Module,
+    input_ids: torch.Tensor,
+    packing: Packing,
+    indices: torch.Tensor,
+    is_packable: bool,
+) -> torch.Tensor:
+    """Encode passages [R, L], each on its own; the ordinary way if not `is_packable`.
+
+    Args: indices: the packing's, on the passages' device.
+    Returns: the real tokens' hidden states [P, D].
+    """
+    lengths, device = packing.lengths, input_ids.device
     if not is_packable:
         # One call, because FSDP needs the same number of calls in every process.
-        W = lengths[0]
-        output = encoder(input_ids=input_ids[rows, :W], attention_mask=mask[:, :W])
-        return output.last_hidden_state[mask[:, :W]], positions
-    groups, biases = _make_groups(lengths, input_ids.device), None
-    hidden = encoder.dropout(encoder.embed_tokens(input_ids.flatten()[positions]))
+        mask = torch.arange(lengths[0]) < torch.tensor(lengths)[:, None]
+        mask, ids = mask.to(device), input_ids[packing.rows.to(device), : lengths[0]]
+        return encoder(input_ids=ids, attention_mask=mask).last_hidden_state[mask]
+    groups, biases = _make_groups(lengths, device), None
+    hidden = encoder.dropout(encoder.embed_tokens(input_ids.flatten()[indices]))
     for block in encoder.block:
         hidden, biases, _ = block(hidden, groups=groups, biases=biases)
-    return encoder.dropout(_normalize(encoder.final_layer_norm, hidden)), positions
+    return encoder.dropout(_normalize(encoder.final_layer_norm, hidden))
 
 
 def parts_to_compile(encoder: nn.Module) -> list[nn.Module]:
@@ -217,7 +258,8 @@ def _make_biases(attention: nn.Module, groups: list[_Group]) -> list[torch.Tenso
         corner = bias[:, :, :W, :W]
         if group.real is not None:
             corner = corner.where(group.real[:, None, None], torch.finfo(bias.dtype).min)
-        biases.append(corner.contiguous())
+        spare = -W % ALIGNMENT[bias.device.type]
+        biases.append(pad(corner, (0, spare))[..., :W] if spare else corner.contiguous())
     return biases
 
 

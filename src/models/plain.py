@@ -16,12 +16,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import (
-    MT5Config,
     MT5ForConditionalGeneration,
     PreTrainedConfig,
-    T5Config,
+    PreTrainedModel,
     T5ForConditionalGeneration,
-    UMT5Config,
     UMT5ForConditionalGeneration,
 )
 from transformers.models.mt5 import modeling_mt5
@@ -29,11 +27,11 @@ from transformers.models.t5 import modeling_t5
 from transformers.models.t5.modeling_t5 import T5Attention
 from transformers.models.umt5 import modeling_umt5
 
-# Readers by `model_type`: configs, and models. (T5 v1.1, Flan-T5 and ByT5 are of type t5.)
-FAMILY: dict[str, tuple[type[PreTrainedConfig], type[nn.Module]]] = {
-    "t5": (T5Config, T5ForConditionalGeneration),
-    "mt5": (MT5Config, MT5ForConditionalGeneration),
-    "umt5": (UMT5Config, UMT5ForConditionalGeneration),
+# Readers by `model_type`. (T5 v1.1, Flan-T5 and ByT5 are of type t5.)
+FAMILY: dict[str, type[PreTrainedModel]] = {
+    "t5": T5ForConditionalGeneration,
+    "mt5": MT5ForConditionalGeneration,
+    "umt5": UMT5ForConditionalGeneration,
 }
 # Their modules are copies of T5's, except that all of umT5's self-attentions have a position bias.
 _COPIES = {
@@ -133,7 +131,7 @@ def gathered(t5: nn.Module, dtype: torch.dtype) -> nn.Module:
     if not any(isinstance(p, DTensor) for p in t5.parameters()):
         return t5
     with torch.device("meta"):
-        copy = FAMILY[t5.config.model_type][1](t5.config).eval()
+        copy = FAMILY[t5.config.model_type](t5.config).eval()
     for name, parameter in t5.named_parameters(remove_duplicate=False):
         if name.startswith("encoder."):
             continue
@@ -151,8 +149,8 @@ def _built_decoder(
     model_type: str, config: str
 ) -> dict[str, tuple[type[nn.Module], dict[str, object]]]:
     """The classes and properties of the modules that Transformers builds."""
-    config_class, model_class = FAMILY[model_type]
+    model_class = FAMILY[model_type]
     with torch.device("meta"):
-        t5 = model_class(config_class(**json.loads(config)))
+        t5 = model_class(model_class.config_class(**json.loads(config)))
     parts = _decoder_modules(t5).items()
     return {name: (original_class(part), _properties(part)) for name, part in parts}

@@ -26,7 +26,6 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import safe_open
 from tokenizers import normalizers
 from torch import nn
 from transformers import (
@@ -40,16 +39,16 @@ from transformers import (
     PreTrainedTokenizerBase,
     dynamic_module_utils,
 )
-from transformers.utils import cached_file
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from src.data.json_files import read_json
 from src.models.pieces import load_pieces
+from src.models.stored import SAVED_WITH, StoredWeights
 from src.runtime.errors import InputError, first_line, shorten
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 Model = TypeVar("Model", bound=PreTrainedModel)
 _COPY = "was the file cut off? copy it, or make the model, again"
-_SAVED_WITH = "give the config.json that was saved with these weights, or make the model again"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.txt")
 _TOKENIZER_FILES += ("vocab.json", "sentencepiece.bpe.model")
 
@@ -59,11 +58,6 @@ def quiet_transformers() -> None:
     transformers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-
-
-def hide_bars() -> None:
-    """From now on no progress bars of Transformers, which shows one for each saved checkpoint."""
-    transformers.utils.logging.disable_progress_bar()
 
 
 def load_config(path: str, *kinds: str) -> PreTrainedConfig:
@@ -121,10 +115,7 @@ def from_pretrained(
     Errors: `InputError` if weights are missing, or have other shapes than in the config.
     """
     _check_index(path)
-    if settings := read_model_json(path, "generation_config.json"):
-        with _reporting(path, "its generation_config.json is refused", "correct or remove it"):
-            # (Saving the model would fail otherwise, after training.)
-            GenerationConfig.from_dict(settings).validate(strict=True)
+    _generation_settings(path)
     with _reporting(path, "the model's weights cannot be read", _COPY):
         try:
             model, report = model_class.from_pretrained(
@@ -138,18 +129,44 @@ def from_pretrained(
             )
         except NotImplementedError:  # Transformers compares tied tensors that it has left out
             raise InputError(
-                f"{path}: the weights have other shapes than its config.json says; {_SAVED_WITH}"
+                f"{path}: the weights have other shapes than its config.json says; {SAVED_WITH}"
             ) from None
     for name, found, wanted in sorted(report["mismatched_keys"]):
         raise InputError(
             f"{path}: by its config.json {name} is {list(wanted)}, but in the weights it is "
-            f"{list(found)}; {_SAVED_WITH}"
+            f"{list(found)}; {SAVED_WITH}"
         )
     if missing := sorted(report["missing_keys"]):
         raise InputError(
-            f"{path}: the weights lack {len(missing)} tensors, such as {missing[0]}; {_SAVED_WITH}"
+            f"{path}: the weights lack {len(missing)} tensors, such as {missing[0]}; {SAVED_WITH}"
         )
     return model
+
+
+def unfilled(model_class: Callable[[Config], Model], path: str, config: Config) -> Model:
+    """A model as by `from_pretrained`, but on the meta device: without its weights."""
+    config.dtype = torch.float32
+    with torch.device("meta"):
+        model = build(model_class, path, config).eval()
+    model.generation_config = _generation_settings(path) or model.generation_config
+    return model
+
+
+def open_weights(path: str, rename: Callable[[str], str]) -> StoredWeights:
+    """The weights at a folder or hub name. Errors: `InputError` if they cannot be read."""
+    _check_index(path)
+    with _reporting(path, "the model's weights cannot be read", _COPY):
+        return StoredWeights(path, rename)
+
+
+def _generation_settings(path: str) -> GenerationConfig | None:
+    """Errors: `InputError` for those with which Transformers would not save the model."""
+    if settings := read_model_json(path, GENERATION_CONFIG_NAME):
+        with _reporting(path, "its generation_config.json is refused", "correct or remove it"):
+            found = GenerationConfig.from_dict(settings)
+            found.validate(strict=True)
+            return found
+    return None
 
 
 def _check_index(path: str) -> None:
@@ -256,6 +273,7 @@ def digest(model: nn.Module, settings: Iterable[str] = (), without: str = "\0") 
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(without):
             continue
+        tensor = model.stored.read(name) if tensor.is_meta else tensor
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         found.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
@@ -272,38 +290,19 @@ def read_model_json(path: str, name: str) -> Any:
         return json.loads(Path(file).read_text(encoding="utf-8-sig"))
 
 
-def read_tensors(path: str, *keys: str, folder: str = "") -> list[torch.Tensor | None]:
-    """Some tensors, in float32, of the weights at a folder or hub name, or in `folder/` inside it;
-    None if not among them."""
-    files = (
-        cached_file(path, folder + name, _raise_exceptions_for_missing_entries=False)
-        for name in ("model.safetensors", "pytorch_model.bin")
-    )
-    file = next((file for file in files if file), None)
-    if file is None:
-        return [None] * len(keys)
-    if file.endswith(".bin"):
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-        return [weights[key].float() if key in weights else None for key in keys]
-    with safe_open(file, framework="pt") as stored:
-        names = set(stored.keys())
-        return [stored.get_tensor(key).float() if key in names else None for key in keys]
-
-
 def load_layers(module: nn.Module, path: str, prefix: str, folder: str = "") -> None:
-    """Read all of a module's weights (see `read_tensors`), whose names begin with this prefix.
+    """Read all of a module's weights, whose names begin with this prefix in the weights at a folder
+    or hub name, or in `folder/` inside it.
 
     Errors: `InputError` if some are missing, or have other shapes than in the config.
     """
-    names = list(module.state_dict())
-    with _reporting(path, "the model's weights cannot be read", _SAVED_WITH):
-        found = read_tensors(path, *(prefix + name for name in names), folder=folder)
-        for name, tensor in zip(names, found, strict=True):
-            wanted = list(module.state_dict()[name].shape)
-            shape = "missing" if tensor is None else list(tensor.shape)
-            if shape != wanted:
+    with _reporting(path, "the model's weights cannot be read", SAVED_WITH):
+        stored = StoredWeights(path, folder=folder)
+        for name, tensor in module.state_dict().items():
+            shape = stored.shapes.get(prefix + name, "missing")
+            if shape != (wanted := list(tensor.shape)):
                 raise ValueError(f"{folder}{prefix}{name} is {shape}, not {wanted}")
-        module.load_state_dict(dict(zip(names, found, strict=True)))
+        module.load_state_dict({name: stored.read(prefix + name) for name in module.state_dict()})
 
 
 def _check_path(path: str, needs_config: bool = True) -> None:

@@ -15,6 +15,7 @@ H heads, K head size.
 import argparse
 import functools
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, T5Config, T5ForConditionalGene
 from transformers.modeling_outputs import BaseModelOutput
 
 from src.models.decoder import Decoded, Encoded, GreedyDecoder, TransformersDecoder
-from src.models.encoder import changed_part, encode_packed, parts_to_compile, prepare
+from src.models.encoder import changed_part, encode_packed, pack, parts_to_compile, prepare
 from src.models.plain import FAMILY, changed_decoder_part, gathered
 from src.models.positions import CrossAttentionPositions
 from src.models.pretrained import (
@@ -34,11 +35,14 @@ from src.models.pretrained import (
     from_pretrained,
     load_config,
     load_tokenizer,
+    open_weights,
     quiet_transformers,
-    read_tensors,
+    unfilled,
 )
 from src.models.scores import passage_means, passage_scores
+from src.models.stored import StoredWeights
 from src.options import GenerationOptions
+from src.runtime import distributed
 from src.runtime.device import compile_layers, number_format
 from src.runtime.errors import InputError
 from src.runtime.terminal import say
@@ -46,6 +50,7 @@ from src.runtime.terminal import say
 # T5 under transformers 3.0.2 added a table of relative positions to the decoder's cross-attention.
 # Published and legacy readers were trained with it; today's T5 drops it without a message.
 POSITION_TABLE_KEY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+_TABLE = "positions.table.weight"  # its name in `FiDT5`
 # The reference's checkpoints wrap the encoder twice: this key, and how keys map to T5's.
 _LEGACY_KEY = "encoder.encoder.final_layer_norm.weight"
 _LEGACY_NAMES = {r"^encoder\.encoder\.": "encoder.", r"\.module\.layer\.": ".layer."}
@@ -78,6 +83,7 @@ class FiDT5(nn.Module):
         self._warned: set[str] = set()
         self.positions: CrossAttentionPositions | None = None
         self._key_positions: torch.Tensor | None = None  # [B, S] of the passages encoded last
+        self.stored: StoredWeights | None = None  # of a reader on the meta device, to be sharded
         if position_table is not None:
             self.positions = CrossAttentionPositions(t5.config)
             self.positions.table.weight.data.copy_(position_table)
@@ -118,22 +124,24 @@ class FiDT5(nn.Module):
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Encoded:
         """Passages [B, N, L], their real tokens first, and the mask of these -> `Encoded`."""
         B, N, L = input_ids.shape
-        ids, mask = input_ids.flatten(0, 1), attention_mask.flatten(0, 1)
         self._attach_positions()
         changed = changed_part(self.t5.encoder)
         if changed is not None:
             self._warn_once(changed, "the encoder runs with padding, which is slower")
-        tokens, indices = encode_packed(self.t5.encoder, ids, mask, changed is None)
-
-        lengths = attention_mask.sum(dim=(1, 2))  # of the questions
+        mask = attention_mask.cpu()  # waits for a GPU once, before it has anything to compute
+        packing = pack(mask.flatten(0, 1))
+        indices, lengths = packing.indices, mask.sum(dim=(1, 2))  # lengths of the questions
         S = int(lengths.max())
         # A token's index in its question is the number of real tokens before it there.
-        before = attention_mask.flatten(1).cumsum(dim=1).flatten()[indices] - 1
+        before = mask.flatten(1).cumsum(dim=1).flatten()[indices] - 1
         target = indices // (N * L) * S + before
-        real = torch.arange(S, device=ids.device) < lengths[:, None]
+        real = torch.arange(S) < lengths[:, None]
+        positions = indices.new_zeros(B * S).index_copy(0, target, indices % (N * L)).view(B, S)
+        ids = input_ids.flatten(0, 1)
+        parts = (part.to(ids.device) for part in (indices, target, real, positions))
+        indices, target, real, self._key_positions = parts
+        tokens = encode_packed(self.t5.encoder, ids, packing, indices, changed is None)
         hidden = tokens.new_zeros(B * S, tokens.shape[1]).index_copy(0, target, tokens)
-        positions = indices.new_zeros(B * S).index_copy(0, target, indices % (N * L))
-        self._key_positions = positions.view(B, S)
         return Encoded(hidden.view(B, S, -1), real, self._key_positions)
 
     def forward(
@@ -158,12 +166,10 @@ class FiDT5(nn.Module):
         return output.loss, output.logits
 
     def decoder(self, kind: str = "fast") -> GreedyDecoder | TransformersDecoder:
-        """What generates the answers, to be passed to `generate` batch by batch.
-
-        "fast" is our own decoder, laid out with the present weights and, inside autocast, in its
-        number format; or Transformers' if something in the T5's decoder was changed, which only
-        calling its modules respects. "transformers" is always the latter.
-        """
+        """What generates the answers, to be passed to `generate` batch by batch: "fast" is our own
+        decoder, with copies of the present weights, in autocast's number format inside it; or
+        Transformers' if something in the T5's decoder was changed, which only calling its modules
+        respects. "transformers" is always the latter."""
         self._attach_positions()
         if kind == "fast":
             changed = changed_decoder_part(self.t5, self._add_positions)
@@ -282,7 +288,7 @@ class FiDT5(nn.Module):
         state = self.state_dict() if state_dict is None else state_dict
         weights = {k.removeprefix("t5."): v for k, v in state.items() if k.startswith("t5.")}
         if self.positions is not None:
-            weights[POSITION_TABLE_KEY] = state["positions.table.weight"]
+            weights[POSITION_TABLE_KEY] = state[_TABLE]
         self.config.fid_position_table = self.positions is not None
         self.t5.save_pretrained(folder, state_dict=weights, save_original_format=False)
 
@@ -291,7 +297,12 @@ class FiDT5(nn.Module):
 # Loading
 
 
-def load_reader(path: str, dropout: float | None = None, use_position_table: bool = False) -> FiDT5:
+def load_reader(
+    path: str,
+    dropout: float | None = None,
+    use_position_table: bool = False,
+    by_shares: bool = False,
+) -> FiDT5:
     """A reader from a checkpoint of ours or of the reference, or any T5 by folder or hub name.
 
     Args:
@@ -299,36 +310,47 @@ def load_reader(path: str, dropout: float | None = None, use_position_table: boo
         use_position_table: use the cross-attention position table that T5 weights of 2020 carry,
             as the reference did when it started from them. Readers that were trained with one (the
             reference's, and ours that began from them) always keep theirs.
+        by_shares: stay on the meta device; `training/sharding.py` reads the weights.
 
     Errors: `InputError` when there is no such model, or it is not a T5.
     """
     config = reader_config(path, dropout)
-    t5 = from_pretrained(family(config), path, config, key_mapping=_LEGACY_NAMES)
-    table, legacy = read_tensors(path, POSITION_TABLE_KEY, _LEGACY_KEY)
-    use_position_table |= getattr(config, "fid_position_table", False)
-    if use_position_table and table is None:
+    load = unfilled if by_shares else functools.partial(from_pretrained, key_mapping=_LEGACY_NAMES)
+    t5 = load(FAMILY[config.model_type], path, config)
+    stored = open_weights(path, _own_name)
+    is_wanted = use_position_table or getattr(config, "fid_position_table", False)
+    if is_wanted and _TABLE not in stored.shapes:
         raise InputError(
             f"{path}: its weights hold no cross-attention position table ({POSITION_TABLE_KEY}); "
             "leave out --legacy_position_table"
         )
-    return FiDT5(t5, table if use_position_table or legacy is not None else None)
+    has_table = _TABLE in stored.shapes and (is_wanted or _LEGACY_KEY in stored.keys)
+    if not by_shares:
+        return FiDT5(t5, stored.read(_TABLE) if has_table else None)
+    with torch.device("meta"):
+        reader = FiDT5(t5, torch.empty(stored.shapes[_TABLE]) if has_table else None)
+    stored.fit(reader, path)
+    reader.stored = stored
+    return reader
+
+
+def _own_name(key: str) -> str:
+    """The name of a stored weight in `FiDT5`."""
+    for pattern, new in _LEGACY_NAMES.items():
+        key = re.sub(pattern, new, key)
+    return _TABLE if key == POSITION_TABLE_KEY else f"t5.{key}"
 
 
 def new_reader(config_file: str, dropout: float | None = None) -> FiDT5:
     """A reader with fresh random weights, shaped by a T5 config file (JSON)."""
     config = reader_config(config_file, dropout)
-    t5 = build(family(config), config_file, config)
+    t5 = build(FAMILY[config.model_type], config_file, config)
     if config.model_type != "t5" or not config.scale_decoder_outputs:
         # tie_word_embeddings is false (T5 v1.1, Flan-T5, ByT5, mT5, umT5), but Transformers ties
         # fresh weights all the same, and would save them as tied.
         head = torch.empty_like(t5.shared.weight).normal_(std=config.initializer_factor)
         t5.lm_head.weight = nn.Parameter(head)
     return FiDT5(t5)
-
-
-def family(config: T5Config) -> type[T5ForConditionalGeneration]:
-    """The class of a T5, mT5 or umT5 of this config."""
-    return FAMILY[config.model_type][1]
 
 
 def reader_config(path: str, dropout: float | None) -> T5Config:
@@ -363,7 +385,8 @@ def open_reader(
     else:
         source = path = str(newest or path)
         table = newest is None and getattr(options, "legacy_position_table", False)
-        reader = load_reader(path, dropout, table)
+        by_shares = options.shard and distributed.world_size() > 1
+        reader = load_reader(path, dropout, table, by_shares)
     tokenizer = load_tokenizer(path, fallback)
     check_vocabulary(reader.config, tokenizer)
     tokenizer.clean_up_tokenization_spaces = not options.no_clean_up

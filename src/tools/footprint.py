@@ -90,14 +90,15 @@ def reader_shape(options: Options) -> Shape:
     import torch
     from transformers import T5Config
 
-    from src.models.reader import family, reader_config
+    from src.models.plain import FAMILY
+    from src.models.reader import reader_config
 
     D, head, F, layers, H = T5[options.model_size]
     path = _path(options, "model_path", "model_config")
     c = T5Config(d_model=D, d_kv=head, d_ff=F, num_layers=layers, num_heads=H)
     c = reader_config(path, None) if path else c
     with torch.device("meta"):
-        t5 = family(c)(c)
+        t5 = FAMILY[c.model_type](c)
     own_head = 0 if getattr(c, "scale_decoder_outputs", False) else c.vocab_size * c.d_model
     block = _size(t5.decoder.block[0])
     return Shape(

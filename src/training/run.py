@@ -20,13 +20,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from src.data.batches import evaluation_batches, make_loader, training_batches
 from src.data.examples import Examples, describe_passages, load_data, skip_unscored
-from src.models.pretrained import check_vocabulary, hide_bars, quiet_transformers, save_tokenizer
+from src.models.pretrained import check_vocabulary, quiet_transformers, save_tokenizer
 from src.options import LoopOptions, OptimOptions, select
 from src.runtime import distributed
 from src.runtime.device import compile_layers, gpu_memory, resolve_precision
@@ -215,7 +217,7 @@ class State:
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.position = Position()
         self.scratch = scratch
-        self.is_sharded = sharding.is_sharded(model)
+        self.is_sharded = isinstance(model, FSDPModule)
         self.weights: dict[str, torch.Tensor] = {}  # all of a sharded model's, while it is saved
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if distributed.world_size() > 1 and not self.is_sharded:
@@ -241,7 +243,8 @@ class State:
         own hyperparameters, which may have changed. The random state is the checkpoint's, unless
         the seed or the number of processes has changed."""
         meta, groups, rank = read_meta(checkpoint), self.optimizer.param_groups, distributed.rank()
-        if sharding.has_shares(checkpoint) or self.is_sharded:
+        has_shares = (checkpoint / sharding.SHARES).exists()
+        if has_shares or self.is_sharded:
             saved = load_state(checkpoint)
             optimizer, scaler, random_states = map(
                 saved.get, ("optimizer", "scaler", "random_states")
@@ -251,7 +254,7 @@ class State:
                 lambda: read_state(checkpoint, self.optimizer, rank, meta["step"])
             )
         current = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        if sharding.has_shares(checkpoint):
+        if has_shares:
             sharding.read_shares(checkpoint, self.optimizer, self._parameters)
         elif self.is_sharded:
             sharding.divide_state(optimizer, self.optimizer)
@@ -331,11 +334,11 @@ def fit(
     def save_model(folder: Path) -> None:
         model.save_pretrained(folder, **({"state_dict": state.weights} if state.weights else {}))
         if state.is_sharded:
-            sharding.move_shares(scratch, folder)
+            scratch.rename(folder / sharding.SHARES)
         for name, content in tokenizer_files.items():
             (folder / name).write_bytes(content)
 
-    hide_bars()
+    disable_progress_bar()  # which Transformers shows for each saved checkpoint
     metrics = Metrics(run.folder, first, position.evaluation_due)
     on_interrupt(lambda: describe_resume(run.checkpoints))
     train(

@@ -5,9 +5,7 @@ the model itself. Every process must therefore call the model equally often. A c
 are those of an unsharded run; each process writes its own share of the optimizer beside them.
 """
 
-import os
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,15 +15,16 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from src.models.stored import StoredWeights, tied_names
 from src.runtime import distributed
 from src.runtime.errors import InputError, first_line
 from src.runtime.terminal import size
 
-_PREFIX = "optimizer-"  # of the shares' files in a checkpoint
+SHARES = "optimizer"  # the folder in a checkpoint
 
 
 def check_fits(model: nn.Module, memory: float, is_sharded: bool) -> None:
@@ -58,6 +57,29 @@ def shard(model: nn.Module, device: torch.device, precision: str, is_wanted: boo
     for block in [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        _read_weights(model, model.stored, device)
+
+
+def _read_weights(model: nn.Module, stored: StoredWeights, device: torch.device) -> None:
+    """Fill a sharded model on the meta device: each process reads its share or, if they cannot be
+    read by rows, the main one reads and deals them out, tensor by tensor."""
+    weights: dict[str, nn.Parameter] = {}
+    for name, *others in tied_names(model):
+        share = model.get_parameter(name)
+        mesh, placements = share.device_mesh, share.placements
+        if stored.by_rows:
+            n_rows = -(-len(share) // mesh.size())  # as torch.chunk divides them
+            first, last = (min((mesh.get_local_rank() + i) * n_rows, len(share)) for i in (0, 1))
+            own = stored.read(name, first, last).to(device)
+            form = {"shape": share.shape, "stride": share.stride()}
+            share = DTensor.from_local(own, mesh, placements, run_check=False, **form)
+        else:
+            empty = torch.empty(share.shape, device=device)
+            whole = stored.read(name).to(device) if distributed.is_main() else empty
+            share = distribute_tensor(whole, mesh, placements)
+        weights |= dict.fromkeys([name, *others], nn.Parameter(share))
+    model.load_state_dict(weights, assign=True)
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
@@ -103,29 +125,16 @@ def write_shares(folder: Path, optimizer: torch.optim.Optimizer, parameters: Nam
         ) from error
 
 
-def move_shares(folder: Path, checkpoint: Path) -> None:
-    """Make the files in `folder` part of a checkpoint."""
-    for file in folder.iterdir():
-        file.rename(checkpoint / f"{_PREFIX}{file.name}")
-
-
-def has_shares(checkpoint: Path) -> bool:
-    return any(checkpoint.glob(f"{_PREFIX}*"))
-
-
 def read_shares(checkpoint: Path, optimizer: torch.optim.Optimizer, parameters: Named) -> None:
     """Give an optimizer the state in a checkpoint of any number of processes."""
-    with tempfile.TemporaryDirectory() as folder:  # without the weights
-        for file in checkpoint.glob(f"{_PREFIX}*"):
-            os.symlink(file.resolve(), Path(folder, file.name.removeprefix(_PREFIX)))
-        reader = HuggingFaceStorageReader(folder)
-        tensors: dict[str, torch.Tensor] = {}
-        for name, found in reader.read_metadata().state_dict_metadata.items():
-            parameter = parameters[name.rpartition(".")[0]]
-            is_like = found.size == parameter.shape and not name.endswith(".step")
-            scalar = torch.zeros(1, device=parameter.device)
-            tensors[name] = torch.zeros_like(parameter.detach()) if is_like else scalar
-        dcp.load(tensors, storage_reader=reader, no_dist=distributed.world_size() == 1)
+    reader = HuggingFaceStorageReader(str(checkpoint / SHARES))
+    tensors: dict[str, torch.Tensor] = {}
+    for name, found in reader.read_metadata().state_dict_metadata.items():
+        parameter = parameters[name.rpartition(".")[0]]
+        is_like = found.size == parameter.shape and not name.endswith(".step")
+        scalar = torch.zeros(1, device=parameter.device)
+        tensors[name] = torch.zeros_like(parameter.detach()) if is_like else scalar
+    dcp.load(tensors, storage_reader=reader, no_dist=distributed.world_size() == 1)
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition(".")
         value = tensor.view(()) if key == "step" else tensor
@@ -143,7 +152,3 @@ def divide_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> Non
                 mesh, placements = like.device_mesh, like.placements
                 value = distribute_tensor(value, mesh, placements, src_data_rank=None)
             optimizer.state[like][key] = value
-
-
-def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)

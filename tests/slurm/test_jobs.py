@@ -66,8 +66,10 @@ def finish(cluster: Cluster, job: str, seconds: float = 150.0) -> str:
 # --- training: two processes
 
 
-def train(cluster: Cluster, file: str, folder: Path, *sbatch: str) -> str:
-    """Submit a training with that job file; returns the job's number."""
+def train(
+    cluster: Cluster, file: str, folder: Path, *sbatch: str, more: tuple[str, ...] = ()
+) -> str:
+    """Submit a training with that job file, and `more` options; returns the job's number."""
     folder.mkdir()
     return cluster.submit(
         "--partition=low", "--gpus-per-node=2", "--cpus-per-task=1", *sbatch,
@@ -77,7 +79,7 @@ def train(cluster: Cluster, file: str, folder: Path, *sbatch: str) -> str:
         "--per_gpu_batch_size", "1", "--accumulation_steps", "2", "--lr", "1e-3",
         "--generation_max_length", "5", "--eval_freq", "50", "--save_freq", "50",
         "--total_steps", str(TOTAL_STEPS), "--checkpoint_dir", folder, "--name", "run",
-        cwd=ROOT,
+        *more, cwd=ROOT,
     )  # fmt: skip
 
 
@@ -122,23 +124,28 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert lines[0] == lines[1]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(running_cluster, tmp_path_factory) -> Path:
+def train_undisturbed(cluster: Cluster, folder: Path, *more: str) -> Path:
     """The folder of a training of two processes on two nodes that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "job"
     nodes = ["--nodes=2", "--ntasks-per-node=1"]
-    job = train(running_cluster, "train_several_nodes.sbatch", folder, *nodes)
-    assert finish(running_cluster, job) == "COMPLETED", (folder / "job.log").read_text()
+    job = train(cluster, "train_several_nodes.sbatch", folder, *nodes, more=more)
+    assert finish(cluster, job) == "COMPLETED", (folder / "job.log").read_text()
     assert "; 2 processes" in (folder / "run" / "run.log").read_text()
-    assert running_cluster.show(job)["Restarts"] == "0"
+    assert cluster.show(job)["Restarts"] == "0"
     return folder
 
 
-def test_preempted_by_another_job(cluster, undisturbed, tmp_path):
+@pytest.fixture(scope="module")
+def undisturbed(running_cluster, tmp_path_factory) -> Path:
+    return train_undisturbed(running_cluster, tmp_path_factory.mktemp("undisturbed") / "job")
+
+
+@pytest.mark.parametrize("more", [(), ("--shard",)])
+def test_preempted_by_another_job(more, cluster, undisturbed, tmp_path):
     """The job of another partition gets the nodes; ours saves, is queued again, and goes on."""
+    whole = train_undisturbed(cluster, tmp_path / "whole", *more) if more else undisturbed
     folder = tmp_path / "job"
     nodes = ["--nodes=2", "--ntasks-per-node=1"]
-    job = train(cluster, "train_preemptible.sbatch", folder, *nodes)
+    job = train(cluster, "train_preemptible.sbatch", folder, *nodes, more=more)
     wait_for_the_middle(folder)
     other = cluster.submit(
         "--partition=high", "--nodes=2", "--exclusive", f"--output={tmp_path}/other.log",
@@ -146,7 +153,7 @@ def test_preempted_by_another_job(cluster, undisturbed, tmp_path):
     )  # fmt: skip
     assert finish(cluster, other) == "COMPLETED"
     assert_went_on(cluster, job, folder)
-    assert_same_run(undisturbed, folder)
+    assert_same_run(whole, folder)
 
 
 def test_asked_to_stop_by_usr1(cluster, undisturbed, tmp_path):
