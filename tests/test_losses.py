@@ -235,7 +235,7 @@ def test_training_with_each_loss(loss, data, tmp_path):
         (["--loss", "contrastive", "--target", "attention"], "learns from has_answer"),
         (["--loss", "kl", "--margin", "1"], "--loss kl does not use --margin"),
         (["--negatives", "1"], "--loss kl does not use --negatives"),
-        (["--loss", "contrastive", "--negatives", "1", "--n_context", "3"], "leave out --n_context"),
+        (["--loss", "contrastive", "--negatives", "1", "--n_context", "3"], "leave out --n_cont"),
         (["--loss", "emdr2", "--target_temperature", "2"], "does not use --target_temperature"),
     ],
 )

@@ -5,6 +5,7 @@ as `id_bytes` (concatenated UTF-8) with `id_offsets` [n + 1]. All of it is memor
 passages take no memory until they are read.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -102,6 +103,14 @@ class Shard:
                     rows[:] = stored
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
+
+    def read_ahead(self, first: int, n_rows: int) -> None:
+        """Ask the system to read these rows into its memory, without waiting for them."""
+        if isinstance(self.embeddings, np.memmap) and hasattr(os, "posix_fadvise"):
+            row_bytes = self.embeddings.itemsize * self.embeddings.shape[1]
+            span = self.embeddings.offset + first * row_bytes, n_rows * row_bytes
+            with contextlib.suppress(OSError), open(self.embeddings.filename, "rb") as file:
+                os.posix_fadvise(file.fileno(), *span, os.POSIX_FADV_WILLNEED)
 
     def check_unchanged(self) -> None:
         """Errors: `InputError` when the file is not the one that was opened."""

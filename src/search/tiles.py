@@ -65,10 +65,12 @@ class TileSearch:
         if not self._pending:
             return
         numbers, rows = map(np.concatenate, zip(*self._pending, strict=True))
-        order = np.argsort(numbers, kind="stable")
+        order = np.argsort(numbers.astype(np.int16), kind="stable")  # of 16 bits: a radix sort
         numbers, rows = numbers[order], rows[order]
         self._pending, self._n_pending = [], 0
-        changed, counts = np.unique(numbers, return_counts=True)
+        counts = np.bincount(numbers)
+        changed = np.flatnonzero(counts)
+        counts = counts[changed]
         filled = np.arange(counts.max()) < counts[:, None]
         new = Found.empty(len(changed), int(counts.max()))
         new.scores[filled] = inner_products(self._queries, numbers, block, rows)
@@ -77,7 +79,8 @@ class TileSearch:
         scores = np.concatenate([best.scores[changed], new.scores], axis=1)
         positions = np.concatenate([best.positions[changed], new.positions], axis=1)
         # Positions ascend among the new, and those of the best come before.
-        order = np.argsort(-scores, axis=1, kind="stable")[:, : self._k]
+        ranked = torch.from_numpy(scores).sort(dim=1, descending=True, stable=True)
+        order = ranked.indices[:, : self._k].numpy()
         best.scores[changed] = np.take_along_axis(scores, order, axis=1)
         best.positions[changed] = np.take_along_axis(positions, order, axis=1)
 
