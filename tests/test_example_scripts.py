@@ -163,10 +163,9 @@ def test_rounds_of_distillation(environment, tmp_path):
 def test_contrastive_training(environment, tmp_path):
     """Mined with BM25; both retrievers, and both fused with BM25, are evaluated."""
     small = {"OUT": str(tmp_path / "out"), "N": "9", "MINED": "6", "STEPS": "2", "BATCH": "3"}
-    small |= {"NEGATIVES": "2", "DEV": "none"}
+    variables = environment | small | {"NEGATIVES": "2", "DEV": "none"}
     rounds = [
-        run_script("examples/contrastive.sh", "--temperature", "0.5", **environment, **small)
-        for _ in range(2)
+        run_script("examples/contrastive.sh", "--temperature", "0.5", **variables) for _ in range(2)
     ]
     out = tmp_path / "out"
     trained = options_of(out / "runs/retriever")
