@@ -93,7 +93,7 @@ class Shard:
         at_once = max(1, _READ_BYTES // max(1, row_bytes))
         try:
             with open(source.filename, "rb", buffering=0) as file:
-                self._check_unchanged(os.fstat(file.fileno()))
+                self.check_unchanged()
                 file.seek(source.offset + first * row_bytes)
                 for start in range(0, len(out), at_once):
                     rows = out[start : start + at_once]
@@ -116,13 +116,11 @@ class Shard:
         """Errors: `InputError` when the file is not the one that was opened."""
         if self.opened_as is not None:
             try:
-                self._check_unchanged(os.stat(self.embeddings.filename))
+                stat = os.stat(self.embeddings.filename)
             except OSError as error:
                 raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
-
-    def _check_unchanged(self, stat: os.stat_result) -> None:
-        if self.opened_as not in (None, (stat.st_size, stat.st_mtime_ns)):
-            raise self._changed()
+            if self.opened_as != (stat.st_size, stat.st_mtime_ns):
+                raise self._changed()
 
     def _changed(self) -> InputError:
         return InputError(
