@@ -180,7 +180,7 @@ def test_contrastive_training(environment, tmp_path):
     for name in ("before", "after"):
         rows = map(json.loads, (out / name / "fused.jsonl").read_text().splitlines())
         assert [len(row["ctxs"]) for row in rows] == [9] * 3
-    tables = [printed[printed.index("recall@1") :] for printed in rounds]
+    tables = [printed[printed.rindex("recall@1") :] for printed in rounds]
     assert tables[0].count("jsonl") == 5
     assert tables[0] == tables[1]
     assert rounds[1].count("done already") == 9
