@@ -14,7 +14,7 @@
 # Out: OUT/{bm25,before,after}/test.jsonl and fused.jsonl, OUT/runs/retriever; a table at the end.
 set -euo pipefail
 cd "$(dirname "$0")/.." # paths are relative to the repository
-source examples/common.sh # GPUS (1), ACCUMULATE (64 / GPUS), RUN
+source examples/common.sh # GPUS (1), RUN
 
 data=open_domain_data/NQ
 TRAIN=${TRAIN:-$data/train.json} DEV=${DEV:-$data/dev.json} TEST=${TEST:-$data/test.json}
@@ -58,7 +58,7 @@ find_passages before "$RETRIEVER"
 step "$weights" \
     "${run[@]}" train_retriever.py --train_data "$OUT/bm25/train.jsonl" --eval_data "$eval_data" \
     --model_path "$RETRIEVER" --loss contrastive --negatives "$NEGATIVES" --in_batch_negatives \
-    --per_gpu_batch_size "$BATCH" --accumulation_steps 1 --total_steps "$STEPS" --lr "$LR" \
+    --per_gpu_batch_size "$BATCH" --total_steps "$STEPS" --lr "$LR" \
     --optim adamw --scheduler linear --warmup_steps $((STEPS / 10)) \
     --name retriever --checkpoint_dir "$OUT/runs" "$@"
 find_passages after "$weights"
