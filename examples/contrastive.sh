@@ -25,7 +25,7 @@ N=${N:-100}          # passages retrieved for a test question
 MINED=${MINED:-50}   # passages to draw a training question's positive and negatives from
 NEGATIVES=${NEGATIVES:-1} BATCH=${BATCH:-64} # hard negatives a question; questions a process
 STEPS=${STEPS:-10000} LR=${LR:-5e-5}         # updates; the learning rate
-weights=$OUT/runs/retriever/checkpoint/step-$STEPS
+checkpoints=$OUT/runs/retriever/checkpoint
 
 bm25() { # bm25 QUESTIONS N RESULT
     step "$3" python passage_retrieval.py --bm25 --save_or_load_index --passages "$PASSAGES" \
@@ -49,13 +49,13 @@ find_passages() {
 mkdir -p "$OUT"
 bm25 "$TEST" "$N" "$OUT/bm25/test.jsonl"
 bm25 "$TRAIN" "$MINED" "$OUT/bm25/train.jsonl"
-eval_data=none
+eval_data=none weights=$checkpoints/step-$STEPS
 if [ "$DEV" != none ]; then
-    eval_data=$OUT/bm25/dev.jsonl
+    eval_data=$OUT/bm25/dev.jsonl weights=$checkpoints/best_dev
     bm25 "$DEV" "$MINED" "$eval_data"
 fi
 find_passages before "$RETRIEVER"
-step "$weights" \
+step "$checkpoints/step-$STEPS" \
     "${run[@]}" train_retriever.py --train_data "$OUT/bm25/train.jsonl" --eval_data "$eval_data" \
     --model_path "$RETRIEVER" --loss contrastive --negatives "$NEGATIVES" --in_batch_negatives \
     --per_gpu_batch_size "$BATCH" --total_steps "$STEPS" --lr "$LR" \
