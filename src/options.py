@@ -711,6 +711,12 @@ def _check_fresh_weights(parser: _Parser, options: argparse.Namespace) -> None:
 def _check_train_retriever(parser: _Parser, options: argparse.Namespace) -> None:
     _check_fresh_weights(parser, options)
     loss = options.loss
+    if options.negatives is not None:
+        n = options.negatives + 1  # with the positive
+        message = f"--negatives {options.negatives} makes {n} passages a question: leave out {{}}"
+        if options.n_context != n:
+            _error_if_given(parser, options, "n_context", message)
+        options.n_context = n
     if options.in_batch_negatives and loss not in ("kl", "contrastive"):
         parser.error(f"--loss {loss} has no in-batch negatives: leave out --in_batch_negatives")
     if loss == "contrastive" and options.target not in (None, "has_answer"):
@@ -721,12 +727,6 @@ def _check_train_retriever(parser: _Parser, options: argparse.Namespace) -> None
     for name, losses in unused.items():
         if loss in losses:
             _error_if_given(parser, options, name, f"--loss {loss} does not use {{}}: leave it out")
-    if options.negatives is not None:
-        n = options.negatives + 1  # with the positive
-        message = f"--negatives {options.negatives} makes {n} passages a question: leave out {{}}"
-        if options.n_context != n:
-            _error_if_given(parser, options, "n_context", message)
-        options.n_context = n
     if options.extract_cls and options.pooling not in (None, "cls"):
         parser.error(f"--extract_cls and --pooling {options.pooling}: give one of them")
 
