@@ -521,6 +521,8 @@ def train_retriever_parser() -> _Parser:
     new("--in_batch_negatives", bool, False, "use other questions' passages as negatives")
     new("--target NAME", _target, None, "score to learn from; none: the first of the data's")
     new("--loss", list(LOSSES), "kl", "contrastive: data with hasanswer, or DPR's")
+    new("--negatives", COUNT_OR_ZERO, None,
+        "contrastive: passages without an answer drawn per question; none: --n_context - 1")
     new("--temperature", number(float, above=0), 1.0, "divides the similarities")
     new("--target_temperature", number(float, above=0), 1.0, "divides the target (kl)")
     new("--margin", number(float, at_least=0), 0.1, "margin between two passages (margin)")
@@ -709,12 +711,19 @@ def _check_fresh_weights(parser: _Parser, options: argparse.Namespace) -> None:
 def _check_train_retriever(parser: _Parser, options: argparse.Namespace) -> None:
     _check_fresh_weights(parser, options)
     loss = options.loss
+    if options.negatives is not None:
+        n = options.negatives + 1  # with the positive
+        message = f"--negatives {options.negatives} makes {n} passages a question: leave out {{}}"
+        if options.n_context != n:
+            _error_if_given(parser, options, "n_context", message)
+        options.n_context = n
     if options.in_batch_negatives and loss not in ("kl", "contrastive"):
         parser.error(f"--loss {loss} has no in-batch negatives: leave out --in_batch_negatives")
     if loss == "contrastive" and options.target not in (None, "has_answer"):
         parser.error("--loss contrastive learns from has_answer: leave out --target")
     unused = {"temperature": ("mse", "margin"), "margin": [n for n in LOSSES if n != "margin"]}
     unused["target_temperature"] = [name for name in LOSSES if name != "kl"]
+    unused["negatives"] = [name for name in LOSSES if name != "contrastive"]
     for name, losses in unused.items():
         if loss in losses:
             _error_if_given(parser, options, name, f"--loss {loss} does not use {{}}: leave it out")

@@ -160,6 +160,34 @@ def test_rounds_of_distillation(environment, tmp_path):
     assert f"--model_path {one / 'runs/retriever' / best} " in lines[2]
 
 
+def test_contrastive_training(environment, tmp_path):
+    """Mined with BM25; both retrievers, and both fused with BM25, are evaluated."""
+    small = {"OUT": str(tmp_path / "out"), "N": "9", "MINED": "6", "STEPS": "2", "BATCH": "3"}
+    variables = environment | small | {"NEGATIVES": "2"}
+    rounds = [
+        run_script("examples/contrastive.sh", "--temperature", "0.5", **variables) for _ in range(2)
+    ]
+    out = tmp_path / "out"
+    trained = options_of(out / "runs/retriever")
+    expected = {"loss": "contrastive", "negatives": 2, "n_context": 3, "temperature": 0.5}
+    assert trained.items() >= expected.items()
+    assert [trained[f"{part}_data"] for part in ("train", "eval")] == [
+        str(out / "bm25" / name) for name in ("train.jsonl", "dev.jsonl")
+    ]
+    made_by = [
+        json.loads((out / name / "test.jsonl.made_by.json").read_text())["model"]
+        for name in ("bm25", "before", "after")
+    ]
+    assert len(set(made_by)) == 3
+    for name in ("before", "after"):
+        rows = map(json.loads, (out / name / "fused.jsonl").read_text().splitlines())
+        assert [len(row["ctxs"]) for row in rows] == [9] * 3
+    tables = [printed[printed.rindex("recall@1") :] for printed in rounds]
+    assert tables[0].count("jsonl") == 5
+    assert tables[0] == tables[1]
+    assert rounds[1].count("done already") == 10
+
+
 START_FILES = {"bm25": ("--bm25", 3), "bert": ("--passages_embeddings", 3), "dpr": ("", 0)}
 
 

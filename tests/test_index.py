@@ -221,9 +221,9 @@ def test_blocks_are_all_rows_in_order_once():
     told = []
     blocks = Indexer(shards_of(vectors, 20), 8).blocks(on_rows=told.append)
     copies = [(start, block.copy()) for start, block in blocks]
-    assert [start for start, _ in copies] == list(range(0, 50, 4))
+    assert [start for start, _ in copies] == list(range(0, 50, 8))
     assert np.array_equal(np.concatenate([block for _, block in copies]), vectors)
-    assert told == [4] * 12 + [2]
+    assert told == [8] * 6 + [2]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

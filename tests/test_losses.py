@@ -232,6 +232,8 @@ def test_training_with_each_loss(loss, data, tmp_path):
     ("options", "problem"),
     [
         (["--loss", "mse", "--in_batch_negatives"], "--loss mse has no in-batch negatives"),
+        (["--negatives", "1"], "--loss kl does not use --negatives"),
+        (["--loss", "contrastive", "--negatives", "1", "--n_context", "3"], "leave out --n_cont"),
         (["--loss", "contrastive", "--target", "attention"], "learns from has_answer"),
         (["--loss", "kl", "--margin", "1"], "--loss kl does not use --margin"),
         (["--loss", "emdr2", "--target_temperature", "2"], "does not use --target_temperature"),

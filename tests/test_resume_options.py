@@ -51,7 +51,9 @@ def begun(tmp_path_factory) -> Path:
     examples = json.loads((REFERENCE / "data.json").read_text())
     examples = [example for example in examples if example.get("ctxs")]
     for context in (context for example in examples for context in example["ctxs"]):
-        context["scores"] = {"attention": context["score"], "perplexity": 7.0}
+        context["scores"] = {"attention": context["score"], "perplexity": 7.0, "has_answer": 0.0}
+    for example in examples:
+        example["ctxs"][0]["scores"]["has_answer"] = 1.0
     (folder / "data.json").write_text(json.dumps(examples[:9]))
     (folder / "other.json").write_text(json.dumps(examples[9:14]))
     with pytest.MonkeyPatch.context() as patch:
@@ -204,6 +206,9 @@ CHANGES: dict[str, dict[str, Change]] = {
         "target": (["perplexity"], lambda seen: seen.batch["gold_scores"].unique().tolist() == [7],
                    True, False),
         "loss": (["mse"], lambda seen: loss_options(seen).loss, "mse", "kl"),
+        # (1 is --n_context's default: instead of the command's 2)
+        "negatives": ([3, "--loss", "contrastive", "--n_context", 1],
+                      lambda seen: seen.batch["gold_scores"].shape[1], 4, 2),
         "temperature": ([0.5], lambda seen: loss_options(seen).temperature, 0.5, 1.0),
         "target_temperature": ([2], lambda seen: loss_options(seen).target_temperature, 2.0, 1.0),
         "margin": ([0.3, "--loss", "margin"], lambda seen: loss_options(seen).margin, 0.3, 0.1),

@@ -220,7 +220,8 @@ def test_results_record_what_made_them(passages, tmp_path):
 
 def test_mismatches_can_be_allowed(passages, tmp_path, capsys):
     """Another model, another collection, a shard left out, shards of two runs, an index of other
-    shards: each error names --allow_mismatch, which accepts it."""
+    shards: each error names --allow_mismatch, which accepts it, and says how many passages have no
+    embedding."""
     embed(passages, tmp_path / "a" / "x", 2)
     embed(passages, tmp_path / "b" / "x", 2, "cls")
     other = tmp_path / "other.tsv"
@@ -246,6 +247,10 @@ def test_mismatches_can_be_allowed(passages, tmp_path, capsys):
         assert said in capsys.readouterr().err
         assert not output.exists()
         assert len(retrieve(collection, embeddings, output, "--allow_mismatch", *more))
+        missing = [row for row in capsys.readouterr().out.splitlines() if " missing " in row]
+        lost = {"the collection": "1 of 121", "shard 1 of 2 is missing": "60 of 120"}.get(said)
+        assert len(missing) == bool(lost)
+        assert not lost or f"{lost} passages have no embedding and cannot be found" in missing[0]
         output.unlink()
 
 

@@ -379,13 +379,8 @@ def write_all(folder: Path, total: int = 3, **changed: str) -> list[Path]:
 
 def test_shards_are_opened_in_order(tmp_path):
     expected = [str(path) for path in write_all(tmp_path)]
-    for patterns in (
-        str(tmp_path / "wiki_*"),
-        tmp_path / "wiki_0?",
-        expected[::-1],
-        [*expected, tmp_path / "*"],  # named twice is opened once
-    ):
-        assert [shard.path for shard in open_shards(patterns)] == expected
+    for pattern in (str(tmp_path / "wiki_*"), tmp_path / "wiki_0?"):
+        assert [shard.path for shard in open_shards(pattern)] == expected
     renamed = (tmp_path / "wiki_00").rename(tmp_path / "zzz")  # the number counts, not the name
     assert [shard.path for shard in open_shards(tmp_path / "*")] == [str(renamed), *expected[1:]]
 

@@ -21,29 +21,24 @@ from src.search.shards import FINGERPRINTS, Shard, ShardWriter, read_shard
 _OR_ALLOW = "or say --allow_mismatch"
 
 
-def open_shards(
-    patterns: str | Path | Sequence[str | Path], allow_mismatch: bool = False
-) -> list[Shard]:
-    """Open the shards that paths or globs name, in the order of their numbers.
+def open_shards(pattern: str | Path, allow_mismatch: bool = False) -> list[Shard]:
+    """Open the shards that a path or glob names, in the order of their numbers.
 
-    Errors: `InputError` when a pattern finds nothing, when two shards have different dimensions,
-    and, without `allow_mismatch`, when fingerprints differ or a shard is missing or doubled.
+    Errors: `InputError` when it finds nothing, when two shards have different dimensions, and,
+    without `allow_mismatch`, when fingerprints differ or a shard is missing or doubled.
     """
-    paths: list[str] = []
-    for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
-        # The name itself, or with [ meaning itself, or as any pattern.
-        found = [str(pattern)] if os.path.exists(pattern) else []
-        for attempt in (str(pattern).replace("[", "[[]"), str(pattern)):
-            found = found or sorted(glob.glob(attempt))
-        if not found:
-            raise InputError(
-                f"{pattern}: there are no embeddings of this name; "
-                "make them with generate_passage_embeddings.py"
-            )
-        if os.path.isdir(found[0]):
-            raise InputError(f'{found[0]}: a folder; name its shards, like "{found[0]}/wiki_*"')
-        paths += found
-    shards = sorted(map(open_shard, dict.fromkeys(paths)), key=_order)
+    # The name itself, or with [ meaning itself, or as any pattern.
+    paths = [str(pattern)] if os.path.exists(pattern) else []
+    for attempt in (str(pattern).replace("[", "[[]"), str(pattern)):
+        paths = paths or sorted(glob.glob(attempt))
+    if not paths:
+        raise InputError(
+            f"{pattern}: there are no embeddings of this name; "
+            "make them with generate_passage_embeddings.py"
+        )
+    if os.path.isdir(paths[0]):
+        raise InputError(f'{paths[0]}: a folder; name its shards, like "{paths[0]}/wiki_*"')
+    shards = sorted(map(open_shard, paths), key=_order)
     for shard in shards:
         ours, theirs = shards[0].embeddings.shape[1], shard.embeddings.shape[1]
         if ours != theirs:

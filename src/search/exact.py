@@ -11,7 +11,6 @@ whatever the batch of questions, the block size and the number of processes.
 import bisect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import faiss
@@ -119,7 +118,7 @@ def merge(parts: Sequence[Found], k: int) -> Found:
 
 
 class Indexer:
-    """Exact search over opened shards, with two half blocks of embeddings in memory.
+    """Exact search over opened shards, with a block of embeddings in memory.
 
     Args: shards: from `open_shards`; block_rows: rows in a block (`--indexing_batch_size`).
     """
@@ -176,41 +175,31 @@ class Indexer:
     ) -> Iterator[tuple[int, np.ndarray]]:
         """The blocks in order: the first row's position, and the rows [b, d] as float32.
 
-        They cross the borders of shards, whose number therefore makes no difference. Each has half
-        of `block_rows`: a thread reads the next one while the caller uses this one, which is then
-        overwritten.
+        They cross the borders of shards, whose number therefore makes no difference. A block is
+        overwritten by the next one, which the system is asked to read from disk in the meantime. (A
+        thread that copies it would take a core from the matrix products.)
         """
-        from src.models.lengths import prefetch_one
-
         index, count = part
-        half = -(-min(self._block_rows, len(self)) // 2)
-        buffers = np.empty((2, half, self.dimension), np.float32)
+        buffer = np.empty((min(self._block_rows, len(self)), self.dimension), np.float32)
+        step = count * self._block_rows
+        for start in range(index * self._block_rows, len(self), step):
+            block = buffer[: len(self) - start]
+            for shard, row, piece in self._pieces(start, block):
+                shard.read(row, piece)
+            for shard, row, piece in self._pieces(start + step, buffer):
+                shard.read_ahead(row, len(piece))
+            yield start, block
+            if on_rows:
+                on_rows(len(block))
 
-        def spans() -> Iterator[tuple[int, int]]:
-            for start in range(index * self._block_rows, len(self), count * self._block_rows):
-                stop = min(start + self._block_rows, len(self))
-                yield from ((first, min(first + half, stop)) for first in range(start, stop, half))
-
-        with ThreadPoolExecutor(1) as thread:
-            reads = (
-                thread.submit(self._read, *span, buffers[number % 2])
-                for number, span in enumerate(spans())
-            )
-            for read in prefetch_one(reads):
-                start, block = read.result()
-                yield start, block
-                if on_rows:
-                    on_rows(len(block))
-
-    def _read(self, start: int, stop: int, buffer: np.ndarray) -> tuple[int, np.ndarray]:
-        """The rows from `start` to `stop` in the buffer, after the first one's position."""
-        block, done = buffer[: stop - start], 0
-        while done < len(block):
+    def _pieces(self, start: int, block: np.ndarray) -> Iterator[tuple[Shard, int, np.ndarray]]:
+        """The parts of a block from `start` on by shard, with their first row there."""
+        done = 0
+        while done < len(block) and start + done < len(self):
             shard, row = self._shard_of(start + done)
             piece = block[done : done + len(shard) - row]
-            shard.read(row, piece)
+            yield shard, row, piece
             done += len(piece)
-        return start, block
 
     def take(self, positions: np.ndarray) -> np.ndarray:
         """The embeddings at ascending positions [n], as float32 [n, d]."""

@@ -5,6 +5,7 @@ as `id_bytes` (concatenated UTF-8) with `id_offsets` [n + 1]. All of it is memor
 passages take no memory until they are read.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -92,7 +93,7 @@ class Shard:
         at_once = max(1, _READ_BYTES // max(1, row_bytes))
         try:
             with open(source.filename, "rb", buffering=0) as file:
-                self._check_unchanged(os.fstat(file.fileno()))
+                self.check_unchanged()
                 file.seek(source.offset + first * row_bytes)
                 for start in range(0, len(out), at_once):
                     rows = out[start : start + at_once]
@@ -103,17 +104,23 @@ class Shard:
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
 
+    def read_ahead(self, first: int, n_rows: int) -> None:
+        """Ask the system to read these rows into its memory, without waiting for them."""
+        if isinstance(self.embeddings, np.memmap) and hasattr(os, "posix_fadvise"):
+            row_bytes = self.embeddings.itemsize * self.embeddings.shape[1]
+            span = self.embeddings.offset + first * row_bytes, n_rows * row_bytes
+            with contextlib.suppress(OSError), open(self.embeddings.filename, "rb") as file:
+                os.posix_fadvise(file.fileno(), *span, os.POSIX_FADV_WILLNEED)
+
     def check_unchanged(self) -> None:
         """Errors: `InputError` when the file is not the one that was opened."""
         if self.opened_as is not None:
             try:
-                self._check_unchanged(os.stat(self.embeddings.filename))
+                stat = os.stat(self.embeddings.filename)
             except OSError as error:
                 raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
-
-    def _check_unchanged(self, stat: os.stat_result) -> None:
-        if self.opened_as not in (None, (stat.st_size, stat.st_mtime_ns)):
-            raise self._changed()
+            if self.opened_as != (stat.st_size, stat.st_mtime_ns):
+                raise self._changed()
 
     def _changed(self) -> InputError:
         return InputError(
