@@ -116,7 +116,8 @@ if [ ! -e "$OUT/train.jsonl" ]; then
 fi
 # shellcheck disable=SC2086
 step "$scored" "${reading[@]}" --eval_data "$OUT/train.jsonl" --n_context "$N" \
-    --write_crossattention_scores --targets "$(echo $TARGETS | tr ' ' ,)" --token_log_probs \
+    --write_crossattention_scores --token_log_probs \
+    --targets "$(echo $TARGETS attention perplexity has_answer | tr ' ' ,)" \
     --name scored --checkpoint_dir "$OUT"
 
 for seed in $SEEDS; do in_background begin "$seed"; done
