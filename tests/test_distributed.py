@@ -36,9 +36,7 @@ def train(data: Path, reference: Path, folder: Path, processes: int, batch: int,
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    return [
-        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_two_processes_train_as_one(data, reference, tmp_path):
@@ -52,7 +50,7 @@ def test_two_processes_train_as_one(data, reference, tmp_path):
             assert (one[name] - two[name]).abs().max() < 1e-5, name
         start = load_file_of_t5(reference)
         assert (one["shared.weight"] - start).abs().max() > 1e-3  # something was learned
-        for row, other in zip(*map(read_metrics, folders), strict=True):
+        for row, other in zip(*(read_metrics(folder / "run") for folder in folders), strict=True):
             assert row == pytest.approx(other, rel=1e-4)
 
 
@@ -218,7 +216,7 @@ def test_two_processes_distil_as_one(data, reference, tmp_path):
                 "--train_data", data, "--eval_data", data, "--n_context", 4, "--dropout", 0,
                 "--model_path", reference / "legacy_retriever_mask_mean", "--loss", loss,
                 "--tokenizer", reference / "bert", "--per_gpu_batch_size", batch, "--lr", 1e-4,
-                # (At ten times this rate, Adam makes 2e-5 of gradients that are 0 but for rounding.)
+                # (At ten times this rate, Adam turns gradients of rounding errors into 2e-5.)
                 "--total_steps", 6, "--eval_freq", 3, "--best_by", "recall@1", "--num_workers", 0,
                 "--checkpoint_dir", folder, "--name", number, *more,
             ]  # fmt: skip
@@ -232,8 +230,7 @@ def test_two_processes_distil_as_one(data, reference, tmp_path):
         assert weights[0].keys() == weights[1].keys()
         for name in weights[0]:
             assert (weights[0][name] - weights[1][name]).abs().max() < 1e-5, (loss, name)
-        rows = [[json.loads(row) for row in (run / "metrics.jsonl").open()] for run in (one, two)]
-        for row, other in zip(*rows, strict=True):
+        for row, other in zip(read_metrics(one), read_metrics(two), strict=True):
             assert row == pytest.approx(other, rel=1e-3, abs=1e-6), loss
         assert row["dev/loss"] > 0
         assert 0 < row["dev/recall@1"] < 1
