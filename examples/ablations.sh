@@ -14,7 +14,7 @@
 #      questions with answers; PASSAGES; START, the retriever to start from. Without START, it is
 #      trained from fresh weights (MODEL_CONFIG, with its tokenizer) for START_STEPS updates, to find
 #      passages with an answer among those of a batch: it has seen no hard negative yet.
-# Out: OUT/cells/LOSS.TARGET.SEED/{retriever,test.jsonl,read}; OUT/table.md, also printed at the end.
+# Out: OUT/cells/LOSS.TARGET.SEED/{retriever,test.jsonl,read}; the table at the end, as Markdown.
 set -euo pipefail
 cd "$(dirname "$0")/.." # paths are relative to the repository
 source examples/common.sh # RUN; GPUS (1)
@@ -110,6 +110,13 @@ finish_all() { while [ "$running" -gt 0 ]; do finish_one; done; }
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 
 mkdir -p "$OUT/logs"
+settings="$READER $TRAIN $TEST $PASSAGES ${START:-$MODEL_CONFIG $START_STEPS} $QUESTIONS $N $STEPS"
+settings+=" $BATCH $LR $READ $TEXT_MAXLENGTH $PASSAGE_MAXLENGTH"
+if [ "$(cat "$OUT/settings" 2> /dev/null || echo "$settings")" != "$settings" ]; then
+    echo "error: $OUT was made with $(cat "$OUT/settings"); name another OUT for $settings" >&2
+    exit 2
+fi
+echo "$settings" > "$OUT/settings"
 if [ ! -e "$OUT/train.jsonl" ]; then
     head -n "$QUESTIONS" "$TRAIN" > "$OUT/train.partial"
     mv "$OUT/train.partial" "$OUT/train.jsonl"

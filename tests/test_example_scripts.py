@@ -283,6 +283,12 @@ def test_ablations(environment, tmp_path):
                 assert trained["model_path"] == str(start)
         assert row[3] == f"{np.mean(recalls):.1f} ± {np.std(recalls, ddof=1):.1f}"
 
+    done = subprocess.run(
+        ["bash", ROOT / "examples/ablations.sh"], env={**environment, **small, "STEPS": "3"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {out} was made with")
     (out / "cells/kl.attention.1/read/final_output.txt").unlink()
     recorded = {**environment, "PATH": commands_only(tmp_path)["PATH"]}
     run_script("examples/ablations.sh", **recorded, **small)
