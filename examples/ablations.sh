@@ -25,9 +25,9 @@ TRAIN=${TRAIN:-$QUICKSTART/bm25_train.jsonl} TEST=${TEST:-$QUICKSTART/data/test.
 PASSAGES=${PASSAGES:-$QUICKSTART/data/passages.tsv}
 START=${START:-} MODEL_CONFIG=${MODEL_CONFIG:-$QUICKSTART/data/retriever_start/config.json}
 OUT=${OUT:-ablations}
-QUESTIONS=${QUESTIONS:-1200} N=${N:-8}                  # questions to distil from, passages of each
-START_STEPS=${START_STEPS:-150} STEPS=${STEPS:-50}      # updates
-BATCH=${BATCH:-16} LR=${LR:-3e-4} SEEDS=${SEEDS:-0 1 2} # questions per update
+QUESTIONS=${QUESTIONS:-1600} N=${N:-8}                  # questions to distil from, passages of each
+START_STEPS=${START_STEPS:-200} STEPS=${STEPS:-60}      # updates
+BATCH=${BATCH:-16} LR=${LR:-5e-4} SEEDS=${SEEDS:-0 1 2} # questions per update
 READ=${READ:-1}                                         # passages that the reader answers from
 TEXT_MAXLENGTH=${TEXT_MAXLENGTH:-40} PASSAGE_MAXLENGTH=${PASSAGE_MAXLENGTH:-60} # tokens
 JOBS=${JOBS:-2}                                         # comparisons at a time
