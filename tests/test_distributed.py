@@ -216,7 +216,6 @@ def test_two_processes_distil_as_one(data, reference, tmp_path):
                 "--train_data", data, "--eval_data", data, "--n_context", 4, "--dropout", 0,
                 "--model_path", reference / "legacy_retriever_mask_mean", "--loss", loss,
                 "--tokenizer", reference / "bert", "--per_gpu_batch_size", batch, "--lr", 1e-4,
-                # (At ten times this rate, Adam turns gradients of rounding errors into 2e-5.)
                 "--total_steps", 6, "--eval_freq", 3, "--best_by", "recall@1", "--num_workers", 0,
                 "--checkpoint_dir", folder, "--name", number, *more,
             ]  # fmt: skip
@@ -229,7 +228,9 @@ def test_two_processes_distil_as_one(data, reference, tmp_path):
         weights = [load_file(run / "checkpoint/step-6/model.safetensors") for run in (one, two)]
         assert weights[0].keys() == weights[1].keys()
         for name in weights[0]:
-            assert (weights[0][name] - weights[1][name]).abs().max() < 1e-5, (loss, name)
+            # (Keys' biases change nothing: Adam follows the rounding errors in their gradients.)
+            if not name.endswith("key.bias"):
+                assert (weights[0][name] - weights[1][name]).abs().max() < 1e-5, (loss, name)
         for row, other in zip(read_metrics(one), read_metrics(two), strict=True):
             assert row == pytest.approx(other, rel=1e-3, abs=1e-6), loss
         assert row["dev/loss"] > 0

@@ -258,7 +258,7 @@ def test_ablations(environment, tmp_path):
     small |= {"LOSSES": "kl emdr2 contrastive", "TARGETS": "attention leave_one_out"}
     small |= {"SEEDS": "0 1", "STEPS": "2", "START_STEPS": "2", "BATCH": "2"}
     small |= {"MODEL_CONFIG": f"{environment['RETRIEVER']}/config.json"}
-    printed = run_script("examples/ablations.sh", **environment, **small)
+    printed = run_script("examples/ablations.sh", **environment | small)
     assert len(json.loads((out / "scored/dataset_wscores.json").read_text())) == 5
     names = ["start.-", "kl.attention", "emdr2.likelihood", "contrastive.has_answer"]
     names += ["kl.leave_one_out"]
@@ -291,7 +291,7 @@ def test_ablations(environment, tmp_path):
     assert done.stderr.startswith(f"error: {out} was made with")
     (out / "cells/kl.attention.1/read/final_output.txt").unlink()
     recorded = {**environment, "PATH": commands_only(tmp_path)["PATH"]}
-    run_script("examples/ablations.sh", **recorded, **small)
+    run_script("examples/ablations.sh", **recorded | small)
     commands = [line.split()[:5] for line in (tmp_path / "commands").read_text().splitlines()]
     assert [command[0] for command in commands] == ["test_reader.py", "-m"]
 
