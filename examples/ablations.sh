@@ -8,7 +8,7 @@
 # learns by each loss from attention (emdr2 from the answer's likelihood, contrastive from has_answer),
 # and by KL from each target; it retrieves for the test questions; and one reader, always the same,
 # answers from what was found. All start from the same weights and make the same number of updates.
-# How long: 17 minutes on two cores for 18 comparisons with 3 seeds on the quickstart's corpus.
+# How long: about 15 minutes on two cores for 18 comparisons with 3 seeds on the quickstart's corpus.
 # Started again, it skips what is finished.
 # In:  READER; TRAIN, a .jsonl of questions with passages, whose first QUESTIONS are read; TEST,
 #      questions with answers; PASSAGES; START, the retriever to start from. Without START, it is
@@ -26,8 +26,8 @@ PASSAGES=${PASSAGES:-$QUICKSTART/data/passages.tsv}
 START=${START:-} MODEL_CONFIG=${MODEL_CONFIG:-$QUICKSTART/data/retriever_start/config.json}
 OUT=${OUT:-ablations}
 QUESTIONS=${QUESTIONS:-1600} N=${N:-8}                  # questions to distil from, passages of each
-START_STEPS=${START_STEPS:-200} STEPS=${STEPS:-60}      # updates
-BATCH=${BATCH:-16} LR=${LR:-5e-4} SEEDS=${SEEDS:-0 1 2} # questions per update
+START_STEPS=${START_STEPS:-200} STEPS=${STEPS:-50}      # updates
+BATCH=${BATCH:-16} LR=${LR:-1e-4} SEEDS=${SEEDS:-0 1 2} # questions per update
 READ=${READ:-1}                                         # passages that the reader answers from
 TEXT_MAXLENGTH=${TEXT_MAXLENGTH:-40} PASSAGE_MAXLENGTH=${PASSAGE_MAXLENGTH:-60} # tokens
 JOBS=${JOBS:-2}                                         # comparisons at a time
