@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, run, run_well
@@ -55,8 +56,6 @@ def test_two_processes_train_as_one(data, reference, tmp_path):
 
 
 def load_file_of_t5(reference: Path):
-    import torch
-
     return torch.load(reference / "t5" / "pytorch_model.bin")["shared.weight"]
 
 
@@ -227,11 +226,13 @@ def test_two_processes_distil_as_one(data, reference, tmp_path):
         one, two = (tmp_path / processes / str(number) for processes in ("1", "2"))
         weights = [load_file(run / "checkpoint/step-6/model.safetensors") for run in (one, two)]
         assert weights[0].keys() == weights[1].keys()
-        for name in weights[0]:
-            # (Keys' biases change nothing: Adam follows the rounding errors in their gradients.)
-            if not name.endswith("key.bias"):
-                assert (weights[0][name] - weights[1][name]).abs().max() < 1e-5, (loss, name)
+        # Adam turns rounding errors into steps where a gradient is nearly 0, as those of keys' biases
+        # always are: a few in a thousand weights may differ by more.
+        names = [name for name in weights[0] if not name.endswith("key.bias")]
+        gaps = torch.cat([(weights[0][name] - weights[1][name]).abs().flatten() for name in names])
+        assert (gaps < 1e-5).float().mean() > 0.999, loss
+        assert gaps.max() < 1e-4, loss
         for row, other in zip(read_metrics(one), read_metrics(two), strict=True):
-            assert row == pytest.approx(other, rel=1e-3, abs=1e-6), loss
+            assert row == pytest.approx(other, rel=1e-4, abs=1e-6), loss
         assert row["dev/loss"] > 0
         assert 0 < row["dev/recall@1"] < 1
