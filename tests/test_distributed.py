@@ -226,8 +226,8 @@ def test_two_processes_distil_as_one(data, reference, tmp_path):
         one, two = (tmp_path / processes / str(number) for processes in ("1", "2"))
         weights = [load_file(run / "checkpoint/step-6/model.safetensors") for run in (one, two)]
         assert weights[0].keys() == weights[1].keys()
-        # Adam turns rounding errors into steps where a gradient is nearly 0, as those of keys' biases
-        # always are: a few in a thousand weights may differ by more.
+        # Where a gradient is nearly 0, as those of keys' biases always are, Adam turns rounding
+        # errors into steps: one in a thousand weights may differ by more.
         names = [name for name in weights[0] if not name.endswith("key.bias")]
         gaps = torch.cat([(weights[0][name] - weights[1][name]).abs().flatten() for name in names])
         assert (gaps < 1e-5).float().mean() > 0.999, loss
