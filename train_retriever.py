@@ -19,8 +19,8 @@ from collections.abc import Iterator
 
 import torch
 
-from src.data.batches import RetrieverCollator, RetrieverDataset, TextCollator
-from src.evaluation.rankings import count_inversions, last_gold_index, top_k_overlap
+from src.data.batches import RetrieverCollator, RetrieverDataset, TextCollator, check_marks
+from src.evaluation.rankings import judge_ranks
 from src.models.losses import check_dev_loss, compare_to_reader, retriever_loss
 from src.models.pretrained import load_tokenizer
 from src.models.retriever import check_settings, gold_ranks, load_retriever, start_retriever
@@ -65,42 +65,48 @@ def main(arguments: list[str] | None = None) -> None:
     detail = f"embeddings of size {config.indexing_dimension}, "
     run.prepare(retriever, tokenizer, source, retriever.layers, detail)
 
-    # Evaluation: the loss, and how the retriever ranks the passages that the reader prefers
+    # Evaluation: the loss, and how the retriever ranks the passages that the reader prefers, and
+    # those with an answer
     collate = RetrieverCollator(
         TextCollator(tokenizer, config.question_maxlength, not config.apply_question_mask),
         TextCollator(tokenizer, config.passage_maxlength, not config.apply_passage_mask),
     )
 
-    how = select(LossOptions, options), options.in_batch_negatives
+    how, best_by = (select(LossOptions, options), options.in_batch_negatives), options.best_by
+    top = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= options.n_context]
+    recall_at = {k for k in (1, 5, 20) if k < options.n_context}
+    if best_by.startswith("recall@"):
+        recall_at.add(int(best_by.removeprefix("recall@")))
+        if dev_data:
+            check_marks(RetrieverDataset(dev_data, *form))
+    names = ["loss", "inversions", *[f"{kind}_top{k}" for kind in ("avg", "idx") for k in top]]
+    names += [f"recall@{k}" for k in sorted(recall_at)]
 
-    def compare(batches: Iterator[dict]) -> Iterator[tuple[float, int, list[list[int]]]]:
+    def compare(batches: Iterator[dict]) -> Iterator[tuple]:
         for batch in batches:
             batch = move_to(batch, run.device)
             with torch.no_grad(), autocast(run.device, run.precision):
                 loss, n_passages, scores = compare_to_reader(retriever, batch, *how)
             check_dev_loss([] if loss.isfinite() else batch["index"], options.eval_data)
-            yield loss.item(), int(n_passages), gold_ranks(scores, batch["present"])
+            ranked = gold_ranks(scores, batch["present"])
+            yield loss.item(), int(n_passages), zip(ranked, batch["marks"], strict=True)
 
     def evaluate() -> dict[str, float]:
         dataset = RetrieverDataset(dev_data, *form)
-        top = [k for k in (1, 2, 5, 10, 20, 50, 100) if k <= options.n_context]
-        names = ["loss", "inversions", *[f"{kind}_top{k}" for kind in ("avg", "idx") for k in top]]
         averages = {name: Average() for name in names}
         for loss, n_passages, ranked in run.dev_results(dataset, collate, compare):
             averages["loss"].add(loss, n_passages)
-            for ranks in filter(None, ranked):
-                averages["inversions"].add(count_inversions(ranks))
-                for k in [k for k in top if k <= len(ranks)]:
-                    averages[f"avg_top{k}"].add(top_k_overlap(ranks, k))
-                    averages[f"idx_top{k}"].add(last_gold_index(ranks, k))
+            for ranks, marks in ranked:
+                for name, value in judge_ranks(ranks, marks, top, recall_at).items():
+                    averages[name].add(value)
         joint = {name: average.over_all() for name, average in averages.items()}
         return {name: average.value() for name, average in joint.items() if average.weight}
 
     # Training
     dataset = RetrieverDataset(train_data, *form)
     loss = functools.partial(retriever_loss, options=how[0], use_negatives=how[1])
-    best_by = options.best_by
-    evaluation = Evaluation(evaluate, best_by, best_by == "avg_top1") if dev_data else None
+    higher_is_better = best_by not in ("loss", "inversions")
+    evaluation = Evaluation(evaluate, best_by, higher_is_better) if dev_data else None
     weights = fit(run, retriever, tokenizer, loss, dataset, collate, evaluation)
 
     command = ["generate_passage_embeddings.py", "--model_path", weights]

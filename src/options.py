@@ -150,6 +150,12 @@ def _target(text: str) -> str:
     return text
 
 
+def _dev_metric(text: str) -> str:
+    if text in ("loss", "inversions", "avg_top1") or re.fullmatch("recall@[1-9][0-9]*", text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is not loss, inversions, avg_top1 or recall@k")
+
+
 def _targets(text: str) -> str:
     return ",".join(dict.fromkeys(map(_target, text.split(","))))
 
@@ -526,7 +532,8 @@ def train_retriever_parser() -> _Parser:
     new("--temperature", number(float, above=0), 1.0, "divides the similarities")
     new("--target_temperature", number(float, above=0), 1.0, "divides the target (kl)")
     new("--margin", number(float, at_least=0), 0.1, "margin between two passages (margin)")
-    new("--best_by", ["loss", "inversions", "avg_top1"], "loss", "dev metric that picks best_dev")
+    new("--best_by METRIC", _dev_metric, "loss",
+        "dev metric that picks best_dev: loss, inversions, avg_top1, or recall@5 (or another k)")
     parser.group("a new retriever (an existing one keeps its own settings)")
     new("--retriever_model", "MODEL", "bert-base-uncased", "the encoder to start from")
     new("--model_config", "FILE", "none", f"BERT {_FRESH}")
@@ -727,6 +734,12 @@ def _check_train_retriever(parser: _Parser, options: argparse.Namespace) -> None
     for name, losses in unused.items():
         if loss in losses:
             _error_if_given(parser, options, name, f"--loss {loss} does not use {{}}: leave it out")
+    kind, _, k = options.best_by.partition("@")
+    if kind == "recall" and int(k) >= options.n_context:
+        parser.error(
+            f"--best_by {options.best_by} needs more than {k} passages to choose from, not "
+            f"--n_context {options.n_context}"
+        )
     if options.extract_cls and options.pooling not in (None, "cls"):
         parser.error(f"--extract_cls and --pooling {options.pooling}: give one of them")
 

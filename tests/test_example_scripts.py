@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.numpy
 from transformers import BertConfig, BertModel
@@ -272,6 +273,55 @@ def test_wrong_rounds(wrong, message, tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: " + message.format(out=out))
     assert not (tmp_path / "commands").exists()
+
+
+def test_ablations(environment, tmp_path):
+    """Cells are trained from their seed's start, and measured; nothing is done twice."""
+    out = tmp_path / "ablations"
+    rows = json.loads(Path(environment["TRAIN"]).read_text())
+    for row in rows[1:]:
+        row["answers"].append(row["ctxs"][0]["text"].split()[0])  # contrastive needs an answer
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = {"OUT": str(out), "TRAIN": str(tmp_path / "train.jsonl"), "QUESTIONS": "5", "N": "3"}
+    small |= {"LOSSES": "kl emdr2 contrastive", "TARGETS": "attention leave_one_out"}
+    small |= {"SEEDS": "0 1", "STEPS": "2", "START_STEPS": "2", "BATCH": "2"}
+    small |= {"MODEL_CONFIG": f"{environment['RETRIEVER']}/config.json"}
+    printed = run_script("examples/ablations.sh", **environment | small)
+    assert len(json.loads((out / "scored/dataset_wscores.json").read_text())) == 5
+    names = ["start.-", "kl.attention", "emdr2.likelihood", "contrastive.has_answer"]
+    names += ["kl.leave_one_out"]
+    table = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    assert [".".join(row[:2]).strip("| ") for row in table[1:]] == names
+    for name, row in zip(names, table[1:], strict=True):
+        recalls = []
+        for seed in ("0", "1"):
+            cell = out / "cells" / f"{name}.{seed}"
+            found = list(map(json.loads, (cell / "test.jsonl").read_text().splitlines()))
+            recalls.append(
+                100 * np.mean([any(c["hasanswer"] for c in q["ctxs"][:5]) for q in found])
+            )
+            assert options_of(cell / "read")["eval_data"] == str(cell / "test.jsonl")
+            if name != "start.-":
+                trained, (loss, target) = options_of(cell / "retriever"), name.split(".")
+                assert (trained["loss"], trained["seed"]) == (loss, int(seed))
+                assert trained["target"] == {"likelihood": "perplexity", "has_answer": None}.get(
+                    target, target
+                )
+                start = out / "cells" / f"start.-.{seed}" / "retriever" / "checkpoint" / "latest"
+                assert trained["model_path"] == str(start)
+        assert row[3] == f"{np.mean(recalls):.1f} ± {np.std(recalls, ddof=1):.1f}"
+
+    done = subprocess.run(
+        ["bash", ROOT / "examples/ablations.sh"], env={**environment, **small, "STEPS": "3"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {out} was made with")
+    (out / "cells/kl.attention.1/read/final_output.txt").unlink()
+    recorded = {**environment, "PATH": commands_only(tmp_path)["PATH"]}
+    run_script("examples/ablations.sh", **recorded | small)
+    commands = [line.split()[:5] for line in (tmp_path / "commands").read_text().splitlines()]
+    assert [command[0] for command in commands] == ["test_reader.py", "-m"]
 
 
 def test_the_large_reader(environment, tmp_path):

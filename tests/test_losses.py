@@ -11,6 +11,7 @@ import train_retriever
 from src.data.batches import RetrieverDataset
 from src.data.examples import load_data, skip_unscored
 from src.models.losses import DISTILLATION_LOSSES
+from src.models.retriever import open_retriever
 from src.options import LOSSES, LossOptions
 from src.runtime.errors import InputError
 from tests.conftest import REFERENCE
@@ -228,6 +229,70 @@ def test_training_with_each_loss(loss, data, tmp_path):
     assert np.isfinite(rows[-1]["dev/loss"])
 
 
+def train(data, tmp_path, *more):
+    train_retriever.main(
+        ["--train_data", str(data), "--eval_data", str(data), "--n_context", "5", "--lr", "0.01",
+         "--model_path", str(REFERENCE / "legacy_retriever_mask_mean"), "--total_steps", "6",
+         "--tokenizer", str(REFERENCE / "bert"), "--checkpoint_dir", str(tmp_path), "--name", "r",
+         "--eval_freq", "1", "--save_freq", "1", "--num_workers", "0", *more]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("marks", ["scores", "hasanswer", "positive_ctxs"])
+def test_recall_picks_the_best(marks, data, tmp_path, monkeypatch):
+    """Recall on dev is that of passages sorted by the checkpoint's own embeddings."""
+    rows = json.loads(data.read_text())
+    for number, row in enumerate(rows):
+        for n, context in enumerate(row["ctxs"]):
+            context["scores"]["has_answer"] = float(n == number % 4)
+            if marks != "scores":
+                context["hasanswer"] = bool(context["scores"].pop("has_answer"))
+        if marks == "positive_ctxs":
+            contexts = row.pop("ctxs")
+            row["positive_ctxs"] = [c for c in contexts if c["hasanswer"]]
+            row["negative_ctxs"] = [c for c in contexts if not c["hasanswer"]]
+    data.write_text(json.dumps(rows))
+    target = "has_answer" if marks == "positive_ctxs" else "attention"
+    train(data, tmp_path, "--target", target, "--best_by", "recall@2", "--dropout", "0")
+    lines = [json.loads(row) for row in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    recalls = {row["step"]: row["dev/recall@2"] for row in lines if "dev/loss" in row}
+    assert len(set(recalls.values())) > 1
+    found, checkpoints = {}, tmp_path / "r" / "checkpoint"
+    for name in ("best_dev", *(f"step-{step}" for step in recalls)):
+        retriever, tokenizer = open_retriever(str(checkpoints / name), "none")
+        hits = []
+        for row in rows:
+            contexts = row.get("ctxs") or row["positive_ctxs"] + row["negative_ctxs"]
+            texts = [f"title: {c['title']} context: {c['text']}" for c in contexts]
+            sides = ([f"question: {row['question']}"], 40), (texts, 200)
+            vectors = []
+            for (side, length), is_question in zip(sides, (True, False), strict=True):
+                tokens = tokenizer(side, truncation=True, max_length=length, padding=True,
+                                   return_tensors="pt")  # fmt: skip
+                embed = retriever.embed_questions if is_question else retriever.embed_passages
+                vectors.append(embed(tokens["input_ids"], tokens["attention_mask"].bool()))
+            order = (vectors[1] @ vectors[0][0]).argsort(descending=True)[:2]
+            has = [
+                c["hasanswer"] if "hasanswer" in c else c["scores"]["has_answer"] for c in contexts
+            ]
+            hits.append(any(has[n] for n in order))
+        found[name] = np.mean(hits)
+    assert {f"step-{step}": value for step, value in recalls.items()} == pytest.approx(
+        {name: value for name, value in found.items() if name != "best_dev"}
+    )
+    assert found["best_dev"] == max(recalls.values())
+
+
+def test_recall_without_marks(data, tmp_path, capsys):
+    rows = json.loads(data.read_text())
+    for row in rows:
+        del row["ctxs"][0]["scores"]["has_answer"]
+    data.write_text(json.dumps(rows))
+    with pytest.raises(SystemExit, match="2"):
+        train(data, tmp_path, "--best_by", "recall@1")
+    assert f"error: {data}: recall needs passages that are marked" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
@@ -236,6 +301,11 @@ def test_training_with_each_loss(loss, data, tmp_path):
         (["--loss", "contrastive", "--negatives", "1", "--n_context", "3"], "leave out --n_cont"),
         (["--loss", "contrastive", "--target", "attention"], "learns from has_answer"),
         (["--loss", "kl", "--margin", "1"], "--loss kl does not use --margin"),
+        (
+            ["--best_by", "recall@4", "--n_context", "4"],
+            "needs more than 4 passages to choose from",
+        ),
+        (["--best_by", "recall@0"], "'recall@0' is not loss, inversions, avg_top1 or recall@k"),
         (["--loss", "emdr2", "--target_temperature", "2"], "does not use --target_temperature"),
     ],
 )

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from src.data.examples import Example, Examples, parse_example, read_example
+from src.data.examples import Example, Examples, marked, parse_example, read_example
 from src.data.passages import Passage
 from src.runtime.errors import InputError, end_children
 
@@ -180,13 +180,15 @@ class TextCollator:
 
 class RetrieverItem(NamedTuple):
     """A question, the passages that the reader scored, and these scores, highest first; and the
-    log-probabilities of the answer's tokens given each passage alone, or None."""
+    log-probabilities of the answer's tokens given each passage alone, or None. `marks` say which
+    passages have an answer; empty if the file does not say so of all."""
 
     index: int
     question: str
     passages: list[str]
     scores: list[float]
     token_log_probs: list[list[float]] | None = None
+    marks: Sequence[bool] = ()
 
 
 def scored_passages(example: Example, n_context: int) -> list[Passage]:
@@ -222,12 +224,14 @@ class RetrieverDataset(Dataset):
             if abs(passage.score) > torch.finfo(torch.float32).max:
                 where = self.examples.where(index)
                 raise InputError(f"{where}: the score {passage.score} is too large for float32")
+        marks = [marked(raw["ctxs"][passage.position]) for passage in passages]
         return RetrieverItem(
             index,
             self.question_text(example.question),
             [self.passage_text(p.title, p.text, self.use_title) for p in passages],
             [p.score for p in passages],
             self._token_log_probs(raw, passages) if self.loss.startswith("emdr2") else None,
+            () if None in marks else [bool(mark) for mark in marks],
         )
 
     def _draw(self, example: Example, epoch: int) -> list[Passage]:
@@ -252,11 +256,21 @@ class RetrieverDataset(Dataset):
         return found
 
 
+def check_marks(dataset: RetrieverDataset) -> None:
+    """Errors: `InputError` when no question's passages are all marked with whether they have an
+    answer."""
+    if not any(dataset[0, index].marks for index in range(len(dataset.examples))):
+        raise InputError(
+            f"{dataset.examples.path}: recall needs passages that are marked with hasanswer, which "
+            "passage_retrieval.py writes for questions with answers; or choose another --best_by"
+        )
+
+
 @dataclasses.dataclass
 class RetrieverCollator:
     """Makes a batch: `question_ids` and `question_mask` [B, L]; `passage_ids` and `passage_mask`
-    [B, N, L']; `gold_scores`, `present` and `passage_keys` [B, N]; `index` (list); and, if the
-    items have them, `token_log_probs` [B, N, T] with `token_mask` [B, T].
+    [B, N, L']; `gold_scores`, `present` and `passage_keys` [B, N]; `index` and `marks`
+    (lists); and, if the items have them, `token_log_probs` [B, N, T] with `token_mask` [B, T].
 
     N is the largest number of passages in the batch; `present` is false on what others lack. Equal
     keys mean equal passages.
@@ -290,6 +304,7 @@ class RetrieverCollator:
             tokens = {"token_log_probs": log_probs, "token_mask": mask}
         return tokens | {
             "index": [item.index for item in items],
+            "marks": [item.marks for item in items],
             "question_ids": question_ids,
             "question_mask": question_mask,
             "passage_ids": passage_ids.view(B, N, -1),

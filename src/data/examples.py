@@ -82,11 +82,16 @@ def _with_target(example: dict, target: str) -> dict:
 def _score_by(context: Any, target: str) -> Any:
     if not isinstance(context, dict):
         return context  # an error, which is reported when it is checked
-    scores, has = context.get("scores"), context.get("hasanswer")
+    scores = context.get("scores")
     score = scores.get(target) if isinstance(scores, dict) else None
-    if score is None and target == "has_answer" and isinstance(has, bool):
-        score = float(has)
-    return {**context, "score": score}
+    return {**context, "score": marked(context) if target == "has_answer" else score}
+
+
+def marked(context: dict) -> float | None:
+    """1 or 0 where a file says whether a passage has an answer: the target, else `hasanswer`."""
+    scores, has = context.get("scores"), context.get("hasanswer")
+    score = scores.get("has_answer") if isinstance(scores, dict) else None
+    return float(has) if score is None and isinstance(has, bool) else score
 
 
 # ----------------------------------------------------------------------------------------------

@@ -37,6 +37,28 @@ def first_hit(has_answers: Iterable[bool]) -> int:
     return next((rank for rank, has in enumerate(has_answers, start=1) if has), 0)
 
 
+def judge_ranks(
+    gold_ranks: Sequence[int], marks: Sequence[bool], top: Sequence[int], recall_at: Iterable[int]
+) -> dict[str, float]:
+    """The dev metrics of a retriever for one question, by name; none without passages.
+
+    Args:
+        gold_ranks: as above.
+        marks: which passages have an answer, in the reader's order; empty if that is unknown.
+        top: numbers of passages for overlap and index; recall_at: for recall.
+    """
+    if not gold_ranks:
+        return {}
+    values: dict[str, float] = {"inversions": count_inversions(gold_ranks)}
+    for k in [k for k in top if k <= len(gold_ranks)]:
+        values[f"avg_top{k}"] = top_k_overlap(gold_ranks, k)
+        values[f"idx_top{k}"] = last_gold_index(gold_ranks, k)
+    if marks:
+        first = first_hit(marks[rank] for rank in gold_ranks)
+        values |= {f"recall@{k}": float(0 < first <= k) for k in recall_at}
+    return values
+
+
 class Ranking:
     """Each question's `first_hit`, None without gold answers, and the largest number of passages.
     Rankings of the same questions have equal `questions`."""

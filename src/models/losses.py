@@ -74,13 +74,24 @@ def check_dev_loss(not_finite: list[int], file: str) -> None:
 Loss = tuple[torch.Tensor, torch.Tensor]
 
 
-def _log_probs(scores: torch.Tensor, present: torch.Tensor, negatives: torch.Tensor | None = None):
+def _mean(values: torch.Tensor, counted: torch.Tensor) -> Loss:
+    """The mean of the values that are counted, and their number."""
+    n = counted.sum()
+    return values.masked_fill(~counted, 0.0).sum() / n.clamp(min=1), n
+
+
+def _log_probs(
+    scores: torch.Tensor,
+    present: torch.Tensor,
+    options: LossOptions,
+    negatives: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The log-softmax [B, N] of scores over a question's passages and the negatives; 0 for missing
     passages, because -inf times a target of 0 would be nan."""
     candidates = scores.float().masked_fill(~present, -torch.inf)
     if negatives is not None:
         candidates = torch.cat([candidates, negatives.float()], dim=1)
-    log_probs = candidates.log_softmax(dim=1)[:, : scores.shape[1]]
+    log_probs = (candidates / options.temperature).log_softmax(dim=1)[:, : scores.shape[1]]
     return log_probs.masked_fill(~present, 0.0)
 
 
@@ -97,11 +108,8 @@ def kl_divergence(
     gold = batch["gold_scores"].float() / options.target_temperature
     gold = gold.masked_fill(~present, -torch.inf).softmax(dim=1)
     gold = gold.masked_fill(~present, 0.0)  # also where a question has no passages at all
-    if negatives is not None:
-        negatives = negatives / options.temperature
-    log_probs = _log_probs(scores / options.temperature, present, negatives)
-    divergence = torch.xlogy(gold, gold) - gold * log_probs
-    return divergence.sum() / present.sum().clamp(min=1), present.sum()
+    log_probs = _log_probs(scores, present, options, negatives)
+    return _mean(torch.xlogy(gold, gold) - gold * log_probs, present)
 
 
 def mean_squared_error(
@@ -109,9 +117,7 @@ def mean_squared_error(
 ) -> Loss:
     """Of the similarities as estimates of the targets, averaged over all passages (2021 paper,
     section 3.3)."""
-    present = batch["present"]
-    errors = (scores.float() - batch["gold_scores"]).masked_fill(~present, 0.0)
-    return errors.square().sum() / present.sum().clamp(min=1), present.sum()
+    return _mean((scores.float() - batch["gold_scores"]).square(), batch["present"])
 
 
 def margin(
@@ -124,8 +130,7 @@ def margin(
     order = torch.sign(gold[:, :, None] - gold[:, None])
     misses = (options.margin - order * (scores[:, :, None] - scores[:, None])).clamp(min=0)
     pairs = (present[:, :, None] & present[:, None]).triu(diagonal=1)
-    n_questions = present.any(dim=1).sum()
-    return misses.masked_fill(~pairs, 0.0).sum() / n_questions.clamp(min=1), n_questions
+    return _mean(misses.masked_fill(~pairs, 0.0).sum(dim=(1, 2)), present.any(dim=1))
 
 
 def emdr2(
@@ -135,11 +140,9 @@ def emdr2(
     over tokens: EMDR2 (Sachan et al., 2021, https://arxiv.org/abs/2106.05346) as its authors'
     code and Atlas compute it."""
     tokens, present = batch["token_log_probs"], batch["present"]  # [B, N, T]
-    log_probs = _log_probs(scores / options.temperature, present)
-    joint = (tokens + log_probs[:, :, None]).masked_fill(~present[:, :, None], _NEVER)
-    real = batch["token_mask"] & present.any(dim=1, keepdim=True)
-    likelihood = joint.logsumexp(dim=1).masked_fill(~real, 0.0)
-    return -likelihood.sum() / real.sum().clamp(min=1), real.sum()
+    joint = tokens + _log_probs(scores, present, options)[:, :, None]
+    likelihood = joint.masked_fill(~present[:, :, None], _NEVER).logsumexp(dim=1)
+    return _mean(-likelihood, batch["token_mask"] & present.any(dim=1, keepdim=True))
 
 
 def emdr2_sequence(
@@ -148,11 +151,9 @@ def emdr2_sequence(
     """The same for the answer as a whole, averaged over questions: as in the paper, section 2.3."""
     present = batch["present"]
     answers = (batch["token_log_probs"] * batch["token_mask"][:, None]).sum(dim=2)
-    joint = answers + _log_probs(scores / options.temperature, present)
-    has_any = present.any(dim=1)
+    joint = answers + _log_probs(scores, present, options)
     likelihood = joint.masked_fill(~present, _NEVER).logsumexp(dim=1)
-    count = has_any.sum()
-    return -likelihood.masked_fill(~has_any, 0.0).sum() / count.clamp(min=1), count
+    return _mean(-likelihood, present.any(dim=1))
 
 
 def contrastive(
@@ -165,13 +166,9 @@ def contrastive(
     questions that have one (as in DPR: Karpukhin et al., 2020,
     https://arxiv.org/abs/2004.04906, section 3.2, where there is one)."""
     positive = (batch["gold_scores"] > 0) & batch["present"]
-    if negatives is not None:
-        negatives = negatives / options.temperature
-    log_probs = _log_probs(scores / options.temperature, batch["present"], negatives)
-    has_any = positive.any(dim=1)
+    log_probs = _log_probs(scores, batch["present"], options, negatives)
     likelihood = log_probs.masked_fill(~positive, _NEVER).logsumexp(dim=1)
-    count = has_any.sum()
-    return -likelihood.masked_fill(~has_any, 0.0).sum() / count.clamp(min=1), count
+    return _mean(-likelihood, positive.any(dim=1))
 
 
 DISTILLATION_LOSSES: dict[str, Callable[..., Loss]] = {
