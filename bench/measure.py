@@ -76,7 +76,8 @@ def table(rows: list[dict[str, Any]]) -> None:
         shown = [first.ljust(widths[0])]
         shown += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         print("  ".join(shown).rstrip())
-    print(json.dumps(rows))
+    # (JSON has no nan, as where a column does not apply.)
+    print(json.dumps([{k: None if v != v else v for k, v in row.items()} for row in rows]))
 
 
 def _short(value: Any) -> str:
