@@ -98,11 +98,16 @@ compare() {
 }
 
 # in_background COMMAND...: run it beside JOBS - 1 others, its output in a log.
+# (Not as `COMMAND || ...`, where bash ignores `set -e`: a retriever whose training failed or was
+# stopped would be evaluated.)
 running=0
 in_background() {
     if [ "$running" -ge "$JOBS" ]; then finish_one; fi
     local log="$OUT/logs/$*.log"
-    { "$@" > "$log" 2>&1 || { echo "error: $*: $(tail -n 1 "$log") (see $log)" >&2; exit 2; }; } &
+    {
+        trap '[ $? = 0 ] || echo "error: $*: $(tail -n 1 "$log") (see $log)" >&2' EXIT
+        "$@" > "$log" 2>&1
+    } &
     running=$((running + 1))
 }
 finish_one() { wait -n; running=$((running - 1)); }

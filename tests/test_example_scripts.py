@@ -324,6 +324,26 @@ def test_ablations(environment, tmp_path):
     assert [command[0] for command in commands] == ["test_reader.py", "-m"]
 
 
+def test_a_retriever_whose_training_failed_is_not_evaluated(tmp_path):
+    """Its checkpoint may be from before the last update."""
+    variables = commands_only(tmp_path)
+    stub = f"""#!/usr/bin/env bash
+echo "$1" >> '{tmp_path}/commands'
+echo "error: it failed" >&2
+[ "$1" != train_retriever.py ]"""
+    (tmp_path / "bin" / "python").write_text(stub)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    variables |= {"TRAIN": str(tmp_path / "train.jsonl"), "OUT": str(tmp_path / "out")}
+    done = subprocess.run(
+        ["bash", ROOT / "examples/ablations.sh"], env=variables | {"SEEDS": "0", "START": ""},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "error: begin 0: error: it failed (see " in done.stderr
+    commands = (tmp_path / "commands").read_text().split()
+    assert commands == ["test_reader.py", "train_retriever.py"]
+
+
 def test_the_large_reader(environment, tmp_path):
     """It has the original's hyperparameters, and a job's own options override the file's."""
     (tmp_path / "srun").write_text(SRUN)
