@@ -131,7 +131,7 @@ def test_they_train_as_one(kind, processes, data, reference, tmp_path):
     """Losses, gradient norms and weights; and the checkpoint opens as an ordinary T5."""
     one = train(tmp_path / "1", data, reference, 1, *KINDS[kind])
     more = train(tmp_path / "2", data, reference, processes, *KINDS[kind])
-    for row, other in zip(*(read_metrics(tmp_path / n) for n in "12"), strict=True):
+    for row, other in zip(*(read_metrics(tmp_path / n / "run") for n in "12"), strict=True):
         assert row == pytest.approx(other, rel=1e-4)
     assert difference(one, more) < 1e-5
     t5 = T5ForConditionalGeneration.from_pretrained(more)
@@ -202,5 +202,5 @@ def test_a_retriever_is_trained_as_by_one(data, reference, tmp_path):
         )  # fmt: skip
         weights.append(folder / "run" / "checkpoint" / "step-6")
     assert difference(*weights) < 1e-5
-    for row, other in zip(*(read_metrics(tmp_path / n) for n in "12"), strict=True):
+    for row, other in zip(*(read_metrics(tmp_path / n / "run") for n in "12"), strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-6)
