@@ -183,8 +183,8 @@ class Format(NamedTuple):
     @classmethod
     def of(cls, device: Device, precision: str, dropout: float) -> "Format":
         on_cpu = device.kind == "cpu"
-        mask = (4 if on_cpu else 1) if dropout else 0
-        return cls(4 if precision == "fp32" else 2, mask, (4 + 2 * mask) if on_cpu else 0)
+        mask = 1 if dropout else 0
+        return cls(4 if precision == "fp32" else 2, mask, (4 + 5 * mask) if on_cpu else 0)
 
 
 def layer_bytes(s: Shape, f: Format, W: float, is_t5: bool) -> float:
