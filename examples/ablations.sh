@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every target and every loss of distillation, compared on equal terms, from one reading.
 #
-#     bash quickstart.sh && bash examples/ablations.sh
+#     bash examples/ablations.sh    # after quickstart.sh, in its environment (source .venv/bin/activate)
 #     JOBS=1 START=bert-base-uncased READER=... TRAIN=... TEST=... PASSAGES=... bash examples/ablations.sh
 #
 # Why: reading is the expensive part, so passages are scored once, by every target. Then a retriever
@@ -114,6 +114,10 @@ finish_one() { wait -n; running=$((running - 1)); }
 finish_all() { while [ "$running" -gt 0 ]; do finish_one; done; }
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 
+if [ ! -r "$TRAIN" ]; then
+    echo "error: $TRAIN: cannot be read; run quickstart.sh, or set READER, TRAIN, TEST and PASSAGES" >&2
+    exit 2
+fi
 mkdir -p "$OUT/logs"
 settings="$READER $TRAIN $TEST $PASSAGES ${START:-$MODEL_CONFIG $START_STEPS} $QUESTIONS $N $STEPS"
 settings+=" $BATCH $LR $READ $TEXT_MAXLENGTH $PASSAGE_MAXLENGTH"

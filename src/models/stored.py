@@ -99,7 +99,7 @@ class StoredWeights:
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter, of which tied ones have several."""
+    """The names of each parameter; tied ones have several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
