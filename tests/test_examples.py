@@ -25,7 +25,7 @@ from src.data.examples import (
     read_example,
     skip_unscored,
 )
-from src.data.json_files import read_json
+from src.data.json_files import JsonItems, read_json
 from src.runtime.errors import InputError
 
 
@@ -477,3 +477,12 @@ def test_data_without_passages_says_what_it_has(name, tmp_path):
     )
     path.write_text(path.read_text() + "\n" + line(ctxs=[{"text": "a"}]))
     assert describe_passages(load_data(path), 9, "score them") == "at most 9 passages each"
+
+
+@pytest.mark.parametrize("content", [b"\x0c", b"\x0b\n\x0c\n"])
+def test_lines_of_other_white_space_alone(content, tmp_path):
+    """Python takes form feeds for white space, JSON does not."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="there are no examples in this file"):
+        JsonItems(path)

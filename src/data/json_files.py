@@ -144,7 +144,8 @@ def _find_objects(source: Source) -> tuple[np.ndarray, bool]:
             raise source.error(rest, "bad JSON (text after its end); correct it, or copy it again")
     else:
         starts = np.concatenate(list(source.line_starts(source.start)))
-        spans = np.stack([starts, np.append(starts[1:], source.size)], axis=1)
+        ends = np.append(starts, source.size)[1:]
+        spans = np.stack([starts, ends], axis=1)
         if head[:1] == b"{" and len(spans) > 1:
             _check_first_line(source, *spans[0].tolist())
     if len(spans) == 0:
