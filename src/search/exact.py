@@ -1,6 +1,6 @@
 """Exact search: the passages with the largest inner products, streamed from disk.
 
-`Indexer` searches shards one block of rows at a time. A passage's position is its row in all shards
+`Indexer` searches shards one block of rows after another. A passage's position is its row in all shards
 taken together.
 
 Every kind of search (this one, `gpu.py`, `faiss_index.py`, `bm25.py`) obeys one rule: the list of n
@@ -118,9 +118,10 @@ def merge(parts: Sequence[Found], k: int) -> Found:
 
 
 class Indexer:
-    """Exact search over opened shards, with a block of embeddings in memory.
+    """Exact search over opened shards.
 
-    Args: shards: from `open_shards`; block_rows: rows in a block (`--indexing_batch_size`).
+    Args: shards: from `open_shards`; block_rows: rows in a block (`--indexing_batch_size`), of which
+        a CPU has a tile in memory at a time.
     """
 
     def __init__(self, shards: Sequence[Shard], block_rows: int = 50_000):

@@ -1,6 +1,4 @@
-"""How exact search compares queries with a block of rows: one tile of their products at a time."""
-
-from typing import Any
+"""How exact search compares queries with a tile of rows."""
 
 import numpy as np
 import torch
@@ -28,19 +26,24 @@ class TileSearch:
     depends on the two vectors alone: results are the same for any blocks, shards, processes and
     threads, and equal passages get equal scores.
 
-    Proposals may be rounded to bfloat16, then: a few more rows are possible. Where embeddings are
-    so alike that most rows are, products are taken in float32 after all.
+    For a proposal, vectors rounded to bfloat16 are good enough: a few more rows are possible. Where
+    embeddings are so alike that too many are, their products are taken in float32 after all.
 
     Most rows score less than the best k so far, and one comparison discards them: no list of the
-    best is kept in order. Rows that may score more are collected, and scored when there are about
-    as many as the best; this raises the floor for the next ones.
+    best is kept in order. The others are scored while they are in the cache, and merged when there
+    are about twice as many as the best, which raises the floor for the next ones.
 
     Args: queries: [q, d]; best: the result, changed in place; buffer, mask: for q x TILE_ROWS
         scores and for which of them count; dtype: of the products.
     """
 
     def __init__(
-        self, queries: np.ndarray, best: Found, buffer: torch.Tensor, mask: torch.Tensor, dtype: Any
+        self,
+        queries: np.ndarray,
+        best: Found,
+        buffer: torch.Tensor,
+        mask: torch.Tensor,
+        dtype: torch.dtype,
     ):
         self._queries, self._best, self._k = queries, best, best.scores.shape[1]
         self._buffer, self._mask = buffer, mask
