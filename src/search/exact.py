@@ -1,7 +1,6 @@
 """Exact search: the passages with the largest inner products, streamed from disk.
 
-`Indexer` searches shards one block of rows after another. A passage's position is its row in all shards
-taken together.
+`Indexer` searches shards block by block. A passage's position is its row in all shards together.
 
 Every kind of search (this one, `gpu.py`, `faiss_index.py`, `bm25.py`) obeys one rule: the list of n
 passages begins every longer list, and passages with equal scores keep the collection's order,
@@ -120,8 +119,8 @@ def merge(parts: Sequence[Found], k: int) -> Found:
 class Indexer:
     """Exact search over opened shards.
 
-    Args: shards: from `open_shards`; block_rows: rows in a block (`--indexing_batch_size`), of which
-        a CPU has a tile in memory at a time.
+    Args: shards: from `open_shards`; block_rows: rows in a block (`--indexing_batch_size`); a CPU
+        has one tile of it in memory at a time.
     """
 
     def __init__(self, shards: Sequence[Shard], block_rows: int = 50_000):
