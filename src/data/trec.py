@@ -1,7 +1,7 @@
 """TREC's files: runs (what a system found) and qrels (which passages are relevant)."""
 
 import gzip
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,12 @@ def read_run(path: str | Path) -> Run:
     if not run:
         raise InputError(f"{path}: the run is empty; give one with some lines")
     return run
+
+
+def run_lines(question: str, found: Iterable[tuple[str, float]], name: str) -> Iterator[str]:
+    """The lines of a run for a question, by the ids and scores of its passages, best first."""
+    for rank, (passage, score) in enumerate(found, start=1):
+        yield f"{question} Q0 {passage} {rank} {score!r} {name}\n"
 
 
 def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
