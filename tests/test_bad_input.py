@@ -527,7 +527,6 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
          r"metrics\.jsonl, line 2: must be a step .*, not '{.loss.: 2\.5}'; remove the line"),
         ("{misworded}",
          r"metrics\.jsonl, line 1: must be a step with its numbers.*; remove the line"),
-        ("{without_options}", r"options\.json: not the options that a run writes; remove the file"),
         ("{answered}", r"final_output\.txt: nothing says which questions it answers; give --data"),
         ("{answered_elsewhere}",
          r"final_output\.txt: the file of its questions, 'gone\.json', is not here; give --data"),

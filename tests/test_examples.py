@@ -6,7 +6,6 @@ import json
 import logging
 import multiprocessing
 import os
-import pickle
 import random
 import tracemalloc
 from pathlib import Path
@@ -68,8 +67,6 @@ def test_random_lists_and_lines_equal_json(seed, tmp_path, chunk):
         (tmp_path / name).write_text(text, encoding="utf-8", newline="")
         opened = Examples(tmp_path / name)
         assert [opened[i] for i in range(len(opened))] == items, name
-        again = pickle.loads(pickle.dumps(opened))  # as it travels to a data-loading worker
-        assert [again[i] for i in range(len(again))] == items
 
 
 def test_the_references_data(reference: Path):
@@ -121,8 +118,6 @@ def test_dprs_questions_are_what_was_written(seed, tmp_path, chunk):
     for name, newline in (("a.csv", "\r\n"), ("b.tsv", "\n"), ("c.txt", "\n")):
         opened = Examples(write_dpr(rows, tmp_path / name, newline))
         assert [opened[i] for i in range(len(opened))] == wanted
-        again = pickle.loads(pickle.dumps(opened))
-        assert [again[i] for i in range(len(again))] == wanted
 
 
 def test_rows_of_dprs_files(tmp_path):
@@ -346,9 +341,8 @@ def test_a_data_file_that_changes(how, tmp_path):
     path = tmp_path / "data.json"
     path.write_text("[" + ",\n".join([line()] * 99) + "]")
     data = load_data(path)
-    sent = pickle.dumps(data)
     change_in_place(path, how)
-    for read in (lambda: data[98], lambda: pickle.loads(sent), lambda: data.where(0)):
+    for read in (lambda: data[98], lambda: data.where(0)):
         with pytest.raises(InputError, match=r"data\.json changed while it was being read; run"):
             read()
 
@@ -357,14 +351,8 @@ def test_a_data_file_that_is_removed_can_be_read(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(line())
     data = load_data(path)
-    sent = pickle.dumps(data)
     path.unlink()
     assert data[0] == json.loads(line())
-    with pytest.raises(InputError, match=r"data\.jsonl: cannot be read \(No such file"):
-        pickle.loads(sent)
-    path.write_text(line())
-    with pytest.raises(InputError, match="changed while it was being read"):
-        pickle.loads(sent)
 
 
 def test_a_worker_that_loads_data_reports_the_change(tmp_path):
@@ -439,8 +427,6 @@ def test_questions_without_scored_passages_are_skipped(tmp_path, caplog):
             left = skip_unscored(examples, [share.unscored for share in shares], log)
             assert [left[i]["question"] for i in range(len(left))] == ["0?", "3?", "5?"]
             assert left.where(1) == f"{path}, example 4 (line 4)"
-            again = pickle.loads(pickle.dumps(left))
-            assert again[2]["question"] == "5?"
     assert f"skipped 3 of 6 questions of {path} without scored passages" in caplog.text
     everything = load_data(path)
     assert everything.unscored == []

@@ -75,14 +75,14 @@ def test_every_form_in_every_protocol(form, protocol, tmp_path):
 def test_a_pickle_is_converted_once_and_again_when_it_changes(tmp_path, monkeypatch):
     path = written(tmp_path, pickle.dumps((IDS, VECTORS)))
     shard = open_shard(path)
-    (copy,) = tmp_path.glob(".embeddings_00.converted-*")
+    (copy,) = tmp_path.glob(".embeddings_00.*.converted")
     assert (shard.path, shard.metadata, shard.embeddings.filename) == (str(path), {}, str(copy))
     with monkeypatch.context() as patch:
         patch.setattr(embeddings, "read_legacy_embeddings", None)  # not read again
         assert np.array_equal(open_shard(path).embeddings, VECTORS)
     assert len(open_shards(tmp_path / "emb*")) == len(open_shards(tmp_path / "*")) == 1
     written(tmp_path, pickle.dumps((IDS, -VECTORS), 2))
-    (tmp_path / "..embeddings_00.converted-1-2.partial").write_text("of a process that was killed")
+    (tmp_path / "..embeddings_00.1-2.converted.partial").write_text("of a process that was killed")
     assert np.array_equal(open_shard(path).embeddings, -VECTORS)
     assert len(list(tmp_path.iterdir())) == 2
     assert not copy.exists()

@@ -392,5 +392,6 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
+        multiprocessing_context="fork" if num_workers else None,  # its files are open already
         generator=torch.Generator(),  # its own: or each epoch would move the training's state
     )

@@ -178,14 +178,6 @@ class Passages(Sequence[Passage]):
             hashed.update(self._source.read(start, min(start + 4096, size)))
         return hashed.hexdigest()
 
-    # A worker process opens the collection again; unpickling the source checks that it is the same.
-    def __reduce__(self) -> tuple:
-        return _reopen, (self.path, self._source)
-
-
-def _reopen(path: str, source: Source) -> Passages:
-    return Passages(path)
-
 
 _UNPLAIN = re.compile('["\r\n]')
 _PART = 1 << 14  # passages read at a time

@@ -1,11 +1,11 @@
 """TREC's files: runs (what a system found) and qrels (which passages are relevant)."""
 
-import gzip
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
+from src.data.files import read_text
 from src.runtime.errors import InputError, shorten
 
 Run = dict[str, dict[str, float]]  # scores by passage id, by question id; in the file's order
@@ -72,15 +72,6 @@ def _error(path: str | Path, number: int, problem: str) -> InputError:
 
 def _lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """The lines that are not blank, with their numbers from 1; of a file gzipped or not."""
-    try:
-        with (gzip.open if str(path).endswith(".gz") else open)(
-            path, "rt", encoding="utf-8"
-        ) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, line.strip()
-    except (OSError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be read ({reason}); check the path") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; give a TREC file") from None
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield number, line.strip()

@@ -16,6 +16,7 @@ import numpy as np
 import regex
 
 from src.data.examples import Examples, read_example
+from src.data.files import read_text
 from src.data.formats import Pattern
 from src.runtime.errors import InputError, shorten
 
@@ -189,13 +190,7 @@ def read_aligned(
     Args: parse: a line's id and value; shape: what a line has, for errors.
     Errors: `InputError` when the two do not belong together.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except UnicodeDecodeError as error:
-        problem = f"byte {error.start} is not UTF-8 text; re-encode the file"
-        raise InputError(f"{path}: {problem}") from None
+    lines = read_text(path).removesuffix("\n").split("\n")
     remedy = "give the --data that was answered"
     if len(lines) != len(data):
         lengths = f"{len(lines)} lines of answers to the {len(data)} questions"

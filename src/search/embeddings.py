@@ -1,8 +1,6 @@
 """A collection's embeddings: shards opened by a pattern, and checked to belong together."""
 
-import contextlib
 import dataclasses
-import fcntl
 import glob
 import itertools
 import logging
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.data.files import Source
+from src.data.files import Source, made_once
 from src.runtime.errors import InputError, shorten
 from src.search.legacy_pickle import read_legacy_embeddings
 from src.search.shards import FINGERPRINTS, Shard, ShardWriter, read_shard
@@ -116,30 +114,28 @@ def open_shard(path: str | Path) -> Shard:
     A pickle is converted once to a shard, a hidden file beside it. If that cannot be written, the
     embeddings stay in memory.
     """
-    source, log = Path(path), logging.getLogger("fid")
     with Source(str(path)).file as file:
         head = file.read(9)
-        if head[8:] == b"{" or head[:1] != b"\x80":
-            return read_shard(path)
-        with contextlib.suppress(OSError):  # if files can be locked, one process converts
-            fcntl.flock(file, fcntl.LOCK_EX)
-        stat = os.fstat(file.fileno())
-        prefix = f".{source.name}.converted-"
-        target = source.with_name(f"{prefix}{stat.st_size:x}-{stat.st_mtime_ns:x}")
-        if not target.exists():
-            ids, vectors = read_legacy_embeddings(path)
-            log.warning("converting %s, once", path)
-            for old in source.parent.glob(f"*{glob.escape(prefix)}*"):  # of an earlier pickle
-                old.unlink(missing_ok=True)
-            half = len(vectors) and vectors[0].itemsize == 2
-            embeddings = np.asarray(vectors).astype(np.float16 if half else np.float32, copy=False)
-            try:
-                with ShardWriter(target, *embeddings.shape, embeddings.dtype, {}) as writer:
-                    for start in range(0, len(ids), 1 << 14):
-                        rows = slice(start, start + (1 << 14))
-                        writer.append(ids[rows], embeddings[rows])
-                    writer.finish()
-            except InputError as error:
-                log.warning("%s; reading the pickle each time", error)
-                return Shard(str(path), ids, embeddings, {})
-        return dataclasses.replace(read_shard(target), path=str(path), metadata={})
+    if head[8:] == b"{" or head[:1] != b"\x80":
+        return read_shard(path)
+    in_memory: list[Shard] = []
+
+    def convert(target: Path) -> None:
+        ids, vectors = read_legacy_embeddings(path)
+        half = len(vectors) and vectors[0].itemsize == 2
+        embeddings = np.asarray(vectors).astype(np.float16 if half else np.float32, copy=False)
+        in_memory.append(Shard(str(path), ids, embeddings, {}))
+        with ShardWriter(target, *embeddings.shape, embeddings.dtype, {}) as writer:
+            for start in range(0, len(ids), 1 << 14):
+                rows = slice(start, start + (1 << 14))
+                writer.append(ids[rows], embeddings[rows])
+            writer.finish()
+
+    try:
+        converted = read_shard(made_once(Source(str(path)), "converted", convert))
+    except InputError as error:
+        if not in_memory:
+            raise
+        logging.getLogger("fid").warning("%s; reading the pickle each time", error)
+        return in_memory[0]
+    return dataclasses.replace(converted, path=str(path), metadata={})
