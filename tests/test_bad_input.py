@@ -256,14 +256,12 @@ def make_reported(at: Path) -> None:
         ("counted", "metrics.jsonl", '{"step": 1, "train/loss": 2.5}\n{"step": 2}\n'),
         ("miscounted", "metrics.jsonl", '{"step": 1}\n{"loss": 2.5}\n{"step": 3}\n'),
         ("misworded", "metrics.jsonl", '{"step": 1, "train/loss": "low"}\n'),
-        ("without_options", "metrics.jsonl", '{"step": 1}\n'),
         ("scored", "dataset_wscores.json", "[]"),
     ]:
         (at / name).mkdir()
         (at / name / file).write_text(content)
     options = json.dumps({"options": {"eval_data": "gone.json"}})
     (at / "answered_elsewhere" / "options.json").write_text(options)
-    (at / "without_options" / "options.json").write_text('{"lr": 1}')
 
 
 def arguments(line: str, inputs: Path, out: Path) -> list[str]:

@@ -367,7 +367,7 @@ def test_retrieved_data_comes_back(rng, tmp_path):
     scores = np.array([sorted((rng.random() for _ in range(4)), reverse=True) for _ in questions])
     for name in ("found.json", "found.jsonl"):
         data, passages = Examples(tmp_path / "data.json"), Passages(tmp_path / "passages.tsv")
-        flags = write_retrieved(
+        firsts = write_retrieved(
             tmp_path / name, data, passages, positions, scores, 1, {"model": "m"}
         )
         found = Examples(tmp_path / name)
@@ -377,11 +377,11 @@ def test_retrieved_data_comes_back(rng, tmp_path):
             passages = [collection[index] for index in chosen]
             assert read == [(*p[:3], score) for p, score in zip(passages, values, strict=True)]
         hits = [[c["hasanswer"] for c in row["ctxs"]] for row in found if row["answers"]]
-        assert list(map(list, flags)) == hits
-        recalls = write_recall(tmp_path / name, flags, 4)
-        if flags:
+        assert firsts == [row.index(True) + 1 if True in row else 0 for row in hits]
+        recalls = write_recall(tmp_path / name, firsts, 4)
+        if firsts:
             stored = json.loads((tmp_path / f"{name}.recall.json").read_text())
-            assert stored == {**recalls, "questions": len(flags)}
+            assert stored == {**recalls, "questions": len(firsts)}
 
 
 def test_answers_and_scores_come_back(rng, tmp_path):
