@@ -97,6 +97,12 @@ def reference() -> Path:
 
 
 @pytest.fixture
+def passages(reference: Path, tmp_path: Path) -> Path:
+    """A copy, because side files are kept beside a collection."""
+    return Path(shutil.copy(reference / "passages.tsv", tmp_path / "passages.tsv"))
+
+
+@pytest.fixture
 def xquad() -> Path:
     """XQuAD's English part, which is not part of the project."""
     if not XQUAD.exists():

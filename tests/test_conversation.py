@@ -4,7 +4,6 @@ import io
 import json
 import re
 import shlex
-import shutil
 import signal
 from pathlib import Path
 
@@ -18,12 +17,6 @@ from tests.conftest import ROOT
 from tests.terminal import Terminal
 
 PROMPT = r"question: \Z"
-
-
-@pytest.fixture
-def passages(reference: Path, tmp_path: Path) -> Path:
-    """A copy, because side files are kept beside a collection."""
-    return Path(shutil.copy(reference / "passages.tsv", tmp_path / "passages.tsv"))
 
 
 def reader(reference: Path) -> list:

@@ -1,7 +1,6 @@
 """docs/formats.md: its examples are read by the code that reads such files, and its tables are
 those of files that the scripts have just written. And what is written comes back equal."""
 
-import csv
 import itertools
 import json
 import random
@@ -30,7 +29,6 @@ from src.evaluation.results import (
     write_answers,
     write_scores,
 )
-from src.evaluation.retrieved import write_recall, write_retrieved
 from src.models.answering import Answer
 from src.search.saved_index import read_description
 from src.search.shards import ShardWriter
@@ -351,37 +349,6 @@ def random_text(rng: random.Random) -> str:
 @pytest.fixture(params=range(3))
 def rng(request) -> random.Random:
     return random.Random(request.param)
-
-
-def test_retrieved_data_comes_back(rng, tmp_path):
-    collection = [Passage(f"p {n}", random_text(rng), random_text(rng)) for n in range(9)]
-    with open(tmp_path / "passages.tsv", "w", newline="", encoding="utf-8") as file:
-        rows = [(passage.id, passage.text, passage.title) for passage in collection]
-        csv.writer(file, delimiter="\t").writerows(rows)
-    questions = [
-        {"question": random_text(rng), "answers": [random_text(rng)] * rng.randrange(2), "more": n}
-        for n in range(6)
-    ]
-    (tmp_path / "data.json").write_text(json.dumps(questions))
-    positions = np.array([[rng.randrange(9) for _ in range(4)] for _ in questions])
-    scores = np.array([sorted((rng.random() for _ in range(4)), reverse=True) for _ in questions])
-    for name in ("found.json", "found.jsonl"):
-        data, passages = Examples(tmp_path / "data.json"), Passages(tmp_path / "passages.tsv")
-        firsts = write_retrieved(
-            tmp_path / name, data, passages, positions, scores, 1, {"model": "m"}
-        )
-        found = Examples(tmp_path / name)
-        assert [{**row, "ctxs": 0} for row in found] == [{**row, "ctxs": 0} for row in questions]
-        for row, chosen, values in zip(found, positions, scores.tolist(), strict=True):
-            read = [(c["id"], c["title"], c["text"], c["score"]) for c in row["ctxs"]]
-            passages = [collection[index] for index in chosen]
-            assert read == [(*p[:3], score) for p, score in zip(passages, values, strict=True)]
-        hits = [[c["hasanswer"] for c in row["ctxs"]] for row in found if row["answers"]]
-        assert firsts == [row.index(True) + 1 if True in row else 0 for row in hits]
-        recalls = write_recall(tmp_path / name, firsts, 4)
-        if firsts:
-            stored = json.loads((tmp_path / f"{name}.recall.json").read_text())
-            assert stored == {**recalls, "questions": len(firsts)}
 
 
 def test_answers_and_scores_come_back(rng, tmp_path):

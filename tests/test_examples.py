@@ -120,22 +120,6 @@ def test_dprs_questions_are_what_was_written(seed, tmp_path, chunk):
         assert [opened[i] for i in range(len(opened))] == wanted
 
 
-def test_rows_of_dprs_files(tmp_path):
-    file = tmp_path / "nq-test.csv"
-    file.write_text(
-        "what is \"ps\" in a letter\t['post\\'scriptum', \"it's\"]\r\n"
-        '"""what\'s up"" by who"\t"[\'4 Non Blondes\', \'the ""band""\']"\n'
-        "\n"
-        "how deep is it\t[]"
-    )
-    examples = [read_example(load_data(file), index) for index in range(3)]
-    assert [(example.id, example.question, example.answers) for example in examples] == [
-        ("0", 'what is "ps" in a letter', ["post'scriptum", "it's"]),
-        ("1", '"what\'s up" by who', ["4 Non Blondes", 'the "band"']),
-        ("2", "how deep is it", []),
-    ]
-
-
 def test_lines_of_json_may_have_any_name(tmp_path):
     for name in ("a.txt", "a.tsv", "a"):
         for text in (line(), f"[{line()}]"):
@@ -143,17 +127,11 @@ def test_lines_of_json_may_have_any_name(tmp_path):
             assert load_data(tmp_path / name)[0] == json.loads(line())
 
 
-def test_nq_opens_and_beirs_names_become_ours(tmp_path):
+def test_what_has_our_names_keeps_all_it_has(tmp_path):
     file = tmp_path / "queries.jsonl"
-    theirs = {"_id": "PLAIN-2", "text": "Do statins help?", "metadata": {"url": "http"}}
-    file.write_text(json.dumps(theirs) + '\n{"question": "who?", "answer": ["I", "we"]}')
-    data = load_data(file)
-    assert data[0] == {"id": "PLAIN-2", "question": theirs["text"], "metadata": theirs["metadata"]}
-    assert read_example(data, 0).id == "PLAIN-2"
-    assert data[1] == {"question": "who?", "answers": ["I", "we"]}
     ours = {"_id": "x", "id": "y", "text": "t", "question": "Who?", "answer": "A", "answers": []}
     file.write_text(json.dumps(ours))
-    assert load_data(file)[0] == ours  # what has our names keeps all it has
+    assert load_data(file)[0] == ours
 
 
 BROKEN_ROWS = {
@@ -240,11 +218,6 @@ def test_broken_files_are_named_with_line_and_value(case, tmp_path, chunk):
         load_data(file)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.json: cannot be read \(No such file"):
-        load_data(tmp_path / "nowhere.json")
 
 
 def test_training_needs_something_to_train_on(tmp_path):
@@ -430,21 +403,6 @@ def test_questions_without_scored_passages_are_skipped(tmp_path, caplog):
     assert f"skipped 3 of 6 questions of {path} without scored passages" in caplog.text
     everything = load_data(path)
     assert everything.unscored == []
-
-
-def test_nothing_scored_is_an_error(tmp_path):
-    path, log = tmp_path / "data.jsonl", logging.getLogger("fid")
-    for contexts, message in (
-        ([{"text": "a"}], "none of the passages .* has a score .* --write_crossattention_scores"),
-        (
-            None,
-            r"no example has passages under .ctxs. \(the first has .'question', .* needed to di",
-        ),
-    ):
-        path.write_text("\n".join([line(ctxs=contexts)] * 3))
-        examples = load_data(path, needs_scores=5)
-        with pytest.raises(InputError, match=message):
-            skip_unscored(examples, [examples.unscored], log)
 
 
 @pytest.mark.parametrize("name", ["positive_ctxs", "passages", "contexts", "hits"])

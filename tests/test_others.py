@@ -38,12 +38,6 @@ N_DOCS = 5
 
 
 @pytest.fixture
-def passages(reference: Path, tmp_path: Path) -> Path:
-    """A copy, because side files are kept beside a collection."""
-    return Path(shutil.copy(reference / "passages.tsv", tmp_path / "passages.tsv"))
-
-
-@pytest.fixture
 def tokenizer(reference: Path) -> BertTokenizer:
     return BertTokenizer.from_pretrained(reference / "bert")
 

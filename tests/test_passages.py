@@ -201,13 +201,6 @@ def test_the_title_in_pyserinis_contents(changes, title, text, tmp_path):
     assert list(opened) == [Passage("doc1", title, text)]
 
 
-def test_the_references_passages(reference: Path, tmp_path):
-    source = reference / "passages.tsv"
-    opened = Passages(write(tmp_path, source.read_bytes()))
-    assert list(opened) == to_passages(read_csv(source.read_text())[1:])
-    assert len(opened) == 120
-
-
 def test_it_is_a_sequence(tmp_path):
     opened = Passages(write(tmp_path, "1\ta\tA\n2\tb\tB\n3\tc\tC"))
     assert len(opened) == 3
@@ -499,11 +492,6 @@ def test_broken_files_are_named_with_line_and_value(case, tmp_path, window):
         list(Passages(path))
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
-
-
-def test_missing_files(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.tsv: cannot be read \(No such file.*check"):
-        Passages(tmp_path / "nowhere.tsv")
 
 
 # ----------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from transformers import (
     AutoModel,
     BertConfig,
     BertModel,
-    BertTokenizer,
     DPRConfig,
     DPRContextEncoder,
     DPRQuestionEncoder,
@@ -26,14 +25,9 @@ from src.models.retriever import fingerprint, load_retriever
 from src.search.embeddings import open_shards
 from src.search.shards import shard_path
 from tests.conftest import REFERENCE
+from tests.test_others import N_DOCS, SHAPE, expect
 
 QUESTIONS = REFERENCE / "questions.json"
-N_DOCS = 5
-
-
-@pytest.fixture
-def passages(tmp_path: Path) -> Path:
-    return Path(shutil.copy(REFERENCE / "passages.tsv", tmp_path / "passages.tsv"))
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +53,6 @@ def retrieve(model: Path, passages: Path, *more: str) -> list[dict]:
     return json.loads(output.read_text())
 
 
-def expect(found: list[dict], questions: np.ndarray, vectors: np.ndarray, passages: Path) -> None:
-    ids = list(Passages(passages).ids())
-    for row, scores in zip(found, questions @ vectors.T, strict=True):
-        best = np.argsort(-scores)[:N_DOCS]
-        assert [context["id"] for context in row["ctxs"]] == [ids[n] for n in best]
-
-
 def pooled(model: torch.nn.Module, encoded: list, pooling: str) -> np.ndarray:
     with torch.no_grad():
         states = [model(row["input_ids"]).last_hidden_state[0] for row in encoded]
@@ -82,13 +69,10 @@ def error(capsys, script, *arguments) -> str:
     return line
 
 
-SHAPE = {"vocab_size": 700, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
 def make_dpr(folder: Path, kind: type, projection_dim: int = 0) -> torch.nn.Module:
     torch.manual_seed(len(folder.name))
-    sizes = {"intermediate_size": 40, "initializer_range": 0.3, "projection_dim": projection_dim}
-    encoder = kind(DPRConfig(**SHAPE, **sizes)).eval()
+    sizes = {**SHAPE, "initializer_range": 0.3, "projection_dim": projection_dim}
+    encoder = kind(DPRConfig(**sizes)).eval()
     encoder.save_pretrained(folder)
     shutil.copy(REFERENCE / "bert" / "vocab.txt", folder)
     return encoder
@@ -108,7 +92,12 @@ def test_dprs_two_encoders(projection_dim, passages, tokenizer, tmp_path):
         ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
         questions = torch.cat([question(row).pooler_output for row in ids]).numpy()
     assert np.allclose(vectors, expected, atol=1e-5)
-    expect(retrieve(tmp_path / "question", passages), questions, vectors, passages)
+    expect(
+        retrieve(tmp_path / "question", passages),
+        questions,
+        vectors,
+        list(Passages(passages).ids()),
+    )
 
 
 def test_an_encoder_of_one_side_embeds_only_this_side(passages, tmp_path, capsys):
@@ -120,7 +109,7 @@ def test_an_encoder_of_one_side_embeds_only_this_side(passages, tmp_path, capsys
     line = error(capsys, retrieve, tmp_path / "ctx", passages)
     assert "ctx: this encoder is one of passages, and cannot embed questions" in line
     shutil.rmtree(tmp_path / "emb")  # embeddings of some other model
-    BertModel(BertConfig(**SHAPE, intermediate_size=40)).save_pretrained(tmp_path / "bert")
+    BertModel(BertConfig(**SHAPE)).save_pretrained(tmp_path / "bert")
     shutil.copy(REFERENCE / "bert" / "vocab.txt", tmp_path / "bert")
     embed(tmp_path / "bert", passages)
     line = error(capsys, retrieve, tmp_path / "question", passages)
@@ -136,7 +125,7 @@ def train(tmp_path: Path, *more: str) -> Path:
 
 
 def new_retriever(tmp_path: Path) -> list[str]:
-    config = {"model_type": "bert", "intermediate_size": 40, "initializer_range": 0.3} | SHAPE
+    config = {"model_type": "bert", "initializer_range": 0.3} | SHAPE
     (tmp_path / "shape.json").write_text(json.dumps(config))
     return ["--model_config", str(tmp_path / "shape.json"), "--no_projection"]
 
@@ -158,7 +147,7 @@ def test_two_towers(passages, tokenizer, tmp_path):
     assert np.allclose(vectors, pooled(towers[1], encoded, "cls"), atol=1e-5)
     encoded = [tokenizer(text, max_length=40, **cut) for text in texts]
     questions = pooled(towers[0], encoded, "cls")
-    expect(retrieve(saved, passages), questions, vectors, passages)
+    expect(retrieve(saved, passages), questions, vectors, list(Passages(passages).ids()))
 
     straight = retriever.state_dict()  # a run resumed after its first update ends in the same way
     for path in (tmp_path / "run" / "checkpoint").glob("step-2"):
@@ -200,7 +189,12 @@ def test_settings_of_a_folder_without_its_own(passages, tokenizer, tmp_path, cap
     assert np.allclose(vectors, expected, atol=1e-5)
     texts = [f"query: {row['question']}" for row in json.loads(QUESTIONS.read_text())]
     questions = pooled(model, [tokenizer(text, max_length=40, **cut) for text in texts], "cls")
-    expect(retrieve(tmp_path / "b", passages, *SETTINGS), questions, vectors, passages)
+    expect(
+        retrieve(tmp_path / "b", passages, *SETTINGS),
+        questions,
+        vectors,
+        list(Passages(passages).ids()),
+    )
     line = error(capsys, retrieve, tmp_path / "b", passages, *SETTINGS[:-1], "text: ")
     assert "--passage_prefix is 'text: ' in the first and 'passage: ' in the second" in line
     assert "the model is" in error(capsys, retrieve, tmp_path / "b", passages, *SETTINGS[:-2])
