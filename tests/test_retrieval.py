@@ -468,8 +468,11 @@ def test_a_run_of_another_system_becomes_data(passages, tmp_path, capsys):
         ("r0 Q0 nowhere 1 1.5 x", "no passage has the id 'nowhere'"),
         ("unasked Q0 1 1 1.5 x", "none of the questions has passages in this run"),
         ("0 Q0 1 1", "line 1: .*a line of a run must be question Q0 passage rank score name"),
-        ("r0 Q0 1 1 2 x\nr0 Q0 1 2 1 x", "line 2: .*passage 1 is found twice for question r0"),
-        ("", "the run is empty"),
+        (
+            "r0 Q0 1 1 2 x\nr0 Q0 1 2 1 x",
+            "line 2: .*a passage only once for a question, not 'r0 Q0",
+        ),
+        ("", "the file is empty"),
     ):
         run.write_text(line)
         with pytest.raises(SystemExit):

@@ -62,7 +62,6 @@ class Examples(JsonItems):
         return example
 
 
-# ----------------------------------------------------------------------------------------------
 def _with_target(example: dict, target: str) -> dict:
     """The example with passages scored by a target, as far as the file has it; `has_answer` is also
     in retrieved data (`hasanswer`) and in DPR's (`positive_ctxs`, `negative_ctxs`)."""
@@ -74,17 +73,17 @@ def _with_target(example: dict, target: str) -> dict:
             for context in _list(example.get(kind), f'"{kind}" must be a list of passages')
             if isinstance(context, dict)
         ]
-    if isinstance(contexts, list):
-        example = {**example, "ctxs": [_score_by(context, target) for context in contexts]}
-    return example
+    if not isinstance(contexts, list):
+        return example
 
+    def score(context: dict) -> float | None:
+        scores = context.get("scores")
+        scores = scores if isinstance(scores, dict) else {}
+        return marked(context) if target == "has_answer" else scores.get(target)
 
-def _score_by(context: Any, target: str) -> Any:
-    if not isinstance(context, dict):
-        return context  # an error, which is reported when it is checked
-    scores = context.get("scores")
-    score = scores.get(target) if isinstance(scores, dict) else None
-    return {**context, "score": marked(context) if target == "has_answer" else score}
+    # (What is no object is reported when it is checked.)
+    scored = [{**c, "score": score(c)} if isinstance(c, dict) else c for c in contexts]
+    return {**example, "ctxs": scored}
 
 
 def marked(context: dict) -> float | None:

@@ -64,11 +64,6 @@ def _check_together(shards: list[Shard]) -> None:
         for key in (*FINGERPRINTS, "num_shards"):
             values = first.metadata.get(key), shard.metadata.get(key)
             require_same(key, first.path, values[0], shard.path, values[1])
-    for before, shard in itertools.pairwise(shards):
-        number = shard.number("shard_id")
-        if number is not None and number == before.number("shard_id"):
-            both = f"{before.path} and {shard.path} are both shard {number}"
-            raise InputError(f"{both}; leave one out, {_OR_ALLOW}")
     present, total = {shard.number("shard_id") for shard in shards}, first.number("num_shards") or 0
     missing = next((number for number in range(total) if number not in present), None)
     if missing is not None:
@@ -78,6 +73,10 @@ def _check_together(shards: list[Shard]) -> None:
         )
     for before, shard in itertools.pairwise(shards):
         start, next_start = before.number("first"), shard.number("first")
+        number = shard.number("shard_id")
+        if number is not None and number == before.number("shard_id"):
+            both = f"{before.path} and {shard.path} are both shard {number}"
+            raise InputError(f"{both}; leave one out, {_OR_ALLOW}")
         if start is not None and start + len(before) != next_start:
             raise InputError(
                 f"{before.path} ends at passage {start + len(before):,}, but {shard.path} begins "

@@ -195,17 +195,16 @@ def _from_wikiextractor(lines: Iterable[str]) -> Iterator[Document]:
 
 
 def _from_text(path: Path, name: str, file: io.BufferedReader, is_markdown: bool) -> Document:
-    """The file as one document. One of several megabytes is read while it is split."""
+    """The file as one document. A large one is read while it is split."""
     title = Path(name.removesuffix(".gz")).stem
     pieces = _pieces(path, file, b"\n" if is_markdown else b"\n ")
-    some = list(itertools.islice(pieces, 2))
+    first = next(pieces, "")
+    text = itertools.chain([first], pieces)
     if is_markdown:
-        found = _HEADING.search("".join(some))
+        found = _HEADING.search(first)
         title = found[1] if found else title
-        some, pieces = ((_HEADING.sub(r"\1", p) for p in part) for part in (some, pieces))
-    some = list(some)
-    text = some or [""] if len(some) < 2 else itertools.chain(some, pieces)
-    return Document(name, title, text, {})
+        text = (_HEADING.sub(r"\1", piece) for piece in text)
+    return Document(name, title, text if path.stat().st_size > _BATCH else list(text), {})
 
 
 def _pieces(path: Path, file: io.BufferedReader, ends: bytes) -> Iterator[str]:
