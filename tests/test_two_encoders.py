@@ -93,12 +93,7 @@ def test_dprs_two_encoders(projection_dim, passages, tokenizer, tmp_path):
         ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
         questions = torch.cat([question(row).pooler_output for row in ids]).numpy()
     assert np.allclose(vectors, expected, atol=1e-5)
-    expect(
-        retrieve(tmp_path / "question", passages),
-        questions,
-        vectors,
-        list(Passages(passages).ids()),
-    )
+    expect(retrieve(tmp_path / "question", passages), questions, vectors, passages)
 
 
 def test_an_encoder_of_one_side_embeds_only_this_side(passages, tmp_path, capsys):
@@ -190,12 +185,7 @@ def test_settings_of_a_folder_without_its_own(passages, tokenizer, tmp_path, cap
     assert np.allclose(vectors, expected, atol=1e-5)
     texts = [f"query: {row['question']}" for row in json.loads(QUESTIONS.read_text())]
     questions = pooled(model, [tokenizer(text, max_length=40, **cut) for text in texts], "cls")
-    expect(
-        retrieve(tmp_path / "b", passages, *SETTINGS),
-        questions,
-        vectors,
-        list(Passages(passages).ids()),
-    )
+    expect(retrieve(tmp_path / "b", passages, *SETTINGS), questions, vectors, passages)
     line = error(capsys, retrieve, tmp_path / "b", passages, *SETTINGS[:-1], "text: ")
     assert "--passage_prefix is 'text: ' in the first and 'passage: ' in the second" in line
     assert "the model is" in error(capsys, retrieve, tmp_path / "b", passages, *SETTINGS[:-2])

@@ -15,14 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from src.data.examples import (
-    Example,
-    Examples,
-    ignore_signals,
-    marked,
-    parse_example,
-    read_example,
-)
+from src.data.examples import Example, Examples, ignore_signals, marked, parse_example, read_example
 from src.data.passages import Passage
 from src.runtime.errors import InputError, end_children
 

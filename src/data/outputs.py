@@ -86,10 +86,7 @@ def claim(target: Path, remedy: str, lock_file: Path | None = None, wait: bool =
 
 
 def claim_output(
-    path: str,
-    option: str = "--output_path",
-    beside: Sequence[str] = (),
-    inputs: Iterable[str] = (),
+    path: str, option: str = "--output_path", beside: Sequence[str] = (), inputs: Iterable[str] = ()
 ) -> None:
     """Reserve a file that an option names, so that a wrong one is reported at the start.
 

@@ -185,11 +185,7 @@ def write_files(
 
 def _probability(log_probability: float, n_tokens: int) -> dict[str, float]:
     mean = log_probability / max(1, n_tokens)
-    return {
-        "log_probability": log_probability,
-        "mean_log_probability": mean,
-        "n_tokens": n_tokens,
-    }
+    return {"log_probability": log_probability, "mean_log_probability": mean, "n_tokens": n_tokens}
 
 
 def write_answers(
