@@ -39,42 +39,10 @@ from src.training.checkpoint import read_meta, read_state
 from src.training.metrics import _keep_until
 
 _PIECES = [
-    b"[",
-    b"]",
-    b"{",
-    b"}",
-    b'"',
-    b"'",
-    b"\\",
-    b",",
-    b":",
-    b"\n",
-    b"\r",
-    b"\t",
-    b" ",
-    b"\x0c",
-]
-_PIECES += [
-    b"\0",
-    b"null",
-    b"NaN",
-    b"1e999",
-    b"\xef\xbb\xbf",
-    b"\xff",
-    b"\xe2\x82",
-    b"\\ud83d",
-    b"-1",
-]
-_PIECES += [
-    b"\xc3\xa9",
-    b"9" * 30,
-    b"   \n",
-    b"\n\n",
-    b'""',
-    b"[" * 50,
-    b"\xc2\x85",
-    b"\xe2\x80\xa8",
-]
+    b"[", b"]", b"{", b"}", b'"', b"'", b"\\", b",", b":", b"\n", b"\r", b"\t", b" ", b"\x0c",
+    b"\0", b"null", b"NaN", b"1e999", b"\xef\xbb\xbf", b"\xff", b"\xe2\x82", b"\\ud83d", b"-1",
+    b"\xc3\xa9", b"9" * 30, b"   \n", b"\n\n", b'""', b"[" * 50, b"\xc2\x85", b"\xe2\x80\xa8",
+]  # fmt: skip
 
 
 def mutate(rng: random.Random, data: bytes) -> bytes:

@@ -211,15 +211,12 @@ BAD = [
 
 
 @pytest.mark.parametrize(("options", "message"), BAD)
-def test_bad_use_is_one_line(options, message, reference, passages, tmp_path, capsys, monkeypatch):
+def test_bad_use_is_one_line(options, message, reference, passages, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"retriever": "legacy_retriever_mask_mean", "shards": "legacy_embeddings/wiki_*"}
     paths = {name: reference / path for name, path in {**names, "t5": "t5"}.items()}
     options = [word.format(**paths, passages=passages) for word in shlex.split(options)]
-    with pytest.raises(SystemExit) as exited:
-        run_main(test_reader.main, "--model_path", reference / "t5", *options)
-    assert exited.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refused(run_main, test_reader.main, "--model_path", reference / "t5", *options)
     assert re.match(f"error: .*{message}", line), line
 
 

@@ -272,14 +272,11 @@ def test_nothing_is_shown_of_what_was_not_computed(run):
         ("../<other>/final_output.txt", None, r"final_output\.txt: cannot be read \(No such file"),
     ],
 )  # fmt: skip
-def test_bad_files_of_a_run_are_one_line(file, content, message, judged, capsys):
+def test_bad_files_of_a_run_are_one_line(file, content, message, judged, refused):
     (judged / file).unlink()
     if content:
         (judged / file).write_text(content)
-    with pytest.raises(SystemExit) as exited:
-        report(judged, "--against", judged.parent / "<other>")
-    assert exited.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refused(report, judged, "--against", judged.parent / "<other>")
     assert re.match(f"error: .*{message}", line), line
 
 
