@@ -7,6 +7,7 @@ import fcntl
 import gzip
 import logging
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
@@ -241,8 +242,10 @@ def made_once(source: Source, kind: str, make: Callable[[Path], object]) -> Path
     path, stat = Path(source.path), source.stat
     target = path.with_name(f".{path.name}.{stat.st_size:x}-{stat.st_mtime_ns:x}.{kind}")
     if not target.is_file():
-        for old in path.parent.glob(f".*.{kind}*"):  # or left by a killed process
-            if old.name.lstrip(".").startswith(f"{path.name.lstrip('.')}."):
+        remove_leftovers(path.parent, path.name)
+        ours = re.compile(rf"\.+{re.escape(path.name.lstrip('.'))}\.[0-9a-f]+-[0-9a-f]+\.{kind}")
+        for old in path.parent.glob(f".*.{kind}*"):
+            if ours.match(old.name) and target.name not in old.name:
                 old.unlink(missing_ok=True)
         logging.getLogger("fid").warning("%s is %s once, to %s", path, kind, target)
         make(target)

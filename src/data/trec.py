@@ -39,7 +39,8 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
 
     def add(fields: list[str]) -> None:
         if fields != ["query-id", "corpus-id", "score"]:
-            question, *_, passage, relevance = fields
+            three = fields if len(fields) == 3 else [fields[0], *fields[2:]]
+            question, passage, relevance = three
             qrels.setdefault(question, {})[passage] = int(relevance)
 
     shape = "question 0 passage relevance, or (BEIR) question, passage, relevance"
