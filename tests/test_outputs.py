@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import importlib
 import os
 import signal
 import stat
@@ -20,7 +21,6 @@ from src.options import train_reader_parser
 from src.runtime.errors import InputError, reports_input_errors
 from src.search.shards import ShardWriter, remove_unfinished
 from src.training.metrics import Metrics, start_log, write_options
-from tests.conftest import run
 
 OTHER = "another command is writing it; wait for it, or give another --output_path"
 
@@ -308,8 +308,22 @@ def test_a_folder_takes_anothers_name_whole(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["index", "link"]
 
 
-def test_pairs_of_commands():
-    """The other scripts: python -m tests.concurrent_pairs."""
-    done = run("-m", "tests.concurrent_pairs", "--pairs", 1, "--scripts", "test_reader")
-    assert done.returncode == 0, done.stderr
-    assert "1 pairs:" in done.stdout
+RUN = "--checkpoint_dir {at} --name run --model_path x"
+COMMANDS = {  # by script: its output, and options that are wrong otherwise
+    "train_reader": ("run", f"{RUN} --train_data x"),
+    "train_retriever": ("run", f"{RUN} --train_data x"),
+    "test_reader": ("run", f"{RUN} --eval_data x"),
+    "generate_passage_embeddings": (
+        "wiki_00", "--output_path {at}/wiki --passages x --model_path x",
+    ),
+    "passage_retrieval": ("o.json", "--output_path {at}/o.json --passages x --bm25 --data x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_each_script_reserves_its_output_first(script, tmp_path, refused):
+    name, options = COMMANDS[script]
+    lock_file = tmp_path / "run" / "run.log" if name == "run" else None
+    with another_process(lambda: claim(tmp_path / name, "", lock_file)):
+        line = refused(importlib.import_module(script).main, options.format(at=tmp_path).split())
+    assert f"{name}: another command is writing it; wait for it, or " in line
