@@ -176,6 +176,7 @@ def test_settings_of_a_folder_without_its_own(passages, tokenizer, tmp_path, ref
     assert np.allclose(vectors, expected, atol=1e-5)
     texts = [f"query: {row['question']}" for row in json.loads(QUESTIONS.read_text())]
     questions = pooled(model, [tokenizer(text, max_length=40, **cut) for text in texts], "cls")
+    questions /= np.linalg.norm(questions, axis=1, keepdims=True)
     expect(retrieve(tmp_path / "b", passages, *SETTINGS), questions, vectors, passages)
     line = refused(retrieve, tmp_path / "b", passages, *SETTINGS[:-1], "text: ")
     assert "--passage_prefix is 'text: ' in the first and 'passage: ' in the second" in line
