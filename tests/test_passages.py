@@ -342,18 +342,13 @@ def test_the_cache_is_rebuilt_when_the_source_changes(keeps, tmp_path):
 
 def damaged(good: bytes) -> dict[str, bytes]:
     """What may become of a cache."""
-    numbers = np.frombuffer(good, dtype=np.int64)
-    moved, swapped, higher = numbers.copy(), numbers.copy(), numbers.copy()
-    moved[:2] = moved[1:3]
-    swapped[[0, 1]] = swapped[[1, 0]]
-    higher[0] += 1
-    shorter = np.delete(numbers, 1)
+    swapped = good[8:16] + good[:8] + good[16:]
+    shorter = np.delete(np.frombuffer(good, dtype=np.int64), 1)
     shorter[-2] -= 1  # its length is right again
     return {
         "empty": b"", "short": good[:8], "cut": good[8:], "cut off": good[:-16], "odd": good[:-3],
         "long": good + b"x" * 8, "other": b"x" * 999, "zeros": bytes(len(good)),
-        "moved": moved.tobytes(), "swapped": swapped.tobytes(), "higher": higher.tobytes(),
-        "shorter": shorter.tobytes(), "a hole": good[:8] + bytes(8) + good[16:],
+        "swapped": swapped, "shorter": shorter.tobytes(), "a hole": bytes(8) + good[8:],
     }  # fmt: skip
 
 
