@@ -16,7 +16,6 @@ import passage_retrieval
 import test_reader
 import train_reader
 import train_retriever
-from src import options
 from src.data.examples import Examples, load_data, read_example
 from src.data.passages import Passage, Passages
 from src.evaluation.answers import measure_answers
@@ -54,21 +53,6 @@ def table(heading: str) -> list[list[str]]:
     """The rows, cell by cell, of the table under these column names."""
     rows = FORMATS.split(f"\n{heading}\n")[1].split("\n\n")[0].splitlines()[1:]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-
-
-PARSERS = [make for name, make in vars(options).items() if name.endswith("_parser")]
-
-
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_named_options_modules_and_pages_exist(page):
-    text = page.read_text()
-    known = {name for make in PARSERS for name in make()._option_string_actions}
-    known |= {"--kill-on-bad-exit"}  # srun's
-    assert set(re.findall(r"--[a-zA-Z][\w-]*", text)) <= known
-    for name in re.findall(r"`((?:src|tests|docs|examples)/[\w./-]+|\w+\.py)`", text):
-        assert (ROOT / name).exists() or name in ("test.py", "generate_retriever_embedding.py")
-    anchors = {title.lower().replace(" ", "-") for title in re.findall("^## (.*)", text, re.M)}
-    assert set(re.findall(r"\(#(.*?)\)", text)) <= anchors
 
 
 # ----------------------------------------------------------------------------------------------
