@@ -113,8 +113,8 @@ def open_shard(path: str | Path) -> Shard:
     A pickle is converted once to a shard, a hidden file beside it. If that cannot be written, the
     embeddings stay in memory.
     """
-    with Source(str(path)).file as file:
-        head = file.read(9)
+    source = Source(str(path))
+    head = source.read(0, min(9, source.size))
     if head[8:] == b"{" or head[:1] != b"\x80":
         return read_shard(path)
     in_memory: list[Shard] = []
@@ -131,7 +131,7 @@ def open_shard(path: str | Path) -> Shard:
             writer.finish()
 
     try:
-        converted = read_shard(made_once(Source(str(path)), "converted", convert))
+        converted = read_shard(made_once(source, "converted", convert))
     except InputError as error:
         if not in_memory:
             raise
