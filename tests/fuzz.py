@@ -312,7 +312,6 @@ def fuzz(seed: int, seconds: float = 1e9, most: int = 10**9) -> Counter:
 
     Errors: AssertionError, with kind and seed, for a wrong result.
     """
-    logging.getLogger("fid").setLevel(logging.CRITICAL)
     signal.signal(signal.SIGALRM, _too_long)
     counts, end = Counter(), time.monotonic() + seconds
     for number in range(most):
@@ -336,6 +335,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    logging.getLogger("fid").setLevel(logging.CRITICAL)
     counts = fuzz(options.seed, options.seconds)
     print(f"{sum(counts.values()):,} damaged files, no wrong result:", dict(sorted(counts.items())))
 
