@@ -14,6 +14,8 @@ from src.runtime.errors import InputError, shorten
 
 METRICS, OPTIONS = "metrics.jsonl", "options.json"
 PROBABILITIES, CURVE = "answers.jsonl", "n_context_curve.json"
+_OTHER_SHAPE = (AttributeError, KeyError, TypeError, ValueError)
+_NOT_OURS = "not as a run writes it; remove the file"
 MOST_POINTS = 200  # of a curve; more are averaged in groups
 
 
@@ -79,17 +81,23 @@ def read_curve(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Exact match and F1, in percent, by number of passages, from an `n_context_curve.json`."""
     if not path.exists():
         return {}
-    rows = sorted((int(n), row) for n, row in read_json(path).items())
-    known = [(n, row) for n, row in rows if row["exact_match"] is not None]
     names = {"exact match": "exact_match", "F1": "f1"}
-    curves = {name: [(n, float(row[key])) for n, row in known] for name, key in names.items()}
+    try:
+        rows = sorted((int(n), row) for n, row in read_json(path).items())
+        known = [(n, row) for n, row in rows if row["exact_match"] is not None]
+        curves = {name: [(n, float(row[key])) for n, row in known] for name, key in names.items()}
+    except _OTHER_SHAPE:
+        raise InputError(f"{path}: {_NOT_OURS}") from None
     return curves if known else {}  # there may be no gold answers
 
 
 def read_run_options(folder: Path) -> dict[str, Any]:
     """The options of a run; {} if it wrote none."""
     path = folder / OPTIONS
-    return read_json(path)["options"] if path.exists() else {}
+    try:
+        return dict(read_json(path)["options"]) if path.exists() else {}
+    except _OTHER_SHAPE:
+        raise InputError(f"{path}: {_NOT_OURS}") from None
 
 
 def find_data(folder: Path, given: str | None, run_options: dict[str, Any]) -> str:
