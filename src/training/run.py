@@ -86,6 +86,11 @@ class Run:
         return resume_point(self.checkpoints, self.started_with, self.log)
 
     @property
+    def by_shares(self) -> bool:
+        """Whether each process holds only its share of the weights."""
+        return self.options.shard and distributed.world_size() > 1
+
+    @property
     def is_fresh(self) -> bool:
         """Whether the model starts from random weights."""
         return self.options.model_config != "none" and not self.resumed_from
