@@ -121,13 +121,14 @@ class FiDT5(nn.Module):
             logging.getLogger("fid").warning("%s of the reader was changed: %s", part, consequence)
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Encoded:
-        """Passages [B, N, L], their real tokens first, and the mask of these -> `Encoded`."""
+        """Passages [B, N, L], their real tokens first, and the mask of these -> `Encoded`. (A mask
+        on the CPU spares waiting for a GPU.)"""
         B, N, L = input_ids.shape
         self._attach_positions()
         changed = changed_part(self.t5.encoder)
         if changed is not None:
             self._warn_once(changed, "the encoder runs with padding, which is slower")
-        mask = attention_mask.cpu()  # waits for a GPU once, before it has anything to compute
+        mask = attention_mask.cpu()
         packing = pack(mask.flatten(0, 1))
         indices, lengths = packing.indices, mask.sum(dim=(1, 2))  # lengths of the questions
         S = int(lengths.max())
@@ -137,7 +138,8 @@ class FiDT5(nn.Module):
         real = torch.arange(S) < lengths[:, None]
         positions = indices.new_zeros(B * S).index_copy(0, target, indices % (N * L)).view(B, S)
         ids = input_ids.flatten(0, 1)
-        parts = (part.to(ids.device) for part in (indices, target, real, positions))
+        parts = indices, target, real, positions
+        parts = (part.to(ids.device, non_blocking=True) for part in parts)
         indices, target, real, self._key_positions = parts
         tokens = encode_packed(self.t5.encoder, ids, packing, indices, changed is None)
         hidden = tokens.new_zeros(B * S, tokens.shape[1]).index_copy(0, target, tokens)
@@ -155,10 +157,15 @@ class FiDT5(nn.Module):
         through here as well, because FSDP gathers weights when a module is called.)"""
         encoded = self.encode(input_ids, attention_mask)
         if generation is not None:
-            return self._generate(encoded, attention_mask, *generation)
+            return self._generate(encoded, attention_mask.to(input_ids.device), *generation)
+        mask = None  # with four dimensions, for Transformers waits for a GPU to look at others
+        if len(encoded.mask) > 1:
+            kind = {"dtype": number_format(encoded.hidden), "device": input_ids.device}
+            mask = torch.zeros(encoded.mask.shape, **kind)
+            mask = mask.masked_fill(~encoded.mask, torch.finfo(mask.dtype).min)[:, None, None]
         output = self.t5(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
-            attention_mask=encoded.mask,
+            attention_mask=mask,
             labels=labels,
             use_cache=False,
         )
