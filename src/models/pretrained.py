@@ -123,7 +123,7 @@ def open_weights(
 ) -> StoredWeights:
     """The weights at a folder or hub name, or in `folder/` inside it.
 
-    Args: by_shares: only the main process opens those that cannot be read by rows.
+    Args: by_shares: only the main process opens a `.bin`, which it reads for all.
     Errors: `InputError` if they cannot be read.
     """
     _check_index(path)

@@ -39,7 +39,7 @@ from src.models.pretrained import (
     unfilled,
 )
 from src.models.scores import passage_means, passage_scores
-from src.models.stored import FreshWeights, Sources, fill
+from src.models.stored import FreshWeights, Sources, with_weights
 from src.options import GenerationOptions
 from src.runtime import distributed
 from src.runtime.device import compile_layers, number_format
@@ -138,9 +138,8 @@ class FiDT5(nn.Module):
         real = torch.arange(S) < lengths[:, None]
         positions = indices.new_zeros(B * S).index_copy(0, target, indices % (N * L)).view(B, S)
         ids = input_ids.flatten(0, 1)
-        parts = indices, target, real, positions
-        parts = (part.to(ids.device, non_blocking=True) for part in parts)
-        indices, target, real, self._key_positions = parts
+        move = functools.partial(torch.Tensor.to, device=ids.device, non_blocking=True)
+        indices, target, real, self._key_positions = map(move, (indices, target, real, positions))
         tokens = encode_packed(self.t5.encoder, ids, packing, indices, changed is None)
         hidden = tokens.new_zeros(B * S, tokens.shape[1]).index_copy(0, target, tokens)
         return Encoded(hidden.view(B, S, -1), real, self._key_positions)
@@ -160,8 +159,7 @@ class FiDT5(nn.Module):
             return self._generate(encoded, attention_mask.to(input_ids.device), *generation)
         mask = None  # with four dimensions, for Transformers waits for a GPU to look at others
         if len(encoded.mask) > 1:
-            kind = {"dtype": number_format(encoded.hidden), "device": input_ids.device}
-            mask = torch.zeros(encoded.mask.shape, **kind)
+            mask = torch.zeros_like(encoded.mask, dtype=number_format(encoded.hidden))
             mask = mask.masked_fill(~encoded.mask, torch.finfo(mask.dtype).min)[:, None, None]
         output = self.t5(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
@@ -332,10 +330,7 @@ def load_reader(
     has_table = _TABLE in stored.shapes and (is_wanted or _LEGACY_KEY in stored.keys)
     with torch.device("meta"):
         reader = FiDT5(t5, torch.empty(stored.shapes[_TABLE]) if has_table else None)
-    reader.sources = stored.fit(reader, path)
-    if not by_shares:
-        fill(reader)
-    return reader
+    return with_weights(reader, stored.fit(reader, path), by_shares)
 
 
 def _own_name(key: str) -> str:
@@ -356,10 +351,7 @@ def new_reader(config_file: str, dropout: float | None = None, by_shares: bool =
             head = torch.empty_like(t5.shared.weight).normal_(std=config.initializer_factor)
             t5.lm_head.weight = nn.Parameter(head)
     reader = FiDT5(t5)
-    reader.sources = fresh.sources(reader)
-    if not by_shares:
-        fill(reader)
-    return reader
+    return with_weights(reader, fresh.sources(reader), by_shares)
 
 
 def reader_config(path: str, dropout: float | None) -> T5Config:

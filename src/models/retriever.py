@@ -43,7 +43,7 @@ from src.models.pretrained import (
     quiet_transformers,
     read_model_json,
 )
-from src.models.stored import FreshWeights, Sources, fill
+from src.models.stored import FreshWeights, Sources, with_weights
 from src.runtime.device import full_precision
 from src.runtime.errors import InputError
 
@@ -155,12 +155,9 @@ class Retriever(nn.Module):
         self.config.side = None  # also a question encoder of DPR learns to embed passages
         if two_towers and self.passage_tower is None:
             self.passage_tower = copy.deepcopy(self)
-            self.add_sources("passage_tower.", self.sources)
+            self.sources |= {f"passage_tower.{name}": w for name, w in self.sources.items()}
             self.passage_tower.config.side, self.config.two_towers = "passages", True
         self.skip_prefixes(tokenizer)
-
-    def add_sources(self, prefix: str, sources: Sources) -> None:
-        self.sources |= {prefix + name: source for name, source in sources.items()}
 
     def skip_prefixes(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Unless the tokens of prefixes are to be pooled, count them."""
@@ -341,27 +338,23 @@ def _with_weights(
     config.dtype, fresh = torch.float32, FreshWeights()
     with fresh:
         retriever = build(Retriever, path or encoder, config)
-    retriever.sources = fresh.sources(retriever)
+    weights = fresh.sources(retriever)
     if not Path(encoder).is_file():
         own_name = functools.partial(_own_name, base=retriever.model.base_model_prefix)
         stored = open_weights(encoder, own_name, by_shares=by_shares)
         parts = ["model", "proj", "norm"] if path and config.projection else ["model"]
         for name in parts:
-            part = getattr(retriever, name)
-            retriever.sources |= stored.fit(part, path or encoder, f"{name}.")
+            weights |= stored.fit(getattr(retriever, name), path or encoder, f"{name}.")
         heads = zip(retriever.head, sources, strict=True)
         for number, ((linear, _), (folder, prefix)) in enumerate(heads):
             stored = open_weights(path, folder=folder, by_shares=by_shares)
-            found = stored.fit(linear, str(Path(path) / folder), prefix)
-            own = {name.removeprefix(prefix): source for name, source in found.items()}
-            retriever.add_sources(f"head.{number}.0.", own)
-    if not by_shares:
-        fill(retriever)
+            for name, weight in stored.fit(linear, str(Path(path) / folder), prefix).items():
+                weights[f"head.{number}.0.{name.removeprefix(prefix)}"] = weight
     if config.two_towers and path:
         tower = load_retriever(f"{path}/{PASSAGE_TOWER}", dropout, by_shares)
         retriever.passage_tower = tower
-        retriever.add_sources("passage_tower.", tower.sources)
-    return retriever
+        weights |= {f"passage_tower.{name}": weight for name, weight in tower.sources.items()}
+    return with_weights(retriever, weights, by_shares)
 
 
 def _own_name(key: str, base: str) -> str:

@@ -11,7 +11,7 @@ import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 import torch
@@ -25,7 +25,6 @@ from src.runtime import distributed
 from src.runtime.errors import InputError
 
 SAVED_WITH = "give the config.json that was saved with these weights, or make the model again"
-_ROWS = 4096  # that are compared at a time
 _SEEDED = torch.Tag.nondeterministic_seeded  # what draws random numbers
 
 
@@ -44,6 +43,7 @@ class Weight(NamedTuple):
 
 
 Sources = dict[str, Weight]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def fill(
@@ -57,6 +57,14 @@ def fill(
         weights |= dict.fromkeys([name, *others], parameter)
     model.load_state_dict(weights, assign=True)
     model.sources = {}
+
+
+def with_weights(model: Model, sources: Sources, by_shares: bool) -> Model:
+    """The model, filled from these sources; by shares, `training/sharding.py` does so later."""
+    model.sources = sources
+    if not by_shares:
+        fill(model)
+    return model
 
 
 class FreshWeights(TorchDispatchMode):
@@ -122,8 +130,10 @@ class StoredWeights:
     """The weights in one or several files, safetensors or `.bin`. `shapes` has each one's shape, by
     the name that `rename` gives it.
 
-    `by_rows`: whether each process can read some rows without the others.
+    `by_rows`: whether each process reads what it needs; else the main one reads for all.
     """
+
+    by_rows = True
 
     def __init__(self, files: list[str], rename: Callable[[str], str]):
         self.shapes: dict[str, list[int]] = {}
@@ -147,17 +157,17 @@ class StoredWeights:
                         self._files[rename(name)] = file, name
                         self.shapes[rename(name)] = stored.get_slice(name).get_shape()
         self.shapes |= {name: list(tensor.shape) for name, tensor in self._tensors.items()}
-        self.by_rows = not self._tensors
 
     def described(self) -> "StoredWeights":
-        """The same without the contents of `.bin` files, for the other processes."""
+        """The same without the contents of `.bin` files, for processes that do not read them."""
+        self.by_rows = False
         other = copy.copy(self)
         other._tensors = {name: tensor.to("meta") for name, tensor in self._tensors.items()}
         return other
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
         if name in self._tensors:
-            return self._tensors[name][first:last].float()
+            return self._tensors[name][first:last].to(torch.float32, copy=True)
         file, key = self._files[name]
         with safe_open(file, framework="pt") as stored:  # (what is read stays mapped while open)
             return stored.get_slice(key)[first:last].to(torch.float32, copy=True)
@@ -200,14 +210,9 @@ class StoredWeights:
 
     def _are_equal(self, one: str, other: str) -> bool:
         def compare() -> bool:
-            return all(
-                torch.equal(*(self.read(name, first, first + _ROWS) for name in (one, other)))
-                for first in range(0, self.shapes[one][0], _ROWS)
-            )
+            return torch.equal(self.read(one), self.read(other))
 
-        if one == other or self.by_rows:
-            return one == other or compare()
-        return distributed.from_main(compare)
+        return one == other or (compare() if self.by_rows else distributed.from_main(compare))
 
 
 def _short(name: str) -> str:
