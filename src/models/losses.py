@@ -41,8 +41,7 @@ def retriever_loss(
     if model is None:
         unknown = torch.zeros_like(batch["gold_scores"])
         return DISTILLATION_LOSSES[options.loss](unknown, batch, options, None)
-    loss, count, _ = compare_to_reader(model, batch, options, use_negatives)
-    return loss, count
+    return compare_to_reader(model, batch, options, use_negatives)[:2]
 
 
 def compare_to_reader(
