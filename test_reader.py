@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Loop, from the last finished batch of the same command on
     batches = evaluation_batches(len(data), options.per_gpu_batch_size, rank, world_size)
-    made_by = {"model": digest(reader), "data": [data.source.size, data.source.stat.st_mtime_ns]}
+    made_by = {"model": distributed.from_main(lambda model=reader: digest(model))}
+    made_by |= {"data": [data.source.size, data.source.stat.st_mtime_ns]}
     made_by |= {"processes": world_size, "precision": precision, "options": vars(options)}
     answer_file = AnswerFile(run, rank, made_by)
     if n_finished := len(answer_file.finished):
@@ -95,8 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     distributed.run_on_main(lambda: results.write_files(*files))
     stop_request.finish()
     distributed.run_on_main(lambda: results.remove_parts(run))
-    joint = tally.over_all()
-    say(log, "judged", "%s", joint)
+    say(log, "judged", "%s", joint := tally.over_all())
     if generation.contexts and rank == 0:
         say(log, "curve", "exact match by passages read: %s", results.write_curve(run, joint))
     del reader, new

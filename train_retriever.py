@@ -53,11 +53,12 @@ def main(arguments: list[str] | None = None) -> None:
     base = options.tokenizer if options.tokenizer != "none" else "bert-base-uncased"
     if run.resumed_from or options.model_path != "none":
         source = str(run.resumed_from or options.model_path)
-        retriever = load_retriever(source, options.dropout, **own)
+        retriever = load_retriever(source, options.dropout, run.by_shares, **own)
         check_settings(retriever.config, settings, source)
     else:
         source = options.model_config if run.is_fresh else options.retriever_model
-        retriever = start_retriever(source, options.dropout, **settings, **own)
+        own |= settings
+        retriever = start_retriever(source, options.dropout, run.by_shares, **own)
     tokenizer = load_tokenizer(base if run.is_fresh else source, base)
     retriever.begin_training(tokenizer, options.two_towers)
     config, learning = retriever.config, (options.loss, options.seed)

@@ -246,7 +246,8 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
         ("--model_path {t5_weightless}",
          rf"t5_weightless: the model's weights .*no file named model\.safetensors.*{_COPY}"),
         ("--model_path {t5_wide}",
-         rf"t5_wide: the weights have other shapes than its config\.json says{_CONFIG}"),
+         r"t5_wide: by its config\.json decoder.* is \[64, 64\], but in the weights it is \[64, 32"
+         rf"\]{_CONFIG}"),
         ("--model_path {t5_broken_config}",
          "t5_broken_config: no model config .*not a valid JSON file.*; give a model's folder"),
         ("--model_config {small_t5.json}",

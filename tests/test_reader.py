@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -20,6 +21,7 @@ from src.data.examples import Example, load_data
 from src.evaluation.answers import exact_match
 from src.models import encoder
 from src.models.answering import answer_questions
+from src.models.losses import reader_loss
 from src.models.pretrained import load_tokenizer
 from src.models.reader import (
     POSITION_TABLE_KEY,
@@ -33,6 +35,7 @@ from src.models.scores import passage_scores
 from src.options import GenerationOptions
 from src.runtime.device import autocast
 from src.runtime.errors import InputError
+from src.training.loop import move_to
 from tests.conftest import REFERENCE
 from tests.make_models import make_t5_config
 
@@ -288,6 +291,56 @@ def test_scores_equal_their_definition(name, reference, batch):
         assert torch.allclose(scores, expected, atol=1e-5)
         assert torch.equal(tokens, reader.generate(*passages, 6, num_beams=beams))
         assert missing.any()
+
+
+class _SameOnEveryRun(TorchDispatchMode):
+    """No operation whose sums are in another order each time on a GPU (from PyTorch's list, see
+    `torch.use_deterministic_algorithms`)."""
+
+    sums = ("index_add", "scatter_add", "scatter_reduce", "index_reduce", "put", "cumsum")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::").strip("_").removesuffix("_impl")
+        in_any_order = name in self.sums and args[0].is_floating_point()
+        assert not in_any_order, func
+        accumulates = name == "index_put" and (args[3:4] or (kwargs or {}).get("accumulate"))
+        assert not accumulates, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("decoder", ["fast", "transformers"])
+def test_scores_are_the_same_on_every_run_of_a_gpu(decoder, reference, batch):
+    reader = load(reference, "legacy")
+    passages = batch["input_ids"], batch["attention_mask"]
+    with _SameOnEveryRun():
+        reader.generate_with_scores(*passages, max_length=4, decoder=reader.decoder(decoder))
+        with pytest.raises(AssertionError, match="index_add"):
+            torch.zeros(2).index_add_(0, torch.tensor([1, 1]), torch.ones(2))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("n_questions", [1, 3])
+def test_training_does_not_wait_for_the_device(attention, n_questions, reference, monkeypatch):
+    """A micro-batch works on the meta device, where looking at a number is an error, and so does an
+    update: only the mask is on the CPU."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # unknown on this device
+    monkeypatch.setitem(encoder.GROUPING, "meta", (0.1, 8))
+    monkeypatch.setitem(encoder.ALIGNMENT, "meta", 8)
+    reader = load_reader(
+        str(reference / "legacy_reader/checkpoint/step-20"), by_shares=True
+    ).train()
+    reader.config._attn_implementation = attention
+    lengths = torch.tensor([[12, 5, 9], [7, 0, 0], [3, 12, 0]])[:n_questions]
+    ids = torch.zeros(n_questions, 3, 12, dtype=torch.long)
+    batch = {"attention_mask": torch.arange(12) < lengths[:, :, None], "input_ids": ids}
+    batch |= {"labels": torch.ones(n_questions, 4, dtype=torch.long)}
+    batch = move_to(batch, torch.device("meta"))
+    loss, count = reader_loss(reader, batch)
+    loss.backward()
+    assert all(p.grad is not None for p in reader.parameters())
+    torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+    with pytest.raises(RuntimeError, match="meta"):
+        count.item()
 
 
 def test_missing_passages_do_not_matter(reference, batch):

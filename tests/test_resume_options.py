@@ -79,9 +79,9 @@ def resume(kind: str, begun: Path, folder: Path, *more: object) -> SimpleNamespa
         seen.cleans_up = tokenizer.clean_up_tokenization_spaces
         return {}
 
-    def make_loader(dataset, batches, collate, num_workers, pin):
+    def make_loader(dataset, batches, collate, num_workers, *others):
         seen.n_workers = num_workers
-        return original(dataset, batches, collate, 0, pin)
+        return original(dataset, batches, collate, 0, *others)
 
     original = run.make_loader
     words = [*command(kind, begun / "data.json", folder / kind), "--total_steps", "12"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,24 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import multiprocessing
-from transformers import T5ForConditionalGeneration
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    BertConfig,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from src.models.pretrained import digest
 from src.models.reader import load_reader, new_reader
+from src.models.retriever import load_retriever, start_retriever
+from src.runtime import distributed
 from src.runtime.errors import InputError
 from src.training import sharding
 from tests.conftest import run_well
 from tests.test_distributed import read_metrics
+from tests.test_encoders import make_folder
 
 STEPS = 20
 
@@ -43,23 +54,36 @@ def train(folder: Path, data: Path, reference: Path, processes: int, *more: obje
     return folder / "run" / "checkpoint" / "latest"
 
 
-def read_shares(rank: int, folders: list[Path], meeting: Path) -> None:
-    """In one of 2 processes: each reader loaded by shares has the weights of an ordinary one."""
+def read_shares(rank: int, models: list[tuple], meeting: Path) -> None:
+    """In one of 2 processes: each model loaded by shares has the weights of an ordinary one."""
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    for folder in folders:
-        whole, reader = load_reader(str(folder)), load_reader(str(folder), by_shares=True)
-        assert all(p.is_meta for p in reader.parameters())
-        assert digest(reader) == digest(whole)
-        sharding.shard(reader, torch.device("cpu"), "fp32", True)
-        held = sum(p.to_local().numel() for p in reader.parameters())
+    loaded, torch_load = [], torch.load
+    torch.load = lambda file, **how: loaded.append(file) or torch_load(file, **how)
+    for load, path, n_towers in models:
+        torch.manual_seed(7)
+        whole = load(str(path))
+        torch.manual_seed(7)
+        loaded.clear()
+        model = load(str(path), by_shares=True)
+        is_bin = any(path.glob("*.bin*"))
+        assert bool(loaded) == (is_bin and rank == 0)
+        for one in (whole, model) if n_towers == 2 else ():
+            one.begin_training(None, True)
+        # (Readers' norms of ones are small enough to be held.)
+        assert all(p.is_meta for p in model.parameters() if p.dim() > 1)
+        assert distributed.from_main(partial(digest, model)) == digest(whole)
+        sharding.shard(model, torch.device("cpu"), "fp32", True)
+        held = sum(p.to_local().numel() for p in model.parameters())
         assert held < 0.6 * sum(p.numel() for p in whole.parameters())
-        found = {name: sharding.full(p) for name, p in reader.state_dict(keep_vars=True).items()}
+        found = {name: sharding.full(p) for name, p in model.state_dict(keep_vars=True).items()}
         assert found.keys() == whole.state_dict().keys()
-        assert all(torch.equal(found[name], p) for name, p in whole.state_dict().items()), folder
-        tied = [len(set(map(id, t5.parameters()))) for t5 in (reader, whole)]
+        assert all(torch.equal(found[name], p) for name, p in whole.state_dict().items()), path
+        buffers = dict(model.named_buffers())
+        assert all(torch.equal(buffers[name], b) for name, b in whole.named_buffers())
+        tied = [len(set(map(id, one.parameters()))) for one in (model, whole)]
         assert tied[0] == tied[1]
-        assert reader.t5.config.to_dict() == whole.t5.config.to_dict()
-    dist.destroy_process_group()
+        assert model.config.to_dict() == whole.config.to_dict()
+    distributed.stop()
 
 
 def write_split(weights: dict[str, torch.Tensor], folder: Path, kind: str) -> None:
@@ -80,8 +104,9 @@ def write_split(weights: dict[str, torch.Tensor], folder: Path, kind: str) -> No
 
 
 def test_each_process_reads_its_share(reference, tmp_path):
-    """From safetensors, split or not, with a position table or a head of its own; from .bin files;
-    and from the reference's, whose encoder is wrapped."""
+    """Of readers: from safetensors, split or not, with a position table or a head of its own; from
+    .bin files, which only one process opens; and from the reference's, whose encoder is wrapped. Of
+    retrievers: with a projection, a head, two towers. And of random weights."""
     legacy = reference / "legacy_reader/checkpoint/step-20"
     reader = load_reader(str(legacy))
     reader.save_pretrained(tmp_path / "one")
@@ -96,7 +121,48 @@ def test_each_process_reads_its_share(reference, tmp_path):
     write_split(weights, tmp_path / "split_bin", "bin")
     shutil.copy(reference / "t5/config.json", tmp_path / "split_bin")
     folders = [tmp_path / name for name in ("one", "split", "own_head", "split_bin")]
-    multiprocessing.spawn(read_shares, ([legacy, *folders], tmp_path / "meet"), nprocs=2)
+    models = [(load_reader, folder, 1) for folder in (legacy, *folders)]
+    models += [(new_reader, tmp_path / "own.json", 1)]
+    retriever = load_retriever(str(reference / "legacy_retriever_mask_mean"))
+    retriever.begin_training(None, True)
+    retriever.save_pretrained(tmp_path / "two")
+    (tmp_path / "dense").mkdir()
+    make_folder(tmp_path / "dense", {}, "Transformer Pooling Dense")
+    shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+    BertModel(BertConfig(**shape, intermediate_size=48)).save_pretrained(tmp_path / "bert")
+    kinds = ("legacy_retriever_mask_mean", "legacy_retriever_cls")
+    models += [(load_retriever, reference / name, 1) for name in kinds]
+    models += [(load_retriever, tmp_path / name, 1) for name in ("two", "dense")]
+    models += [(load_retriever, tmp_path / "bert", 2), (start_retriever, tmp_path / "bert", 1)]
+    models += [(start_retriever, tmp_path / "bert/config.json", 2)]
+    multiprocessing.spawn(read_shares, (models, tmp_path / "meet"), nprocs=2)
+
+
+def test_random_weights_are_those_of_transformers(reference, tmp_path):
+    """With the same seed, though each is made only when it is read."""
+    config = T5Config.from_pretrained(reference / "t5")
+    torch.manual_seed(3)
+    expected, after = T5ForConditionalGeneration(config).state_dict(), torch.rand(1)
+    torch.manual_seed(3)
+    found = new_reader(str(reference / "t5/config.json")).t5.state_dict()
+    assert torch.equal(torch.rand(1), after)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    for kind in ("bert", "modernbert"):
+        small = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+        shape = CONFIG_MAPPING[kind](**small, vocab_size=90, intermediate_size=48, pad_token_id=0)
+        shape.save_pretrained(tmp_path / kind)
+        torch.manual_seed(3)
+        own = {} if kind == "modernbert" else {"add_pooling_layer": False}
+        encoder = MODEL_MAPPING[type(shape)](shape, **own)
+        projection = torch.nn.Linear(32, 768).weight.detach().normal_(std=0.02)
+        torch.manual_seed(3)
+        retriever = start_retriever(str(tmp_path / kind / "config.json"))
+        assert torch.equal(retriever.proj.weight, projection)
+        state, buffers = encoder.state_dict(), dict(encoder.named_buffers())
+        assert all(torch.equal(retriever.model.state_dict()[name], state[name]) for name in state)
+        found = dict(retriever.model.named_buffers())
+        assert all(torch.equal(found[name], buffers[name]) for name in buffers)
 
 
 @pytest.mark.parametrize("change", [{"d_ff": 96}, {"num_layers": 9}])

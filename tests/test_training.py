@@ -6,10 +6,13 @@ import json
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from src.data.batches import ReaderCollator, ReaderDataset, make_loader, training_batches
 from src.data.examples import load_data
@@ -18,6 +21,7 @@ from src.models.pretrained import load_tokenizer
 from src.models.reader import load_reader
 from src.options import LoopOptions, OptimOptions
 from src.runtime.errors import InputError
+from src.training import loop
 from src.training.checkpoint import Checkpoints, find_newest, read_meta
 from src.training.loop import Evaluation, Position, train
 from src.training.metrics import Metrics
@@ -82,9 +86,11 @@ class Dropped(nn.Module):
         return self.net(x)
 
 
-def regression_loss(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    error = (model(batch["x"]) - batch["y"]) ** 2
-    return error.mean(), torch.tensor(error.numel())
+def regression_loss(model: nn.Module | None, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    count = torch.tensor(batch["y"].numel())
+    if model is None:
+        return torch.zeros(()), count
+    return ((model(batch["x"]) - batch["y"]) ** 2).mean(), count
 
 
 def regression_batches(start: int, size: int = 2):
@@ -199,6 +205,44 @@ def test_a_run_that_failed_while_evaluating_resumes_before_it(whole, tmp_path, m
             run(tmp_path)
     run(tmp_path)
     assert_same(whole, tmp_path)
+
+
+def test_processes_exchange_counts_once_an_update(whole, tmp_path, monkeypatch):
+    """As if a second process read the same batches, which changes nothing."""
+    sums = []
+
+    def sum_tensor(tensor: torch.Tensor) -> torch.Tensor:
+        sums.append(tensor)
+        return 2 * tensor
+
+    others = {"any_process": lambda flag: flag, "is_main": lambda: True}
+    two = SimpleNamespace(world_size=lambda: 2, sum_tensor=sum_tensor, **others)
+    monkeypatch.setattr(loop, "distributed", two)
+    run(tmp_path)
+    monkeypatch.undo()
+    examples = [json.loads(line) for line in metrics_lines(whole)]
+    assert [json.loads(line) for line in metrics_lines(tmp_path)] == examples
+    weights = [torch.load(path / "checkpoint/step-12/weights.pt") for path in (whole, tmp_path)]
+    assert all(torch.equal(weight, weights[1][key]) for key, weight in weights[0].items())
+    n_written = len({3, 4, 6, 8, 9, 12})  # evaluated or saved
+    assert len(sums) == 12 + n_written
+
+
+def test_gradients_stay_in_the_buckets_of_ddp():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = Dropped()
+        state = State(model, build_optimizer(model, "adamw", 0.05, 0.1), CPU, False)
+        state.wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        batches, places = regression_batches(0), []
+        for _ in range(4):
+            loop._update(state, regression_loss, batches, LoopOptions(**LOOP))
+            places.append([p.grad.data_ptr() for p in model.parameters()])
+        assert places[3] == places[2]  # (after the first update DDP lays them out anew)
+        assert not any(p.grad.any() for p in model.parameters())
+        state.release()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_best_and_latest(whole):

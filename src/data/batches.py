@@ -372,9 +372,10 @@ def make_loader(
     collate: Callable[[list], dict],
     num_workers: int,
     pin_memory: bool = False,
+    n_ahead: int = 2,
 ) -> DataLoader:
-    """A loader over given batches of (epoch, index). It draws nothing from the global random
-    state."""
+    """A loader over given batches of (epoch, index), of which each worker makes `n_ahead` before
+    they are asked for. It draws nothing from the global random state."""
     if num_workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are parallel
         _end_workers_at_exit()
@@ -383,6 +384,7 @@ def make_loader(
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=num_workers,
+        prefetch_factor=n_ahead if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
         multiprocessing_context="fork" if num_workers else None,  # its files are open already

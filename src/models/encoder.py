@@ -240,8 +240,8 @@ def _make_groups(lengths: list[int], device: torch.device) -> list[_Group]:
         own, W, real, positions = lengths[start:end], lengths[start], None, None
         if own[-1] != W:
             real = torch.arange(W) < torch.tensor(own)[:, None]
-            positions = real.flatten().nonzero()[:, 0].to(device)
-            real = real.to(device)
+            positions = real.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+            real = real.to(device, non_blocking=True)
         groups.append(_Group((end - start, W), sum(own), real, positions))
     return groups
 

@@ -4,6 +4,7 @@ Code in a model folder never runs: weights are safetensors, or `.bin` files read
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -43,7 +44,8 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from src.data.json_files import read_json
 from src.models.pieces import load_pieces
-from src.models.stored import SAVED_WITH, StoredWeights
+from src.models.stored import StoredWeights, weight_files
+from src.runtime import distributed
 from src.runtime.errors import InputError, first_line, shorten
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
@@ -107,44 +109,8 @@ def build(model_class: Callable[[Config], Model], path: str, config: Config) -> 
         return model_class(config)
 
 
-def from_pretrained(
-    model_class: type[Model], path: str, config: PreTrainedConfig, **kwargs: Any
-) -> Model:
-    """A model in float32 with every one of its weights read from `path`.
-
-    Errors: `InputError` if weights are missing, or have other shapes than in the config.
-    """
-    _check_index(path)
-    _generation_settings(path)
-    with _reporting(path, "the model's weights cannot be read", _COPY):
-        try:
-            model, report = model_class.from_pretrained(
-                path,
-                config=config,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below instead
-                trust_remote_code=False,
-                **kwargs,
-            )
-        except NotImplementedError:  # Transformers compares tied tensors that it has left out
-            raise InputError(
-                f"{path}: the weights have other shapes than its config.json says; {SAVED_WITH}"
-            ) from None
-    for name, found, wanted in sorted(report["mismatched_keys"]):
-        raise InputError(
-            f"{path}: by its config.json {name} is {list(wanted)}, but in the weights it is "
-            f"{list(found)}; {SAVED_WITH}"
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise InputError(
-            f"{path}: the weights lack {len(missing)} tensors, such as {missing[0]}; {SAVED_WITH}"
-        )
-    return model
-
-
 def unfilled(model_class: Callable[[Config], Model], path: str, config: Config) -> Model:
-    """A model as by `from_pretrained`, but on the meta device: without its weights."""
+    """A model on the meta device, for the weights at `path`."""
     config.dtype = torch.float32
     with torch.device("meta"):
         model = build(model_class, path, config).eval()
@@ -152,11 +118,28 @@ def unfilled(model_class: Callable[[Config], Model], path: str, config: Config) 
     return model
 
 
-def open_weights(path: str, rename: Callable[[str], str]) -> StoredWeights:
-    """The weights at a folder or hub name. Errors: `InputError` if they cannot be read."""
+def open_weights(
+    path: str, rename: Callable[[str], str] = str, folder: str = "", by_shares: bool = False
+) -> StoredWeights:
+    """The weights at a folder or hub name, or in `folder/` inside it.
+
+    Args: by_shares: only the main process opens a `.bin`, which it reads for all.
+    Errors: `InputError` if they cannot be read.
+    """
     _check_index(path)
-    with _reporting(path, "the model's weights cannot be read", _COPY):
-        return StoredWeights(path, rename)
+    reporting = functools.partial(_reporting, path, "the model's weights cannot be read", _COPY)
+
+    def read() -> StoredWeights:
+        with reporting():
+            return StoredWeights(files, rename)
+
+    with reporting():
+        files = weight_files(path, folder)
+    if not (by_shares and any(file.endswith(".bin") for file in files)):
+        return read()
+    stored = distributed.run_on_main(read)
+    described = distributed.all_gather(stored and stored.described())[0]
+    return stored or described
 
 
 def _generation_settings(path: str) -> GenerationConfig | None:
@@ -267,13 +250,14 @@ def check_vocabulary(
 def digest(model: nn.Module, settings: Iterable[str] = (), without: str = "\0") -> str:
     """A short text, equal for two models if and only if their settings and weights (but those whose
     names begin with `without`) are."""
+    sources = getattr(model, "sources", {})
     found = hashlib.blake2b(digest_size=16)
     for setting in settings:
         found.update(f"{setting}\n".encode())
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith(without):
             continue
-        tensor = model.stored.read(name) if tensor.is_meta else tensor
+        tensor = sources[name].read() if tensor.is_meta else tensor
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         found.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
@@ -288,21 +272,6 @@ def read_model_json(path: str, name: str) -> Any:
         return None
     with _reporting(str(file), "not a JSON file", _COPY):
         return json.loads(Path(file).read_text(encoding="utf-8-sig"))
-
-
-def load_layers(module: nn.Module, path: str, prefix: str, folder: str = "") -> None:
-    """Read all of a module's weights, whose names begin with this prefix in the weights at a folder
-    or hub name, or in `folder/` inside it.
-
-    Errors: `InputError` if some are missing, or have other shapes than in the config.
-    """
-    with _reporting(path, "the model's weights cannot be read", SAVED_WITH):
-        stored = StoredWeights(path, folder=folder)
-        for name, tensor in module.state_dict().items():
-            shape = stored.shapes.get(prefix + name, "missing")
-            if shape != (wanted := list(tensor.shape)):
-                raise ValueError(f"{folder}{prefix}{name} is {shape}, not {wanted}")
-        module.load_state_dict({name: stored.read(prefix + name) for name in module.state_dict()})
 
 
 def _check_path(path: str, needs_config: bool = True) -> None:

@@ -32,7 +32,6 @@ from src.models.positions import CrossAttentionPositions
 from src.models.pretrained import (
     build,
     check_vocabulary,
-    from_pretrained,
     load_config,
     load_tokenizer,
     open_weights,
@@ -40,7 +39,7 @@ from src.models.pretrained import (
     unfilled,
 )
 from src.models.scores import passage_means, passage_scores
-from src.models.stored import StoredWeights
+from src.models.stored import FreshWeights, Sources, with_weights
 from src.options import GenerationOptions
 from src.runtime import distributed
 from src.runtime.device import compile_layers, number_format
@@ -83,7 +82,7 @@ class FiDT5(nn.Module):
         self._warned: set[str] = set()
         self.positions: CrossAttentionPositions | None = None
         self._key_positions: torch.Tensor | None = None  # [B, S] of the passages encoded last
-        self.stored: StoredWeights | None = None  # of a reader on the meta device, to be sharded
+        self.sources: Sources = {}  # of weights that are still to be read
         if position_table is not None:
             self.positions = CrossAttentionPositions(t5.config)
             self.positions.table.weight.data.copy_(position_table)
@@ -122,13 +121,14 @@ class FiDT5(nn.Module):
             logging.getLogger("fid").warning("%s of the reader was changed: %s", part, consequence)
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Encoded:
-        """Passages [B, N, L], their real tokens first, and the mask of these -> `Encoded`."""
+        """Passages [B, N, L], their real tokens first, and the mask of these -> `Encoded`. (A mask
+        on the CPU spares waiting for a GPU.)"""
         B, N, L = input_ids.shape
         self._attach_positions()
         changed = changed_part(self.t5.encoder)
         if changed is not None:
             self._warn_once(changed, "the encoder runs with padding, which is slower")
-        mask = attention_mask.cpu()  # waits for a GPU once, before it has anything to compute
+        mask = attention_mask.cpu()
         packing = pack(mask.flatten(0, 1))
         indices, lengths = packing.indices, mask.sum(dim=(1, 2))  # lengths of the questions
         S = int(lengths.max())
@@ -138,8 +138,8 @@ class FiDT5(nn.Module):
         real = torch.arange(S) < lengths[:, None]
         positions = indices.new_zeros(B * S).index_copy(0, target, indices % (N * L)).view(B, S)
         ids = input_ids.flatten(0, 1)
-        parts = (part.to(ids.device) for part in (indices, target, real, positions))
-        indices, target, real, self._key_positions = parts
+        move = functools.partial(torch.Tensor.to, device=ids.device, non_blocking=True)
+        indices, target, real, self._key_positions = map(move, (indices, target, real, positions))
         tokens = encode_packed(self.t5.encoder, ids, packing, indices, changed is None)
         hidden = tokens.new_zeros(B * S, tokens.shape[1]).index_copy(0, target, tokens)
         return Encoded(hidden.view(B, S, -1), real, self._key_positions)
@@ -156,10 +156,14 @@ class FiDT5(nn.Module):
         through here as well, because FSDP gathers weights when a module is called.)"""
         encoded = self.encode(input_ids, attention_mask)
         if generation is not None:
-            return self._generate(encoded, attention_mask, *generation)
+            return self._generate(encoded, attention_mask.to(input_ids.device), *generation)
+        mask = None  # with four dimensions, for Transformers waits for a GPU to look at others
+        if len(encoded.mask) > 1:
+            mask = torch.zeros_like(encoded.mask, dtype=number_format(encoded.hidden))
+            mask = mask.masked_fill(~encoded.mask, torch.finfo(mask.dtype).min)[:, None, None]
         output = self.t5(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded.hidden),
-            attention_mask=encoded.mask,
+            attention_mask=mask,
             labels=labels,
             use_cache=False,
         )
@@ -310,14 +314,13 @@ def load_reader(
         use_position_table: use the cross-attention position table that T5 weights of 2020 carry,
             as the reference did when it started from them. Readers that were trained with one (the
             reference's, and ours that began from them) always keep theirs.
-        by_shares: stay on the meta device; `training/sharding.py` reads the weights.
+        by_shares: leave the weights on the meta device; `training/sharding.py` reads them.
 
     Errors: `InputError` when there is no such model, or it is not a T5.
     """
     config = reader_config(path, dropout)
-    load = unfilled if by_shares else functools.partial(from_pretrained, key_mapping=_LEGACY_NAMES)
-    t5 = load(FAMILY[config.model_type], path, config)
-    stored = open_weights(path, _own_name)
+    t5 = unfilled(FAMILY[config.model_type], path, config)
+    stored = open_weights(path, _own_name, by_shares=by_shares)
     is_wanted = use_position_table or getattr(config, "fid_position_table", False)
     if is_wanted and _TABLE not in stored.shapes:
         raise InputError(
@@ -325,13 +328,9 @@ def load_reader(
             "leave out --legacy_position_table"
         )
     has_table = _TABLE in stored.shapes and (is_wanted or _LEGACY_KEY in stored.keys)
-    if not by_shares:
-        return FiDT5(t5, stored.read(_TABLE) if has_table else None)
     with torch.device("meta"):
         reader = FiDT5(t5, torch.empty(stored.shapes[_TABLE]) if has_table else None)
-    stored.fit(reader, path)
-    reader.stored = stored
-    return reader
+    return with_weights(reader, stored.fit(reader, path), by_shares)
 
 
 def _own_name(key: str) -> str:
@@ -341,16 +340,18 @@ def _own_name(key: str) -> str:
     return _TABLE if key == POSITION_TABLE_KEY else f"t5.{key}"
 
 
-def new_reader(config_file: str, dropout: float | None = None) -> FiDT5:
+def new_reader(config_file: str, dropout: float | None = None, by_shares: bool = False) -> FiDT5:
     """A reader with fresh random weights, shaped by a T5 config file (JSON)."""
-    config = reader_config(config_file, dropout)
-    t5 = build(FAMILY[config.model_type], config_file, config)
-    if config.model_type != "t5" or not config.scale_decoder_outputs:
-        # tie_word_embeddings is false (T5 v1.1, Flan-T5, ByT5, mT5, umT5), but Transformers ties
-        # fresh weights all the same, and would save them as tied.
-        head = torch.empty_like(t5.shared.weight).normal_(std=config.initializer_factor)
-        t5.lm_head.weight = nn.Parameter(head)
-    return FiDT5(t5)
+    config, fresh = reader_config(config_file, dropout), FreshWeights()
+    with fresh:
+        t5 = build(FAMILY[config.model_type], config_file, config)
+        if config.model_type != "t5" or not config.scale_decoder_outputs:
+            # tie_word_embeddings is false (T5 v1.1, Flan-T5, ByT5, mT5, umT5), but Transformers
+            # ties fresh weights all the same, and would save them as tied.
+            head = torch.empty_like(t5.shared.weight).normal_(std=config.initializer_factor)
+            t5.lm_head.weight = nn.Parameter(head)
+    reader = FiDT5(t5)
+    return with_weights(reader, fresh.sources(reader), by_shares)
 
 
 def reader_config(path: str, dropout: float | None) -> T5Config:
@@ -379,13 +380,13 @@ def open_reader(
     fallback = options.tokenizer if options.tokenizer != "none" else base
     dropout = getattr(options, "dropout", None)  # (a test lacks the options of training)
     shape = getattr(options, "model_config", "none")
+    by_shares = options.shard and distributed.world_size() > 1
     if newest is None and shape != "none":
         source, path = f"fresh weights of the shape in {shape}", fallback
-        reader = new_reader(shape, dropout)
+        reader = new_reader(shape, dropout, by_shares)
     else:
         source = path = str(newest or path)
         table = newest is None and getattr(options, "legacy_position_table", False)
-        by_shares = options.shard and distributed.world_size() > 1
         reader = load_reader(path, dropout, table, by_shares)
     tokenizer = load_tokenizer(path, fallback)
     check_vocabulary(reader.config, tokenizer)

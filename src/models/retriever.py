@@ -11,6 +11,7 @@ Shapes: B questions, N passages of a question, L tokens, D size of an embedding,
 import copy
 import functools
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,19 +37,19 @@ from src.models.pretrained import (
     check_vocabulary,
     digest,
     encoder_folder,
-    from_pretrained,
     load_config,
-    load_layers,
     load_tokenizer,
+    open_weights,
     quiet_transformers,
     read_model_json,
 )
+from src.models.stored import FreshWeights, Sources, with_weights
 from src.runtime.device import full_precision
 from src.runtime.errors import InputError
 
 PASSAGE_TOWER = "passage_encoder"  # the folder of a second tower, in that of the first
 # The names of weights by the original code and our earlier versions, and by DPR.
-_KEYS = {r"^model\.": "", r"^(question|ctx)_encoder\.bert_model\.": ""}
+_OTHERS = r"^model\.|^(question|ctx)_encoder\.bert_model\."
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
 _DROPOUTS += ("embedding_dropout", "mlp_dropout")
 
@@ -63,6 +64,7 @@ class Retriever(nn.Module):
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
         self.config, self.passage_tower = config, None
+        self.sources: Sources = {}  # of weights that are still to be read
         self.skip = {"questions": 0, "passages": 0}  # tokens that are not pooled
         kind, without_pooler = _encoder_class(config)
         self.model = kind(config, **without_pooler)
@@ -153,6 +155,7 @@ class Retriever(nn.Module):
         self.config.side = None  # also a question encoder of DPR learns to embed passages
         if two_towers and self.passage_tower is None:
             self.passage_tower = copy.deepcopy(self)
+            self.sources |= {f"passage_tower.{name}": w for name, w in self.sources.items()}
             self.passage_tower.config.side, self.config.two_towers = "passages", True
         self.skip_prefixes(tokenizer)
 
@@ -238,13 +241,17 @@ def open_retriever(
     return retriever, own_tokenizer
 
 
-def load_retriever(path: str, dropout: float | None = None, **settings: Any) -> Retriever:
+def load_retriever(
+    path: str, dropout: float | None = None, by_shares: bool = False, **settings: Any
+) -> Retriever:
     """A retriever by folder or hub name: a checkpoint of ours or of the original code; a folder of
     sentence-transformers; a question or context encoder of DPR; or any other encoder, without
     projection and, unless the settings say otherwise, by the mean over real tokens.
 
-    Args: settings: `pooling`, `normalize`, `question_prefix` and `passage_prefix`, for folders
-        that do not say. Errors: `InputError` if the folder says something else.
+    Args:
+        by_shares: leave the weights on the meta device; `training/sharding.py` reads them.
+        settings: `pooling`, `normalize`, `question_prefix` and `passage_prefix`, for folders that
+            do not say. Errors: `InputError` if the folder says something else.
     """
     quiet_transformers()
     encoder = encoder_folder(path)
@@ -266,14 +273,18 @@ def load_retriever(path: str, dropout: float | None = None, **settings: Any) -> 
             raise InputError(
                 f"{path}: this retriever has {name} {has}, not {wanted}; leave out --{name}"
             )
-    return _with_weights(encoder, config, dropout, found | settings, sources, path)
+    return _with_weights(encoder, config, dropout, found | settings, by_shares, sources, path)
 
 
-def start_retriever(path: str, dropout: float | None = None, **settings: Any) -> Retriever:
+def start_retriever(
+    path: str, dropout: float | None = None, by_shares: bool = False, **settings: Any
+) -> Retriever:
     """A retriever around a pretrained encoder, or around fresh weights if `path` is a config file.
 
-    Args: settings: fields of `encoders.Settings`; masks are applied by default, and without a
-        projection the indexing dimension is the encoder's hidden size.
+    Args:
+        by_shares: as for `load_retriever`.
+        settings: fields of `encoders.Settings`; masks are applied by default, and without a
+            projection the indexing dimension is the encoder's hidden size.
     """
     encoder = encoder_folder(path)
     config = load_config(encoder, *encoders.KINDS)
@@ -282,7 +293,8 @@ def start_retriever(path: str, dropout: float | None = None, **settings: Any) ->
     kept = encoders.settings_of(config, path) if hasattr(config, "indexing_dimension") else {}
     others = ("pooling", "apply_question_mask", "apply_passage_mask", "side", "two_towers")
     kept = {name: kept[name] for name in kept if name not in others}  # of a retriever's config file
-    retriever = _with_weights(encoder, config, dropout, {"projection": True} | kept | settings)
+    settings = {"projection": True} | kept | settings
+    retriever = _with_weights(encoder, config, dropout, settings, by_shares)
     config = retriever.config
     wanted, longest = max(config.question_maxlength, config.passage_maxlength), encoders.longest
     if wanted > longest(config):
@@ -308,6 +320,7 @@ def _with_weights(
     config: PreTrainedConfig,
     dropout: float | None,
     settings: dict[str, Any],
+    by_shares: bool,
     sources: Sequence[tuple[str, str]] = (),
     path: str = "",
 ) -> Retriever:
@@ -322,17 +335,32 @@ def _with_weights(
     for name in _DROPOUTS if dropout is not None else ():
         if hasattr(config, name):
             setattr(config, name, dropout)
-    retriever = build(Retriever, path or encoder, config)
-    if Path(encoder).is_file():
-        return retriever
-    kind, without_pooler = _encoder_class(config)
-    weights = from_pretrained(kind, encoder, config, key_mapping=_KEYS, **without_pooler)
-    retriever.model.load_state_dict(weights.state_dict())
-    if path and config.projection:
-        load_layers(retriever.proj, path, "proj.")
-        load_layers(retriever.norm, path, "norm.")
-    for (linear, _), (folder, prefix) in zip(retriever.head, sources, strict=True):
-        load_layers(linear, path, prefix, folder)
-    if config.two_towers:
-        retriever.passage_tower = load_retriever(f"{path}/{PASSAGE_TOWER}", dropout)
-    return retriever
+    config.dtype, fresh = torch.float32, FreshWeights()
+    with fresh:
+        retriever = build(Retriever, path or encoder, config)
+    weights = fresh.sources(retriever)
+    if not Path(encoder).is_file():
+        own_name = functools.partial(_own_name, base=retriever.model.base_model_prefix)
+        stored = open_weights(encoder, own_name, by_shares=by_shares)
+        parts = ["model", "proj", "norm"] if path and config.projection else ["model"]
+        for name in parts:
+            weights |= stored.fit(getattr(retriever, name), path or encoder, f"{name}.")
+        heads = zip(retriever.head, sources, strict=True)
+        for number, ((linear, _), (folder, prefix)) in enumerate(heads):
+            stored = open_weights(path, folder=folder, by_shares=by_shares)
+            for name, weight in stored.fit(linear, str(Path(path) / folder), prefix).items():
+                weights[f"head.{number}.0.{name.removeprefix(prefix)}"] = weight
+    if config.two_towers and path:
+        tower = load_retriever(f"{path}/{PASSAGE_TOWER}", dropout, by_shares)
+        retriever.passage_tower = tower
+        weights |= {f"passage_tower.{name}": weight for name, weight in tower.sources.items()}
+    return with_weights(retriever, weights, by_shares)
+
+
+def _own_name(key: str, base: str) -> str:
+    """The name in `Retriever` of a stored weight, where the encoder's may begin with `base`."""
+    if re.match(r"(proj|norm|head\.\d+\.0)\.", key):
+        return key
+    key = re.sub(_OTHERS, "", key).removeprefix(f"{base}.")
+    key = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", key)
+    return "model." + re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)

@@ -136,6 +136,11 @@ def run_on_main(task: Callable[[], Value]) -> Value | None:
     return value
 
 
+def from_main(task: Callable[[], Value]) -> Value:
+    """The value of a task that the main process alone runs, in every process."""
+    return all_gather(run_on_main(task))[0]
+
+
 def main_first(task: Callable[[], Value]) -> Value:
     """Run a task in the main process, and then in the others, which find the caches it made."""
     value = run_on_main(task)

@@ -8,6 +8,7 @@ micro-batch is what all processes read together: the loss is the mean over all o
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import time
@@ -29,7 +30,7 @@ from src.training.sharding import full
 if TYPE_CHECKING:
     from src.training.run import State
 
-LossFunction = Callable[[nn.Module, dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
+LossFunction = Callable[[nn.Module | None, dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
 
 MOST_SKIPPED = 20  # updates in a row that fp16 may skip while its loss scale settles
 
@@ -71,7 +72,8 @@ def train(
     was, `state.position` says.
 
     Args:
-        loss_function: (model, batch) -> the mean loss over a batch's elements, and their number.
+        loss_function: (model, batch) -> the mean loss over a batch's elements, and their number,
+            which it tells without a model, too.
         batches: endless micro-batches of this process, starting at the state's position.
         learning_rate: the rate of update `step` (the first is 0).
         checkpoints: where to save, every `save_freq` updates, at the end, and when the dev
@@ -128,28 +130,34 @@ def _update(
     batches: Iterator[dict[str, Any]],
     options: LoopOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One update of the weights. Returns its loss and gradient norm, on the device."""
+    """One update of the weights. Returns this process's part of its loss, which is the sum of all
+    processes', and its gradient norm, on the device."""
     n_processes, n_batches = distributed.world_size(), options.accumulation_steps
-    optimizer, scaler = state.optimizer, state.scaler
+    optimizer, scaler, shares = state.optimizer, state.scaler, [1.0] * n_batches
+    micro_batches = itertools.islice(batches, n_batches)
+    if n_processes > 1:
+        # This process's shares of the means over every process's elements: exchanged once, and on
+        # the CPU, where nothing waits for a GPU.
+        micro_batches = list(micro_batches)
+        counts = torch.stack([loss_function(None, batch)[1] for batch in micro_batches])
+        shares = (counts / distributed.sum_tensor(counts).clamp(min=1)).tolist()
     update_loss = torch.zeros((), device=state.device)
-    for micro in range(n_batches):
-        batch = move_to(next(batches), state.device)
+    for micro, batch in enumerate(micro_batches):
+        batch = move_to(batch, state.device)
         with state.averaging(is_last=micro == n_batches - 1):
             with autocast(state.device, options.precision):
-                loss, count = loss_function(state.wrapped, batch)
-            # This process's share of the mean over every process's elements. (Gradients are
-            # averaged over processes, hence the factor.)
-            sums = distributed.sum_tensor(torch.stack([loss.detach() * count, count.float()]))
-            share = n_processes * count / sums[1] if n_processes > 1 else 1.0
-            scaler.scale(loss * share / n_batches).backward()
-            update_loss += sums[0] / sums[1] / n_batches
+                loss = loss_function(state.wrapped, batch)[0] * (shares[micro] / n_batches)
+            # (Gradients are averaged over processes, hence the factor.)
+            scaler.scale(loss * n_processes).backward()
+            update_loss += loss.detach()
         state.position.examples_seen += len(batch["index"]) * n_processes
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = full(torch.nn.utils.clip_grad_norm_(parameters, options.clip or math.inf))
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    # (DDP's gradients are views of the buckets that it sends.)
+    optimizer.zero_grad(set_to_none=state.wrapped is state.model)
     return update_loss, norm
 
 
@@ -219,8 +227,10 @@ class _Report:
         """
         fp16 = self._state.scaler.is_enabled()
         problem = None
-        for step, loss_, norm_, lr in self._recent:
-            loss, norm = loss_.item(), norm_.item()
+        steps, losses, norms, rates = zip(*self._recent, strict=True)
+        losses = distributed.sum_tensor(torch.stack(losses)).tolist()
+        norms = torch.stack(norms).tolist()
+        for step, loss, norm, lr in zip(steps, losses, norms, rates, strict=True):
             values = {"train/loss": loss, "train/grad_norm": norm, "train/lr": lr}
             is_skipped = not math.isfinite(norm)
             self._skipped = self._skipped + 1 if is_skipped else 0
@@ -296,8 +306,11 @@ def _short(value: float) -> str:
 
 
 def move_to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on the device."""
+    """The batch with its tensors on the device, except for a reader's `attention_mask`, by which it
+    groups passages: to look at it there would be to wait for the device."""
     return {
-        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        key: value.to(device, non_blocking=True)
+        if isinstance(value, torch.Tensor) and key != "attention_mask"
+        else value
         for key, value in batch.items()
     }

@@ -86,6 +86,11 @@ class Run:
         return resume_point(self.checkpoints, self.started_with, self.log)
 
     @property
+    def by_shares(self) -> bool:
+        """Whether each process holds only its share of the weights."""
+        return self.options.shard and distributed.world_size() > 1
+
+    @property
     def is_fresh(self) -> bool:
         """Whether the model starts from random weights."""
         return self.options.model_config != "none" and not self.resumed_from
@@ -139,8 +144,10 @@ class Run:
     def loader(
         self, dataset: Dataset, batches: Iterable[list], collate: Callable[[list], Batch]
     ) -> DataLoader:
-        pin = self.device.type == "cuda"
-        return make_loader(dataset, batches, collate, self.options.num_workers, pin)
+        pin, n_workers = self.device.type == "cuda", self.options.num_workers
+        # With several processes, an update's micro-batches are needed at once.
+        n_ahead = self.options.accumulation_steps // max(n_workers, 1) + 2
+        return make_loader(dataset, batches, collate, n_workers, pin, n_ahead)
 
     def dev_results(
         self,
@@ -221,10 +228,7 @@ class State:
         self.weights: dict[str, torch.Tensor] = {}  # all of a sharded model's, while it is saved
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if distributed.world_size() > 1 and not self.is_sharded:
-            devices = [device] if device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(
-                model, device_ids=devices, gradient_as_bucket_view=True
-            )
+            self.wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def release(self) -> None:
         """Let go of DDP, before the process group is left. If DDP is the last to hold the group,

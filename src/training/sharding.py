@@ -5,6 +5,7 @@ the model itself. Every process must therefore call the model equally often. A c
 are those of an unsharded run; each process writes its own share of the optimizer beside them.
 """
 
+import functools
 import shutil
 import warnings
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from src.models.stored import StoredWeights, tied_names
+from src.models.stored import Weight, fill
 from src.runtime import distributed
 from src.runtime.errors import InputError, first_line
 from src.runtime.terminal import size
@@ -57,29 +58,22 @@ def shard(model: nn.Module, device: torch.device, precision: str, is_wanted: boo
     for block in [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        _read_weights(model, model.stored, device)
+    fill(model, functools.partial(_read_share, device))
 
 
-def _read_weights(model: nn.Module, stored: StoredWeights, device: torch.device) -> None:
-    """Fill a sharded model on the meta device: each process reads its share or, if they cannot be
-    read by rows, the main one reads and deals them out, tensor by tensor."""
-    weights: dict[str, nn.Parameter] = {}
-    for name, *others in tied_names(model):
-        share = model.get_parameter(name)
-        mesh, placements = share.device_mesh, share.placements
-        if stored.by_rows:
-            n_rows = -(-len(share) // mesh.size())  # as torch.chunk divides them
-            first, last = (min((mesh.get_local_rank() + i) * n_rows, len(share)) for i in (0, 1))
-            own = stored.read(name, first, last).to(device)
-            form = {"shape": share.shape, "stride": share.stride()}
-            share = DTensor.from_local(own, mesh, placements, run_check=False, **form)
-        else:
-            empty = torch.empty(share.shape, device=device)
-            whole = stored.read(name).to(device) if distributed.is_main() else empty
-            share = distribute_tensor(whole, mesh, placements)
-        weights |= dict.fromkeys([name, *others], nn.Parameter(share))
-    model.load_state_dict(weights, assign=True)
+def _read_share(device: torch.device, weight: Weight, share: DTensor) -> DTensor:
+    """This process's share of a weight; if it cannot be read by rows, the main process reads and
+    deals it out."""
+    mesh, placements = share.device_mesh, share.placements
+    if not weight.store.by_rows:
+        empty = torch.empty(share.shape, device=device)
+        whole = weight.read().to(device) if distributed.is_main() else empty
+        return distribute_tensor(whole, mesh, placements)
+    n_rows = -(-len(share) // mesh.size())  # as torch.chunk divides them
+    first, last = (min((mesh.get_local_rank() + i) * n_rows, len(share)) for i in (0, 1))
+    own = weight.read(first, last).to(device)
+    form = {"shape": share.shape, "stride": share.stride()}
+    return DTensor.from_local(own, mesh, placements, run_check=False, **form)
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
