@@ -171,18 +171,23 @@ class Indexer:
             shard.check_unchanged()
 
     def blocks(
-        self, part: tuple[int, int] = (0, 1), on_rows: Callable[[int], None] | None = None
+        self,
+        part: tuple[int, int] = (0, 1),
+        on_rows: Callable[[int], None] | None = None,
+        buffers: Iterable[np.ndarray] = (),
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """The blocks in order: the first row's position, and the rows [b, d] as float32.
+        """The blocks in order: the first row's position, and the rows [b, d], in `buffers` in turn
+        or in one of float32.
 
         They cross the borders of shards, whose number therefore makes no difference. A block is
         overwritten by the next one, which the system is asked to read from disk in the meantime. (A
         thread that copies it would take a core from the matrix products.)
         """
         index, count = part
-        buffer = np.empty((min(self._block_rows, len(self)), self.dimension), np.float32)
-        step = count * self._block_rows
+        shape, step = (min(self._block_rows, len(self)), self.dimension), count * self._block_rows
+        turns = itertools.cycle([*buffers] or [np.empty(shape, np.float32)])
         for start in range(index * self._block_rows, len(self), step):
+            buffer = next(turns)
             block = buffer[: len(self) - start]
             for shard, row, piece in self._pieces(start, block):
                 shard.read(row, piece)

@@ -5,6 +5,7 @@ The result equals that of a CPU up to rounding in half precision: a passage can 
 more than a hundred others score within about 0.1 % of it.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -23,6 +24,7 @@ from src.search.shards import Shard
 
 _SCORES_AT_ONCE = 1 << 27  # bounds the device memory for a block's scores
 Part = tuple[int, int]
+Block = tuple[int, torch.Tensor, torch.Tensor]  # its first row, rows, and what multiplies scores
 
 
 class GpuIndexer(Indexer):
@@ -35,7 +37,7 @@ class GpuIndexer(Indexer):
     def __init__(self, shards: Sequence[Shard], block_rows: int, device: torch.device):
         super().__init__(shards, block_rows)
         self._device = device
-        self._cached: dict[Part, list[tuple[int, torch.Tensor, float]]] = {}
+        self._cached: dict[Part, list[Block]] = {}
 
     def search(
         self,
@@ -78,7 +80,7 @@ class GpuIndexer(Indexer):
         device = self._device
         guesses = torch.full((len(queries), width), -torch.inf, device=device)
         positions = torch.full((len(queries), width), -1, device=device)
-        # float16 ends at 65,504: each query and each block is scaled to numbers up to 1.
+        # float16 ends at 65,504: queries, and blocks in float32, are scaled to numbers up to 1.
         scales = np.maximum(np.abs(queries).max(axis=1, initial=0), 1e-30)
         halves = torch.from_numpy(queries / scales[:, None]).to(device, torch.float16)
         at_once = max(1, _SCORES_AT_ONCE // self._block_rows)
@@ -103,10 +105,11 @@ class GpuIndexer(Indexer):
 
     def _half_blocks(
         self, part: Part, on_rows: Callable[[int], None] | None, reserved: int
-    ) -> Iterator[tuple[int, torch.Tensor, float]]:
+    ) -> Iterator[Block]:
         """The blocks as in `Indexer.blocks`, on the device in half precision, divided by a scale.
 
         Args: reserved: bytes of device memory needed for other things.
+        Errors: `InputError`, after the last block, for embeddings that are not finite.
         """
         if part in self._cached:
             for start, block, scale in self._cached[part]:
@@ -115,15 +118,50 @@ class GpuIndexer(Indexer):
                     on_rows(len(block))
             return
         keep, cached = self._fits(self._n_rows(part), reserved), []
-        for start, rows in self.blocks(part, on_rows):
-            self._longest_row(start, rows)  # refuses an embedding that is not finite
-            scale = max(float(rows.max()), -float(rows.min()), 1e-30)
-            block = torch.from_numpy(rows).to(self._device).div(scale).half()
+        lengths = torch.zeros((), device=self._device)
+        for start, block in self._uploaded(part, on_rows):
+            lengths += torch.linalg.vector_norm(block, dim=1, dtype=torch.float32).sum()
+            scale = torch.ones_like(lengths)
+            if block.dtype == torch.float32:
+                scale = torch.linalg.vector_norm(block, torch.inf).clamp(min=1e-30)
+                block = block.div(scale).half()
+            elif keep:
+                block = block.clone()
             if keep:
                 cached.append((start, block, scale))
             yield start, block, scale
+        if not lengths.isfinite():  # asked once, as the answer has to wait for the device
+            for start, rows in self.blocks(part):
+                self._longest_row(start, rows)  # names the passage
         if keep:
             self._cached[part] = cached
+
+    def _uploaded(
+        self, part: Part, on_rows: Callable[[int], None] | None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """The blocks on the device, in float16 if all shards are, else in float32. While it works
+        on one, the next is read into pinned memory and copied on a stream of its own."""
+        is_half = all(shard.embeddings.dtype == np.float16 for shard in self.shards)
+        shape = 2, min(self._block_rows, len(self)), self.dimension
+        kind, pin = torch.float16 if is_half else torch.float32, self._device.type == "cuda"
+        buffers = torch.empty(shape, dtype=kind, pin_memory=pin)
+        slots = torch.empty(shape, dtype=kind, device=self._device)
+        pairs = itertools.cycle(zip(buffers, slots, strict=True))
+        backend = torch.get_device_module(self._device)
+        compute, copies = backend.current_stream(), backend.Stream()
+        copies.wait_stream(compute)  # which may still use the memory of the slots
+        before = None
+        for start, rows in self.blocks(part, on_rows, buffers.numpy()):
+            source, slot = (buffer[: len(rows)] for buffer in next(pairs))
+            with backend.stream(copies):
+                slot.copy_(source, non_blocking=True)
+            compute.wait_stream(copies)
+            yield start, slot
+            after = backend.Event()
+            after.record()
+            if before:
+                before.synchronize()  # the next block overwrites the one before this
+            before = after
 
     def _fits(self, n_rows: int, reserved: int) -> bool:
         """Whether these rows can stay on the device, with room for everything else."""
