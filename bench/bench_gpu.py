@@ -65,12 +65,12 @@ def seconds(task: Callable[[], object], times: int) -> float:
 def measured(rate: float, unit: str, flops: float, precision: str, memory: Row) -> Row:
     """A row.
 
-    Args: flops: in a second; memory: the plan's, of which PyTorch does not count Python's.
+    Args: flops: in a second; memory: the plan's.
     """
     device = plan.find_device("this")
     row = {"rate": rate, "unit": unit, "of peak": flops / device.flops[precision == "fp32"]}
     if memory:
-        row["planned GB"] = (sum(memory.values()) - footprint.RUNTIME[device.kind]) / 1e9
+        row["planned GB"] = sum(memory.values()) / 1e9
     if device.kind == "cuda":
         row["GB"] = torch.cuda.max_memory_allocated() / 1e9
     return row
@@ -146,8 +146,7 @@ def embed(config: dict[str, int], n_passages: int) -> Row:
         took = time.perf_counter() - start
         shape = footprint.retriever_shape(argparse.Namespace(model_path=bert))
     flops = sum(footprint.retriever_flops(shape, 1, length) for length in lengths.tolist())
-    device = plan.find_device("this")
-    memory = footprint.embedding_memory(shape, batch * 200, device, precision)
+    memory = footprint.embedding_memory(shape, batch * 200, precision)
     return measured(n_passages / took, "passages/s", flops / took, precision, memory)
 
 

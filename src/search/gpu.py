@@ -18,6 +18,7 @@ from src.search.exact import (
     Proposals,
     check_request,
     inner_products,
+    merge,
     stable_search,
 )
 from src.search.shards import Shard
@@ -75,8 +76,8 @@ class GpuIndexer(Indexer):
     @torch.no_grad()
     def _propose(
         self, queries: np.ndarray, width: int, part: Part, on_rows: Callable[[int], None] | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The highest scores in half precision and their positions, [q, width] each, best first."""
+    ) -> Found:
+        """The highest scores in half precision and their positions, best first."""
         device = self._device
         guesses = torch.full((len(queries), width), -torch.inf, device=device)
         positions = torch.full((len(queries), width), -1, device=device)
@@ -93,9 +94,7 @@ class GpuIndexer(Indexer):
                 sources = torch.cat([positions[group], rows + start], dim=1)
                 guesses[group], order = both.topk(width, sorted=False)
                 positions[group] = sources.gather(1, order)
-        arrays = guesses.cpu().numpy(), positions.cpu().numpy()
-        order = np.lexsort((arrays[1], -arrays[0]), axis=-1)
-        return tuple(np.take_along_axis(array, order, axis=1) for array in arrays)
+        return merge([Found(guesses.cpu().numpy(), positions.cpu().numpy())], width)
 
     def _score(self, queries: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """The inner products [q, w] of queries [q, d] with the rows at positions [q, w]."""
@@ -106,62 +105,56 @@ class GpuIndexer(Indexer):
     def _half_blocks(
         self, part: Part, on_rows: Callable[[int], None] | None, reserved: int
     ) -> Iterator[Block]:
-        """The blocks as in `Indexer.blocks`, on the device in half precision, divided by a scale.
+        """The blocks as in `Indexer.blocks`, on the device in half precision.
 
         Args: reserved: bytes of device memory needed for other things.
+        """
+        cached, kept = self._cached.get(part), []
+        keep = not cached and self._fits(self._n_rows(part), reserved)
+        for start, block, scale in cached or self._uploaded(part):
+            if keep:
+                block = block.clone()
+                kept.append((start, block, scale))
+            yield start, block, scale
+            if on_rows:
+                on_rows(len(block))
+        if keep:
+            self._cached[part] = kept
+
+    def _uploaded(self, part: Part) -> Iterator[Block]:
+        """The blocks as stored, if in float16, or divided by a scale. While the device works on
+        one, the next is read into pinned memory, and copied on a stream of its own.
+
         Errors: `InputError`, after the last block, for embeddings that are not finite.
         """
-        if part in self._cached:
-            for start, block, scale in self._cached[part]:
-                yield start, block, scale
-                if on_rows:
-                    on_rows(len(block))
-            return
-        keep, cached = self._fits(self._n_rows(part), reserved), []
-        lengths = torch.zeros((), device=self._device)
-        for start, block in self._uploaded(part, on_rows):
+        is_half = all(shard.embeddings.dtype == np.float16 for shard in self.shards)
+        kind, device = torch.float16 if is_half else torch.float32, self._device
+        shape = 2, min(self._block_rows, len(self)), self.dimension
+        buffers = torch.empty(shape, dtype=kind, pin_memory=device.type == "cuda")
+        slots = torch.empty(shape, dtype=kind, device=device)
+        pairs = itertools.cycle(zip(buffers, slots, strict=True))
+        backend = torch.get_device_module(device)
+        compute, copies, before = backend.current_stream(), backend.Stream(), None
+        copies.wait_stream(compute)  # which may still use the memory of the slots
+        lengths, scale = torch.zeros((), device=device), torch.ones((), device=device)
+        for start, rows in self.blocks(part, None, buffers.numpy()):
+            source, block = (buffer[: len(rows)] for buffer in next(pairs))
+            with backend.stream(copies):
+                block.copy_(source, non_blocking=True)
+            compute.wait_stream(copies)
             lengths += torch.linalg.vector_norm(block, dim=1, dtype=torch.float32).sum()
-            scale = torch.ones_like(lengths)
-            if block.dtype == torch.float32:
+            if not is_half:
                 scale = torch.linalg.vector_norm(block, torch.inf).clamp(min=1e-30)
                 block = block.div(scale).half()
-            elif keep:
-                block = block.clone()
-            if keep:
-                cached.append((start, block, scale))
             yield start, block, scale
-        if not lengths.isfinite():  # asked once, as the answer has to wait for the device
-            for start, rows in self.blocks(part):
-                self._longest_row(start, rows)  # names the passage
-        if keep:
-            self._cached[part] = cached
-
-    def _uploaded(
-        self, part: Part, on_rows: Callable[[int], None] | None
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """The blocks on the device, in float16 if all shards are, else in float32. While it works
-        on one, the next is read into pinned memory and copied on a stream of its own."""
-        is_half = all(shard.embeddings.dtype == np.float16 for shard in self.shards)
-        shape = 2, min(self._block_rows, len(self)), self.dimension
-        kind, pin = torch.float16 if is_half else torch.float32, self._device.type == "cuda"
-        buffers = torch.empty(shape, dtype=kind, pin_memory=pin)
-        slots = torch.empty(shape, dtype=kind, device=self._device)
-        pairs = itertools.cycle(zip(buffers, slots, strict=True))
-        backend = torch.get_device_module(self._device)
-        compute, copies = backend.current_stream(), backend.Stream()
-        copies.wait_stream(compute)  # which may still use the memory of the slots
-        before = None
-        for start, rows in self.blocks(part, on_rows, buffers.numpy()):
-            source, slot = (buffer[: len(rows)] for buffer in next(pairs))
-            with backend.stream(copies):
-                slot.copy_(source, non_blocking=True)
-            compute.wait_stream(copies)
-            yield start, slot
             after = backend.Event()
             after.record()
             if before:
                 before.synchronize()  # the next block overwrites the one before this
             before = after
+        if not lengths.isfinite():  # asked once, as the answer has to wait for the device
+            for start, rows in self.blocks(part):
+                self._longest_row(start, rows)  # names the passage
 
     def _fits(self, n_rows: int, reserved: int) -> bool:
         """Whether these rows can stay on the device, with room for everything else."""

@@ -241,7 +241,7 @@ def training_memory(s: Shape, options: Options, device: Device, precision: str) 
     found = {"weights": own, "gradients": own, "optimizer": 2 * own, "activations": highest - own}
     if shards > 1:  # a block at work, the next one on its way, and a gradient
         found["gathered weights"] = 3 * s.block * f.element
-    return found | {"Python, PyTorch": RUNTIME[device.kind]}
+    return found
 
 
 def answering_memory(s: Shape, options: Options, device: Device, precision: str) -> Memory:
@@ -251,12 +251,11 @@ def answering_memory(s: Shape, options: Options, device: Device, precision: str)
     on_cpu = s.D * ((3 * s.A + (1 + s.gated) * s.F) * s.decoder_layers + s.V) * 4
     work = P * (4 * s.D * 4 + (4 * s.A + (1 + s.gated) * s.F) * e)
     weights = 4 * s.parameters / (device.n if options.shard else 1)
-    found = {"weights": weights, "decoding": on_cpu if device.kind == "cpu" else s.decoder * e}
-    return found | {"activations": work, "Python, PyTorch": RUNTIME[device.kind]}
+    decoding = on_cpu if device.kind == "cpu" else s.decoder * e
+    return {"weights": weights, "decoding": decoding, "activations": work}
 
 
-def embedding_memory(s: Shape, tokens: float, device: Device, precision: str) -> Memory:
+def embedding_memory(s: Shape, tokens: float, precision: str) -> Memory:
     """The retriever, and one of its blocks at work on a batch of so many tokens."""
     e = 4 if precision == "fp32" else 2
-    found = {"weights": e * s.parameters, "activations": tokens * (4 * s.D + 2 * s.F) * e}
-    return found | {"Python, PyTorch": RUNTIME[device.kind]}
+    return {"weights": e * s.parameters, "activations": tokens * (4 * s.D + 2 * s.F) * e}

@@ -84,7 +84,7 @@ def _this_device() -> Device:
 
 
 # ----------------------------------------------------------------------------------------------
-# Plans
+# Plans: a planner returns a plan's fields, with operations instead of seconds
 
 
 def _precision(options: Options, device: Device) -> str:
@@ -96,19 +96,18 @@ def _precision(options: Options, device: Device) -> str:
     return auto if options.precision == "auto" else options.precision
 
 
-def _seconds(device: Device, flops: float, precision: str) -> float:
-    """How long all devices take over this work together."""
-    return flops / (device.n * SHARE[device.kind] * device.flops[precision == "fp32"])
-
-
 def plan(options: Options, device: Device) -> Plan:
     """The plan of the command with these options."""
     planners = {"train_data": _training, "num_shards": _embedding, "n_docs": _search}
-    found = next((p for name, p in planners.items() if hasattr(options, name)), _answering)
-    return found(options, device, _precision(options, device))
+    planner = next((p for name, p in planners.items() if hasattr(options, name)), _answering)
+    precision = _precision(options, device)
+    title, memory, flops, work, disk = planner(options, device, precision)
+    memory["Python, PyTorch"] = RUNTIME[device.kind]
+    all_devices = device.n * SHARE[device.kind] * device.flops[precision == "fp32"]
+    return Plan(title, memory, flops / all_devices, work, disk)
 
 
-def _training(options: Options, device: Device, precision: str) -> Plan:
+def _training(options: Options, device: Device, precision: str) -> tuple:
     N, kind = options.n_context, "reader" if is_reader(options) else "retriever"
     s = getattr(footprint, f"{kind}_shape")(options)
     questions = options.total_steps * options.accumulation_steps * device.n
@@ -127,10 +126,10 @@ def _training(options: Options, device: Device, precision: str) -> Plan:
     work = f"{each / 1e12:.3g} TFLOP for each of {count(questions, 'question')}; plus evaluations"
     title = f"train a {kind} of {s.parameters / 1e6:.1f}M parameters in {precision}"
     memory = footprint.training_memory(s, options, device, precision)
-    return Plan(title, memory, _seconds(device, each * questions, precision), work, disk)
+    return title, memory, each * questions, work, disk
 
 
-def _answering(options: Options, device: Device, precision: str) -> Plan:
+def _answering(options: Options, device: Device, precision: str) -> tuple:
     s, N, W = footprint.reader_shape(options), options.n_context, FILL * options.text_maxlength
     each = footprint.encoder_flops(s, N, W) + footprint.decoding_flops(s, 1, N * W, ANSWER // 2)
     n, questions = _estimate(options.eval_data, b'"question"', NQ_TEST, "question")
@@ -141,21 +140,21 @@ def _answering(options: Options, device: Device, precision: str) -> Plan:
         {"for passages with scores": n * N * 650.0} if options.write_crossattention_scores else {}
     )
     disk |= {"for answers": n * 30.0}
-    return Plan(title, memory, _seconds(device, each * n, precision), work, disk)
+    return title, memory, each * n, work, disk
 
 
-def _embedding(options: Options, device: Device, precision: str) -> Plan:
+def _embedding(options: Options, device: Device, precision: str) -> tuple:
     s, W = footprint.retriever_shape(options), options.passage_maxlength or 200
     n, passages = _estimate(options.passages, b"\n", WIKIPEDIA, "passage")
     each, n = footprint.retriever_flops(s, 1, FILL * W), n // options.num_shards
     work = f"{each / 1e9:.3g} GFLOP for each of {n:,} of {passages}"
     title = f"embed with a retriever of {s.parameters / 1e6:.1f}M parameters in {precision}"
-    memory = footprint.embedding_memory(s, options.per_gpu_batch_size * W, device, precision)
+    memory = footprint.embedding_memory(s, options.per_gpu_batch_size * W, precision)
     disk = {"for embeddings": n * (s.embedding * (4 if precision == "fp32" else 2) + 8)}
-    return Plan(title, memory, _seconds(device, each * n, precision), work, disk)
+    return title, memory, each * n, work, disk
 
 
-def _search(options: Options, device: Device, precision: str) -> Plan:
+def _search(options: Options, device: Device, precision: str) -> tuple:
     from src.search.faiss_index import expected_memory
 
     search = options_of.select(options_of.SearchOptions, options)
@@ -163,13 +162,13 @@ def _search(options: Options, device: Device, precision: str) -> Plan:
     rows, passages = _estimate(options.passages, b"\n", WIKIPEDIA, "passage")
     disk = {"for passages found": questions * options.n_docs * 700.0}
     if options.bm25:  # as bench/RESULTS.md has it
-        index = {"index": 1730.0 * rows, "Python, PyTorch": RUNTIME["cpu"]}
-        return Plan("search with BM25", index, 1, f"building the index of {passages}", disk)
+        memory = {"index": 1730.0 * rows}
+        return "search with BM25", memory, 0, f"building the index of {passages}", disk
     s, block = footprint.retriever_shape(options), options.indexing_batch_size
-    memory = footprint.embedding_memory(s, options.per_gpu_batch_size * 40, device, precision)
+    memory = footprint.embedding_memory(s, options.per_gpu_batch_size * 40, precision)
     if device.kind == "cuda" and not search.factory:  # as src/search/gpu.py reserves it
         memory["blocks"] = 16.0 * 2**27 + 2 * s.embedding * 8 * min(rows, block)
-        if sum(memory.values()) + 2 * s.embedding * rows < 0.9 * device.memory:
+        if sum(memory.values()) + 2 * s.embedding * rows < 0.9 * (device.memory - RUNTIME["cuda"]):
             memory["embeddings"] = 2 * s.embedding * rows
     else:
         needed = expected_memory(rows, s.embedding, block, search.factory)
@@ -180,8 +179,7 @@ def _search(options: Options, device: Device, precision: str) -> Plan:
     memory["results"] = 24 * rows + questions * (3 * 12 * options.n_docs + 8 * s.embedding)
     flops = 2 * questions * (rows * s.embedding + s.parameters * 20)
     work = f"{how} in {passages}, embeddings of size {s.embedding}"
-    title = f"{search.factory or 'exact'} search"
-    return Plan(title, memory, _seconds(device, flops, precision), work, disk)
+    return f"{search.factory or 'exact'} search", memory, flops, work, disk
 
 
 def _estimate(path: str, mark: bytes, otherwise: int, unit: str) -> tuple[int, str]:
