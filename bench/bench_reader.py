@@ -10,7 +10,9 @@ its own, less that of one that only imports.
 
 import argparse
 import json
+import math
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import interleaved, matrix_peak, nothing, peak_memory, table
 from src.models.losses import reader_loss
-from src.models.reader import FiDT5
+from src.models.reader import FiDT5, load_reader
 from src.models.targets import attribution, questions
 from src.options import GenerationOptions
 from src.tools.footprint import T5, Shape, decoder_flops, encoder_flops, reader_shape
@@ -107,6 +109,16 @@ def train_twice(shape: str, way: str, batch: int, passages: int) -> None:
         training_step(reader, optimizer, make_batch(batch, passages))
 
 
+def answer_once(folder: str, way: str, batch: int, passages: int) -> None:
+    if way == "plain":
+        t5 = T5ForConditionalGeneration.from_pretrained(folder, attn_implementation="eager")
+        reader = PlainFiD(t5).eval()
+    else:
+        reader = load_reader(folder).eval()
+    tokens = make_batch(batch, passages)
+    reader.generate(tokens["input_ids"], tokens["attention_mask"], 20)
+
+
 def useful_flops(shape: Shape, batch: dict) -> float:
     """Floating-point operations of a forward pass on real tokens alone."""
     lengths = batch["attention_mask"].sum(dim=2)
@@ -152,6 +164,12 @@ def main() -> None:
     table(rows)
 
     plain, ours = made["plain"][0].eval(), made["ours"][0].eval()
+    with tempfile.TemporaryDirectory() as folder:
+        plain.t5.save_pretrained(folder)
+        peaks = {
+            way: peak_memory(answer_once, folder, way, options.batch, options.passages) - empty
+            for way in ("plain", "ours")
+        }
     # A head of their own: fresh weights with a tied one repeat the token that they begin with.
     plain.t5.lm_head.weight = torch.nn.Parameter(0.05 * torch.randn_like(plain.t5.shared.weight))
     ours.t5.lm_head.weight = plain.t5.lm_head.weight
@@ -184,7 +202,8 @@ def main() -> None:
     table(
         [
             {"generation": way, "s": value, "speed": seconds["plain"] / value,
-             "of ours": value / seconds["ours"]}
+             "of ours": value / seconds["ours"], "peak MB": peaks.get(way, math.nan),
+             "memory": peaks.get(way, math.nan) / peaks["plain"]}
             for way, value in seconds.items()
         ]
     )  # fmt: skip

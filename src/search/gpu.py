@@ -53,12 +53,9 @@ class GpuIndexer(Indexer):
 
         def propose(numbers: np.ndarray, width: int) -> Iterator[Proposals]:
             some = queries[numbers]
-            guesses, rows = self._propose(some, width, part, progress.pop() if progress else None)
-            at_once = max(1, self._block_rows // width)
-            for first in range(0, len(some), at_once):
-                group = slice(first, first + at_once)
-                scores = self._score(some[group], rows[group])
-                yield from map(Proposals, guesses[group], scores, rows[group])
+            found = self._propose(some, width, part, progress.pop() if progress else None)
+            for query, guesses, rows in zip(some, *found, strict=True):
+                yield Proposals(guesses, self._score(query, rows), rows)
 
         try:
             return stable_search(propose, len(queries), k, self._n_rows(part), nested=True)
@@ -96,11 +93,10 @@ class GpuIndexer(Indexer):
                 positions[group] = sources.gather(1, order)
         return merge([Found(guesses.cpu().numpy(), positions.cpu().numpy())], width)
 
-    def _score(self, queries: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """The inner products [q, w] of queries [q, d] with the rows at positions [q, w]."""
+    def _score(self, query: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """The inner products [w] of a query with the rows at positions [w]."""
         rows, numbers = np.unique(positions, return_inverse=True)
-        pairs = np.repeat(np.arange(len(queries)), positions.shape[1]), numbers.reshape(-1)
-        return inner_products(queries, pairs[0], self.take(rows), pairs[1]).reshape(positions.shape)
+        return inner_products(query[None], np.zeros_like(numbers), self.take(rows), numbers)
 
     def _half_blocks(
         self, part: Part, on_rows: Callable[[int], None] | None, reserved: int

@@ -37,13 +37,10 @@ class Plan(NamedTuple):
 
     title: str
     memory: Memory
+    total: float
     seconds: float
     work: str
     disk: dict[str, float]
-
-    @property
-    def total(self) -> float:
-        return sum(self.memory.values())
 
 
 def find_device(text: str) -> Device:
@@ -104,7 +101,7 @@ def plan(options: Options, device: Device) -> Plan:
     title, memory, flops, work, disk = planner(options, device, precision)
     memory["Python, PyTorch"] = RUNTIME[device.kind]
     all_devices = device.n * SHARE[device.kind] * device.flops[precision == "fp32"]
-    return Plan(title, memory, flops / all_devices, work, disk)
+    return Plan(title, memory, sum(memory.values()), flops / all_devices, work, disk)
 
 
 def _training(options: Options, device: Device, precision: str) -> tuple:
