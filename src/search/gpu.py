@@ -101,10 +101,8 @@ class GpuIndexer(Indexer):
     def _half_blocks(
         self, part: Part, on_rows: Callable[[int], None] | None, reserved: int
     ) -> Iterator[Block]:
-        """The blocks as in `Indexer.blocks`, on the device in half precision.
-
-        Args: reserved: bytes of device memory needed for other things.
-        """
+        """The blocks as in `Indexer.blocks`, on the device in half precision. Other things need
+        `reserved` bytes of its memory."""
         cached, kept = self._cached.get(part), []
         keep = not cached and self._fits(self._n_rows(part), reserved)
         for start, block, scale in cached or self._uploaded(part):

@@ -48,10 +48,6 @@ def parse_args(parser: argparse.ArgumentParser, words: list[str] | None = None) 
     sys.exit(0)
 
 
-def is_reader(options: Options) -> bool:
-    return hasattr(options, "model_size")
-
-
 # ----------------------------------------------------------------------------------------------
 # Shapes
 
@@ -117,8 +113,7 @@ def retriever_shape(options: Options) -> Shape:
     from src.models.retriever import Retriever
 
     path = _path(options, "model_path", "model_config", "retriever_model") or "bert-base-uncased"
-    is_bert = path == "bert-base-uncased"
-    c = BertConfig() if is_bert else load_config(path, *encoders.KINDS, "dpr")
+    c = BertConfig() if path == "bert-base-uncased" else load_config(path, *encoders.KINDS, "dpr")
     if hasattr(c, "indexing_dimension"):
         values = encoders.settings_of(c, path)
     else:
@@ -226,7 +221,7 @@ def training_memory(s: Shape, options: Options, device: Device, precision: str) 
     f = Format.of(device, precision, options.dropout)
     shards = device.n if options.shard else 1
     own = 4 * s.parameters / shards
-    if is_reader(options):
+    if hasattr(options, "model_size"):  # a reader
         encoder, everything = reader_activations(s, f, options)
         late = 4 * (s.decoder + s.V * s.D) / shards  # gradients made before the encoder's
     else:

@@ -17,7 +17,7 @@ from src.runtime.errors import InputError, reports_input_errors
 from src.runtime.launch import detect_launch
 from src.runtime.terminal import count, duration, size
 from src.tools import footprint
-from src.tools.footprint import ANSWER, RUNTIME, Device, Memory, Options, is_reader
+from src.tools.footprint import ANSWER, RUNTIME, Device, Memory, Options
 
 DEVICES = {  # GB; TFLOP/s of dense products in bf16 (V100: fp16) and fp32 (NVIDIA's data sheets)
     "A100-40GB": (40, 312, 19.5),
@@ -68,8 +68,8 @@ def _this_device() -> Device:
 
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
-        alike = [v for name, v in DEVICES.items() if name.split("-")[0] in found.name]
-        _, half, full = alike[0] if alike else DEVICES["A100-40GB"]
+        alike = (v for name, v in DEVICES.items() if name.split("-")[0] in found.name)
+        _, half, full = next(alike, DEVICES["A100-40GB"])
         return Device(found.name, found.total_memory, (half * 1e12, full * 1e12))
     matrix = torch.randn(1024, 1024)
     for _ in range(2):  # the second time counts
@@ -105,11 +105,11 @@ def plan(options: Options, device: Device) -> Plan:
 
 
 def _training(options: Options, device: Device, precision: str) -> tuple:
-    N, kind = options.n_context, "reader" if is_reader(options) else "retriever"
+    N, kind = options.n_context, "reader" if hasattr(options, "model_size") else "retriever"
     s = getattr(footprint, f"{kind}_shape")(options)
     questions = options.total_steps * options.accumulation_steps * device.n
     questions *= options.per_gpu_batch_size
-    if is_reader(options):
+    if kind == "reader":
         W, T = FILL * options.text_maxlength, max(options.answer_maxlength, ANSWER // 2)
         each = footprint.encoder_flops(s, N, W) + footprint.decoder_flops(s, 1, N * W, T)
     else:
@@ -133,10 +133,9 @@ def _answering(options: Options, device: Device, precision: str) -> tuple:
     work = f"{each / 1e12:.3g} TFLOP for each of {questions}; plus waiting between tokens"
     title = f"answer with a reader of {s.parameters / 1e6:.1f}M parameters in {precision}"
     memory = footprint.answering_memory(s, options, device, precision)
-    disk = (
-        {"for passages with scores": n * N * 650.0} if options.write_crossattention_scores else {}
-    )
-    disk |= {"for answers": n * 30.0}
+    disk = {"for answers": n * 30.0}
+    if options.write_crossattention_scores:
+        disk["for passages with scores"] = n * N * 650.0
     return title, memory, each * n, work, disk
 
 
