@@ -125,7 +125,7 @@ def embed(config: dict[str, int], n_passages: int) -> Row:
     """Passages of a file, tokenized on the way, as in generate_passage_embeddings.py."""
     device, batch, draw = pick_device(0), 512, np.random.default_rng(0)
     precision = "fp16" if device.type == "cuda" else "fp32"
-    words = [f"w{number}" for number in range(1000, 9000)]
+    words = np.array([f"w{number}" for number in range(1000, 9000)])
     lengths = draw.integers(128, 188, n_passages)
     with tempfile.TemporaryDirectory() as name:
         vocabulary, bert, file = (f"{name}/{n}" for n in ("vocab.txt", "bert.json", "passages.tsv"))
@@ -176,16 +176,19 @@ def parts(is_tiny: bool) -> dict[str, Callable[[], Row]]:
     rows, n_passages, questions = (3000, 50, 20) if is_tiny else (2_000_000, 40_000, 1000)
     ways = [("training", way) for way in WAYS]
     ways += [("generation", way) for way in ("plain bf16", "ours", "plain fp32")]
-    found = {
-        f"{task} {size}, {way}": partial(read, task, size, way, *reading)
-        for size in (["tiny"] if is_tiny else ["base", "large"])
-        for task, way in ways
-    }
+
+    def readers(size: str) -> dict[str, Callable[[], Row]]:
+        names = {f"{task} {size}, {way}": (task, size, way) for task, way in ways}
+        return {name: partial(read, *values, *reading) for name, values in names.items()}
+
+    found = readers("tiny" if is_tiny else "base")
     found[f"embedding {n_passages:,}"] = partial(embed, bert if is_tiny else {}, n_passages)
     dimension = 32 if is_tiny else 768
     for number, name in enumerate(("from disk", "kept")):
         name = f"search {rows:,} x {dimension}, {questions:,} questions, {name}"
         found[name] = partial(search, rows, dimension, questions, number)
+    if not is_tiny:
+        found |= readers("large")  # last, as time may run out
     return found
 
 
@@ -229,9 +232,9 @@ def main() -> None:
     print(*facts.values(), sep=", PyTorch ")
     rows: list[Row] = []
     for name, task in parts(is_tiny).items():
-        print(name, file=sys.stderr, flush=True)
         row = in_a_process(task, min(end - time.monotonic(), SECONDS / 4))
         rows.append({"measured": name} | COLUMNS | row)
+        print(name, row, file=sys.stderr, flush=True)
     rates = {row["measured"]: row["rate"] for row in rows}
     for row in rows:
         times = row["rate"] / rates.get(f"{row['measured'].split(',')[0]}, plain bf16", math.nan)
