@@ -54,8 +54,10 @@ class GpuIndexer(Indexer):
         def propose(numbers: np.ndarray, width: int) -> Iterator[Proposals]:
             some = queries[numbers]
             found = self._propose(some, width, part, progress.pop() if progress else None)
-            for query, guesses, rows in zip(some, *found, strict=True):
-                yield Proposals(guesses, self._score(query, rows), rows)
+            for query, guesses, positions in zip(some, *found, strict=True):
+                rows, numbers = np.unique(positions, return_inverse=True)
+                pairs = np.zeros_like(numbers), self.take(rows), numbers
+                yield Proposals(guesses, inner_products(query[None], *pairs), positions)
 
         try:
             return stable_search(propose, len(queries), k, self._n_rows(part), nested=True)
@@ -93,11 +95,6 @@ class GpuIndexer(Indexer):
                 positions[group] = sources.gather(1, order)
         return merge([Found(guesses.cpu().numpy(), positions.cpu().numpy())], width)
 
-    def _score(self, query: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """The inner products [w] of a query with the rows at positions [w]."""
-        rows, numbers = np.unique(positions, return_inverse=True)
-        return inner_products(query[None], np.zeros_like(numbers), self.take(rows), numbers)
-
     def _half_blocks(
         self, part: Part, on_rows: Callable[[int], None] | None, reserved: int
     ) -> Iterator[Block]:
@@ -128,7 +125,7 @@ class GpuIndexer(Indexer):
         slots = torch.empty(shape, dtype=kind, device=device)
         pairs = itertools.cycle(zip(buffers, slots, strict=True))
         backend = torch.get_device_module(device)
-        compute, copies, before = backend.current_stream(), backend.Stream(), None
+        compute, copies, before = backend.current_stream(), backend.Stream(), backend.Event()
         copies.wait_stream(compute)  # which may still use the memory of the slots
         lengths, scale = torch.zeros((), device=device), torch.ones((), device=device)
         for start, rows in self.blocks(part, None, buffers.numpy()):
@@ -143,8 +140,7 @@ class GpuIndexer(Indexer):
             yield start, block, scale
             after = backend.Event()
             after.record()
-            if before:
-                before.synchronize()  # the next block overwrites the one before this
+            before.synchronize()  # the next block overwrites the one before this
             before = after
         if not lengths.isfinite():  # asked once, as the answer has to wait for the device
             for start, rows in self.blocks(part):

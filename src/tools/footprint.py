@@ -177,9 +177,9 @@ class Format(NamedTuple):
 
     @classmethod
     def of(cls, device: Device, precision: str, dropout: float) -> "Format":
-        on_cpu = device.kind == "cpu"
         mask = 1 if dropout else 0
-        return cls(4 if precision == "fp32" else 2, mask, (4 + 5 * mask) if on_cpu else 0)
+        score = 4 + 5 * mask if device.kind == "cpu" else 0
+        return cls(4 if precision == "fp32" else 2, mask, score)
 
 
 def layer_bytes(s: Shape, f: Format, W: float, is_t5: bool) -> float:
@@ -207,10 +207,8 @@ def reader_activations(s: Shape, f: Format, options: Options) -> tuple[float, fl
     if options.use_checkpoint:  # the inputs of blocks, and all of one block at a time
         encoder += s.layers * states + max(block, 3 * states)
         return encoder, encoder + across + logits - min(block, across)
-    return (
-        encoder + s.layers * block,
-        encoder + s.layers * block + s.decoder_layers * across + logits,
-    )
+    encoder += s.layers * block
+    return encoder, encoder + s.decoder_layers * across + logits
 
 
 def training_memory(s: Shape, options: Options, device: Device, precision: str) -> Memory:
