@@ -81,8 +81,8 @@ def main(arguments: list[str] | None = None) -> None:
             made_by = {**search.made_by, "options": vars(options)}
             results = path, data, passages, found.positions, found.scores
             workers = options.validation_workers
-            flags = retrieved.write_retrieved(*results, workers, made_by, as_trec, bar.update)
-        recalls = retrieved.write_recall(path, flags, options.n_docs)
+            firsts = retrieved.write_retrieved(*results, workers, made_by, as_trec, bar.update)
+        recalls = retrieved.write_recall(path, firsts, options.n_docs)
         shown = ", ".join(f"{name} {100 * value:.2f} %" for name, value in recalls.items())
         say(log, "answers", "%s", shown or "the data has none to look for")
         n_empty = int((found.positions < 0).all(axis=1).sum())

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     on_interrupt(lambda: "resumes after the last finished batch")
     sharding.shard(reader, device, precision, options.shard)
     generation, targets = select(GenerationOptions, options), select(TargetOptions, options)
-    rest = generation, with_scores, file, targets, results.right_answer(data)
+    rest = generation, with_scores, file, targets, lambda n: results.right_answer(data, n)
     new = answer_questions(reader, tokenizer, loader, device, precision, *rest)
     tally, done = Tally(data, generation.contexts), 0
     with answer_file, metrics.progress_bar(len(batches), "batch", initial=n_finished) as bar:

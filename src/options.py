@@ -405,7 +405,7 @@ def _search(add: Add, new: Add) -> None:
     add("--passages_embeddings", "GLOB", "none", 'the embeddings, such as "folder/wiki_*"')
     new("--allow_mismatch", bool, False, "accept embeddings of another model, collection or run")
     add("--save_or_load_index", bool, False, "keep a compressed or BM25 index next to its source")
-    add("--indexing_batch_size", COUNT, 50000, "embeddings in memory at a time")
+    add("--indexing_batch_size", COUNT, 50000, "embeddings that a process or a GPU takes at a time")
     new("--index_factory TEXT", _factory, "", "FAISS factory string of a compressed index")
     add("--no_fp16", bool, False, "embed questions in fp32 on a GPU too")
 

@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import CodeType
 
@@ -94,6 +94,26 @@ def signals_as_they_were() -> Iterator[None]:
 def reference() -> Path:
     """The folder with the reference's numbers (see its README.md)."""
     return REFERENCE
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Calls what must end with status 2; returns the one line that it says."""
+
+    def call(task: Callable[..., object], *arguments: object) -> str:
+        with pytest.raises(SystemExit) as ended:
+            task(*arguments)
+        assert ended.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return call
+
+
+@pytest.fixture
+def passages(reference: Path, tmp_path: Path) -> Path:
+    """A copy, because side files are kept beside a collection."""
+    return Path(shutil.copy(reference / "passages.tsv", tmp_path / "passages.tsv"))
 
 
 @pytest.fixture

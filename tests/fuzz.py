@@ -39,42 +39,10 @@ from src.training.checkpoint import read_meta, read_state
 from src.training.metrics import _keep_until
 
 _PIECES = [
-    b"[",
-    b"]",
-    b"{",
-    b"}",
-    b'"',
-    b"'",
-    b"\\",
-    b",",
-    b":",
-    b"\n",
-    b"\r",
-    b"\t",
-    b" ",
-    b"\x0c",
-]
-_PIECES += [
-    b"\0",
-    b"null",
-    b"NaN",
-    b"1e999",
-    b"\xef\xbb\xbf",
-    b"\xff",
-    b"\xe2\x82",
-    b"\\ud83d",
-    b"-1",
-]
-_PIECES += [
-    b"\xc3\xa9",
-    b"9" * 30,
-    b"   \n",
-    b"\n\n",
-    b'""',
-    b"[" * 50,
-    b"\xc2\x85",
-    b"\xe2\x80\xa8",
-]
+    b"[", b"]", b"{", b"}", b'"', b"'", b"\\", b",", b":", b"\n", b"\r", b"\t", b" ", b"\x0c",
+    b"\0", b"null", b"NaN", b"1e999", b"\xef\xbb\xbf", b"\xff", b"\xe2\x82", b"\\ud83d", b"-1",
+    b"\xc3\xa9", b"9" * 30, b"   \n", b"\n\n", b'""', b"[" * 50, b"\xc2\x85", b"\xe2\x80\xa8",
+]  # fmt: skip
 
 
 def mutate(rng: random.Random, data: bytes) -> bytes:
@@ -344,7 +312,6 @@ def fuzz(seed: int, seconds: float = 1e9, most: int = 10**9) -> Counter:
 
     Errors: AssertionError, with kind and seed, for a wrong result.
     """
-    logging.getLogger("fid").setLevel(logging.CRITICAL)
     signal.signal(signal.SIGALRM, _too_long)
     counts, end = Counter(), time.monotonic() + seconds
     for number in range(most):
@@ -368,6 +335,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    logging.getLogger("fid").setLevel(logging.CRITICAL)
     counts = fuzz(options.seed, options.seconds)
     print(f"{sum(counts.values()):,} damaged files, no wrong result:", dict(sorted(counts.items())))
 

@@ -28,11 +28,10 @@ import train_retriever
 from src.models.pretrained import load_tokenizer
 from src.models.reader import load_reader
 from src.models.retriever import load_retriever
-from src.tools import evaluate, preprocess
+from src.tools import evaluate
 from src.tools.report import page as report
 from tests.conftest import REFERENCE, ROOT, run
 from tests.test_get import Server
-from tests.test_preprocess import make_folder
 
 MAINS: dict[str, Callable] = {
     "train_reader": train_reader.main,
@@ -44,7 +43,6 @@ MAINS: dict[str, Callable] = {
     "bare retrieve": passage_retrieval.main,
     "evaluation": evaluate.main,
     "report": report.main,
-    "preprocess": preprocess.main,
 }
 _RUN = "--checkpoint_dir {out} --name run --num_workers 0"
 _RETRIEVER = "--model_path {retriever} --tokenizer {bert}"
@@ -62,7 +60,6 @@ GOOD = {
     "bare retrieve": _SEARCH,
     "evaluation": "",
     "report": "-o {out}/page.html",
-    "preprocess": "",
 }
 
 
@@ -78,20 +75,12 @@ class Hostile:
 
 
 FILES: dict[str, str | bytes] = {
-    "nested.jsonl": '{"question": ' + "[" * 100_000 + "]" * 100_000 + "}\n",
-    "surrogate.jsonl": '{"question": "Who is \\ud83d?", "answers": ["I"]}\n',
     "unanswered.json": json.dumps([{"question": "Who?"}]),
     "no_score.json": json.dumps([{"question": "Who?", "ctxs": [{"text": "It is I."}]}]),
     "dpr.json": json.dumps([{"question": "Who?", "answers": ["I"], "positive_ctxs": []}]),
-    "twice.tsv": "id\ttext\ttitle\n7\tThe Nile.\tNile\n8\tThe Po.\tPo\n7\tThe Rhine.\tRhine\n",
-    "surrogate_passages.jsonl": '{"id": "a", "text": "The \\ud83d Nile."}\n',
     "small_t5.json": '{"model_type": "t5", "vocab_size": 10}',
     "text_t5.json": '{"model_type": "t5", "d_model": "large"}',
     "odd_bert.json": '{"model_type": "bert", "vocab_size": 700, "hidden_size": 25}',
-    "bert.json": '{"model_type": "bert", "vocab_size": 700, "hidden_size": 48, '
-    '"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}',
-    "short_bert.json": '{"model_type": "bert", "vocab_size": 700, "max_position_embeddings": 32}',
-    "call.csv": "who is it\t[__import__('os').system('echo a stranger was here')]\n",
     "spaced_id.json": json.dumps([{"id": name, "question": "Who?"} for name in ("a", "a b")]),
     "twice_id.json": json.dumps([{"id": name, "question": "Who?"} for name in ("a", "a")]),
     "spaced_id.jsonl": '{"id": "a", "text": "The Nile."}\n{"id": "b c", "text": "The Po."}\n',
@@ -115,8 +104,6 @@ def copied(folder: Path, source: Path, config: dict | str | None = None, **files
 
 def make_models(at: Path) -> None:
     t5, retriever = REFERENCE / "t5", REFERENCE / "legacy_retriever_mask_mean"
-    weights = (t5 / "pytorch_model.bin").read_bytes()
-    copied(at / "t5_cut", t5, pytorch_model=weights[:300_000])
     copied(at / "t5_hostile", t5, pytorch_model=pickle.dumps(Hostile()))
     copied(at / "t5_wide", t5, {"d_model": 64})
     copied(at / "t5_broken_config", t5, "{")
@@ -138,8 +125,6 @@ def make_models(at: Path) -> None:
     fast.save_pretrained(at / "no_padding")  # its special tokens are not said
 
     copied(at / "retriever_text", retriever, {"indexing_dimension": "wide"})
-    bin_file = (retriever / "pytorch_model.bin").read_bytes()
-    copied(at / "retriever_cut", retriever, pytorch_model=bin_file[:-5000])
     copied(at / "retriever_safe_cut", retriever)
     (at / "retriever_safe_cut" / "pytorch_model.bin").unlink()
     model = load_retriever(str(retriever))
@@ -163,54 +148,16 @@ def make_embeddings(at: Path) -> None:
         options = f"--shard_id {number} --num_shards 3 --output_path {shards}/wiki"
         command = f"{GOOD['embed']} {options}"
         generate_passage_embeddings.main(arguments(command, at, at / "out"))
-    cut, one, twice = (at / f"shards_{name}" for name in ("cut", "one", "twice"))
-    for folder in (cut, one, twice):
-        shutil.copytree(shards, folder)
-    os.truncate(cut / "wiki_01", 3000)
-    (one / "wiki_01").unlink()
-    shutil.copy(twice / "wiki_01", twice / "wiki_again")
-    other = at / "shards_other"
-    shutil.copytree(shards, other)
-    (other / "wiki_02").unlink()
-    options = f"--shard_id 2 --num_shards 3 --output_path {other}/wiki --model_path"
-    options += " {other_retriever}"
-    generate_passage_embeddings.main(arguments(f"{GOOD['embed']} {options}", at, at / "out"))
-    replaced = at / "shards_replaced"  # an index of what stood there before
-    shutil.copytree(shards, replaced)
-    find = f"{GOOD['retrieve']} --passages_embeddings {replaced}/wiki_* --index_factory Flat"
-    passage_retrieval.main(arguments(f"{find} --save_or_load_index", at, at / "out"))
-    for number in range(3):
-        options = f"--shard_id {number} --num_shards 3 --output_path {replaced}/wiki --no_title"
-        generate_passage_embeddings.main(arguments(f"{GOOD['embed']} {options}", at, at / "out"))
     legacy = pickle.loads((REFERENCE / "legacy_embeddings" / "wiki_00").read_bytes())
     ids, vectors = list(map(str, legacy[0])), np.asarray(legacy[1])
     for name, content in {
         "half": (ids, vectors[:, :16]),
-        "mixed": (ids, vectors[:, :16]),
-        "uneven": (ids[:5], vectors),
         "unknown": ([f"x{identity}" for identity in ids], vectors),
         "hostile": (ids, vectors, Hostile()),
         "nan": (ids, np.full_like(vectors, np.nan)),
     }.items():
         (at / f"pickles_{name}").mkdir()
         (at / f"pickles_{name}" / "wiki_00").write_bytes(pickle.dumps(content))
-    shutil.copy(REFERENCE / "legacy_embeddings" / "wiki_01", at / "pickles_mixed")
-    (at / "pickles_cut").mkdir()
-    whole = (REFERENCE / "legacy_embeddings" / "wiki_00").read_bytes()
-    (at / "pickles_cut" / "wiki_00").write_bytes(whole[:4000])
-
-
-def make_downloads(at: Path) -> None:
-    """Folders as get-data.sh has them before it calls preprocessing, each with one thing wrong."""
-    make_folder(at / "data", 20, 6, 2)
-    for name in ("gone", "no_tsv", "index", "cut", "place"):
-        shutil.copytree(at / "data", at / f"data_{name}")
-    (at / "data_gone" / "download" / "nq_passages" / "dev.json").unlink()
-    (at / "data_no_tsv" / "psgs_w100.tsv").unlink()
-    (at / "data_index" / "download" / "dataindex" / "NQ.dev.idx.json").write_text("[0, 1")
-    triviaqa = at / "data_cut" / "download" / "triviaqa-unfiltered" / "unfiltered-web-dev.json"
-    os.truncate(triviaqa, 20_000)
-    (at / "data_place" / "TQA" / "dev.json").mkdir(parents=True)
 
 
 @pytest.fixture(scope="module")
@@ -221,20 +168,13 @@ def inputs(tmp_path_factory) -> Path:
     for name in ("t5", "bert", "data.json", "questions.json"):
         (at / name).symlink_to(REFERENCE / name)
     shutil.copy(REFERENCE / "passages.tsv", at)  # side files are kept beside a collection
-    lines = (REFERENCE / "passages.tsv").read_text().splitlines(keepends=True)
-    (at / "fewer.tsv").write_text("".join(lines[:50]))
     (at / "retriever").symlink_to(REFERENCE / "legacy_retriever_mask_mean")
-    (at / "other_retriever").symlink_to(REFERENCE / "legacy_retriever_cls")
     (at / "legacy_reader").symlink_to(REFERENCE / "legacy_reader" / "checkpoint" / "step-20")
     (at / "folder").mkdir()
     make_models(at)
     make_embeddings(at)
     make_runs(at)
     make_reported(at)
-    make_downloads(at)
-    shutil.copy(REFERENCE / "passages.tsv", at / "indexed.tsv")
-    (at / "indexed.tsv.bm25").mkdir()
-    (at / "indexed.tsv.bm25" / "notes.txt").write_text("")
     return at
 
 
@@ -256,14 +196,12 @@ def make_reported(at: Path) -> None:
         ("counted", "metrics.jsonl", '{"step": 1, "train/loss": 2.5}\n{"step": 2}\n'),
         ("miscounted", "metrics.jsonl", '{"step": 1}\n{"loss": 2.5}\n{"step": 3}\n'),
         ("misworded", "metrics.jsonl", '{"step": 1, "train/loss": "low"}\n'),
-        ("without_options", "metrics.jsonl", '{"step": 1}\n'),
         ("scored", "dataset_wscores.json", "[]"),
     ]:
         (at / name).mkdir()
         (at / name / file).write_text(content)
     options = json.dumps({"options": {"eval_data": "gone.json"}})
     (at / "answered_elsewhere" / "options.json").write_text(options)
-    (at / "without_options" / "options.json").write_text('{"lr": 1}')
 
 
 def arguments(line: str, inputs: Path, out: Path) -> list[str]:
@@ -292,10 +230,6 @@ _AGAIN = "; make .* again with generate_passage_embeddings.py"
 CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the message
     "train_reader": [
         ("--train_data no.json", rf"no\.json: {_CHECK_PATH}"),
-        ("--train_data {nested.jsonl}",
-         rf"nested\.jsonl, line 1: unreadable JSON \(maximum recursion.*{_MEND_JSON}"),
-        ("--train_data {surrogate.jsonl}",
-         r"surrogate\.jsonl, line 1: '\\ud83d' is an unpaired surrogate; remove it"),
         ("--eval_data {unanswered.json}",
          r"unanswered\.json: no example has answers .*give another file, or --eval_data none"),
         ("--train_data {dpr.json} --n_context 2",
@@ -305,11 +239,6 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
          rf"no-such-model: no model config{_OFFLINE}; give a model's folder or hub name"),
         ("--model_path none",
          rf"t5-base: no model config{_OFFLINE}; give a model's folder or hub name"),
-        ("--model_path {folder}",
-         r"folder: no config\.json in this folder; give the folder of a model"),
-        ("--model_path {retriever}",
-         "retriever: a bert model, but a t5 is needed here; give a T5 or a reader"),
-        ("--model_path {t5_cut}", rf"t5_cut: the model's weights cannot be read.*{_COPY}"),
         ("--model_path {t5_hostile}",
          rf"t5_hostile: .*refused: more than tensors in it.*{_COPY}"),
         ("--model_path {t5_list_weights}",
@@ -326,8 +255,6 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
          r"--model_config .*small_t5\.json .*leave out .*--legacy_position_table"),
         ("--model_path none --model_config {text_t5.json}",
          r"text_t5\.json: no model config .*'d_model'.*; give a model's"),
-        ("--model_path none --model_config {bert.json}",
-         r"bert\.json: a bert model, but a t5 is needed here; give a T5 or a reader"),
         ("--model_path {t5_cut_tokenizer}",
          "t5_cut_tokenizer: no tokenizer can be read there .*; give one with --tokenizer"),
         ("--model_path {plain_broken_tokenizer}",
@@ -351,9 +278,6 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
          r"--name: 'n+\.\.\.' cannot be a folder's name; leave out slashes" + _HELP),
     ],
     "test_reader": [
-        ("--eval_data {call.csv}",
-         r"call\.csv, line 1: the answers of a row must be a list of texts .*; correct it, or give "
-         "JSON"),
         ("--eval_data {dpr.json} --write_crossattention_scores",
          r"dpr\.json: no example has passages under .*'positive_ctxs'.\), .* needed to score them"),
         ("--model_path {plain_cut}",
@@ -388,18 +312,12 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
          "retriever: this retriever has indexing_dimension 32, not 16; leave that option out"),
         ("--extract_cls",
          "retriever: this retriever has extract_cls False, not True; leave that option out"),
-        ("--model_path none --model_config {bert.json} --no_projection --indexing_dimension 16",
-         "without a projection .*48, not 16: leave out --indexing_dimension or --no_projection"),
         ("--model_path {retriever_text}",
          "retriever_text: in its config.json indexing_dimension is 'wide'; fix its value"),
         ("--model_path none --model_config {odd_bert.json}",
          r"odd_bert\.json: no model can be built .*hidden size \(25\).*; fix its values"),
-        ("--model_path {retriever_cut}",
-         f"retriever_cut: the model's weights cannot be read .*{_COPY}"),
         ("--model_path {retriever_nan}",
          "the weight norm.bias is not finite before training: start from other weights"),
-        ("--model_path none --model_config {short_bert.json}",
-         r"short_bert\.json: reads at most 32 tokens, not 200; lower .*--passage_maxlength"),
         ("--checkpoint_dir {runs_damaged} --total_steps 2",
          r"step-1/training_state\.pt: cannot be read \(.*\); remove .*step-1"),
         ("--tokenizer {bert_large}",
@@ -412,12 +330,6 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
     ],
     "embed": [
         ("--passages no.tsv", rf"no\.tsv: {_CHECK_PATH}"),
-        ("--passages {twice.tsv}",
-         r"twice\.tsv, line 4: the id '7' is that of line 2 too; change one"),
-        ("--passages {surrogate_passages.jsonl}",
-         r"surrogate_passages\.jsonl, line 1: '\\ud83d' is an unpaired surrogate; remove it"),
-        ("--passages {nested.jsonl}",
-         r"nested\.jsonl, line 1: unreadable JSON \(maximum recursion.*; correct it"),
         ("--model_path none", "--model_path is missing: give the folder of a"),
         ("--model_path {retriever_safe_cut}",
          rf"retriever_safe_cut: the model's weights cannot be read .*not fully covered\){_COPY}"),
@@ -444,32 +356,14 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
          "it, or say --output_format json"),
         ("--output_format trec --passages {spaced_id.jsonl}",
          r"spaced_id\.jsonl: the id 'b c' is empty or has white space; change it, or say"),
-        ("--passages {indexed.tsv} --save_or_load_index",
-         r"indexed\.tsv\.bm25: not a complete index, and it holds notes\.txt; remove it"),
         ("--output_path /dev/null",
          r"/dev/null: cannot be written \(null is a device, .*\); give another --output_path"),
         ("--output_path ''",
          r"\.: cannot be written \(. is a folder, not a .*\); give another --output_path"),
     ],
     "retrieve": [
-        ("--passages_embeddings no_*",
-         r"no_\*: there are no embeddings of this name; make them with"),
-        ("--passages_embeddings {shards}",
-         'shards: a folder; name its shards, like ".*shards/wiki_'),
-        ("--passages_embeddings {shards_cut}/wiki_*",
-         rf"wiki_01: not a complete shard .*not fully covered.*{_AGAIN}"),
-        ("--passages_embeddings {shards_one}/wiki_*",
-         "shard 1 of 3 is missing; make it with --shard_id 1, or say --allow_mismatch"),
-        ("--passages_embeddings {shards_twice}/wiki_*",
-         "wiki_01 and .*wiki_again are both shard 1; leave one out, or say --allow_mismatch"),
         ("--passages_embeddings {pickles_half}/* --allow_mismatch",
          "have 32 dimensions, but those in .*wiki_00 have 16; use the --model_path that"),
-        ("--passages_embeddings {pickles_mixed}/*",
-         "wiki_00 and .*wiki_01: .* have 16 and 32 dimensions; search those of one model"),
-        ("--passages_embeddings {pickles_uneven}/*",
-         rf"wiki_00: not embeddings .*5 ids, but 60 embeddings.*{_AGAIN}"),
-        ("--passages_embeddings {pickles_cut}/*",
-         rf"wiki_00: not embeddings that can be read .*{_AGAIN}"),
         ("--passages_embeddings {pickles_hostile}/*",
          rf"wiki_00: refused, because this pickle asks for 'posix\.system'.*{_AGAIN}"),
         ("--passages_embeddings {pickles_nan}/*",
@@ -479,21 +373,11 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
          "wiki_00: the embedding of passage '1000' is not finite; make the shard again"),
         ("--passages_embeddings {pickles_unknown}/* --allow_mismatch",
          r"passages\.tsv: no passage has the id 'x\d+'; give the collection that"),
-        ("--model_path {other_retriever}",
-         "other_retriever and .*wiki_00 do not belong together: the model .*--allow_mismatch"),
-        ("--passages_embeddings {shards_other}/wiki_*",
-         "wiki_00 and .*wiki_02 do not belong together: model is .*--allow_mismatch"),
-        ("--passages_embeddings {shards_replaced}/wiki_* --index_factory Flat --save_or_load_index",
-         "index_Flat and .*wiki_00 do not belong together: options is .*--allow_mismatch"),
         ("--plain_text",
          "this command and .*wiki_00 do not belong together: --plain_text is True in the first and "
          "False in the second; .*--allow_mismatch"),
-        ("--passages {fewer.tsv}",
-         r"fewer\.tsv and .*wiki_00 do not belong together: the collection .*--allow_mismatch"),
         ("--index_factory PQ8 --n-subquantizers 8",
          "--index_factory PQ8 and --n-subquantizers 8: give one; .*PQ8x8"),
-        ("--index_factory nonsense",
-         "--index_factory 'nonsense': FAISS cannot .*; leave it .*out for exact search"),
         ("--output_format trec --data {twice_id.json}",
          r"twice_id\.json, example 2 .*: its id 'a' is another's too; change it, or say"),
         ("--question_maxlength 600",
@@ -527,21 +411,10 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
          r"metrics\.jsonl, line 2: must be a step .*, not '{.loss.: 2\.5}'; remove the line"),
         ("{misworded}",
          r"metrics\.jsonl, line 1: must be a step with its numbers.*; remove the line"),
-        ("{without_options}", r"options\.json: not the options that a run writes; remove the file"),
         ("{answered}", r"final_output\.txt: nothing says which questions it answers; give --data"),
         ("{answered_elsewhere}",
          r"final_output\.txt: the file of its questions, 'gone\.json', is not here; give --data"),
         ("{scored}", r"dataset_wscores\.json: there are no examples in this file"),
-    ],
-    "preprocess": [
-        ("", "the following arguments are required: FOLDER" + _HELP),
-        ("{data_gone}", rf"nq_passages/dev\.json: {_CHECK_PATH}"),
-        ("{data_no_tsv}", rf"psgs_w100\.tsv: {_CHECK_PATH}"),
-        ("{data_index}", rf"NQ\.dev\.idx\.json, line 1: bad JSON .*{_MEND_JSON}"),
-        ("{data_cut}",
-         r"unfiltered-web-dev\.json: bad JSON \(the file ends inside the object.*make or copy it"),
-        ("{data_place} --only tqa",
-         r"TQA/dev\.json: cannot be written \(dev\.json is a folder, .*\); give another"),
     ],
 }  # fmt: skip
 BAD = [(script, *case) for script, cases in CASES.items() for case in cases]

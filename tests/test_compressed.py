@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from src.runtime.errors import InputError
+from src.search import tiles
 from src.search.embeddings import open_shards
 from src.search.exact import Indexer
 from src.search.faiss_index import CompressedIndexer, expected_memory, load_or_build, recall
@@ -69,8 +70,9 @@ def test_an_index_is_saved_and_loaded_the_same(factory, exact, build, tmp_path):
 
 
 def test_expected_memory_of_exact_search():
-    assert expected_memory(21_000_000, 768, 50_000) == 50_000 * 768 * 4
-    assert expected_memory(10, 768, 50_000) == 10 * 768 * 4
+    tile = 4 * 768 + 2 * 768 + 4 * 768  # a row, rounded, and what that loses
+    tile += tiles.QUERIES_AT_ONCE * (4 + 1 + 8)  # scores, which of them count, and copies to sort
+    assert expected_memory(21_000_000, 768, 50_000) == tiles.TILE_ROWS * tile
 
 
 def test_building_again_gives_the_same(exact, tmp_path):

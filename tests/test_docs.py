@@ -1,17 +1,13 @@
 """docs/formats.md: its examples are read by the code that reads such files, and its tables are
 those of files that the scripts have just written. And what is written comes back equal."""
 
-import csv
-import itertools
 import json
 import random
 import re
 import shutil
-import zlib
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors
 
@@ -20,7 +16,6 @@ import passage_retrieval
 import test_reader
 import train_reader
 import train_retriever
-from src import options
 from src.data.examples import Examples, load_data, read_example
 from src.data.passages import Passage, Passages
 from src.evaluation.answers import measure_answers
@@ -30,10 +25,8 @@ from src.evaluation.results import (
     write_answers,
     write_scores,
 )
-from src.evaluation.retrieved import write_recall, write_retrieved
 from src.models.answering import Answer
 from src.search.saved_index import read_description
-from src.search.shards import ShardWriter
 from src.training.checkpoint import read_meta
 from src.training.metrics import Metrics
 from tests.conftest import REFERENCE, ROOT
@@ -60,21 +53,6 @@ def table(heading: str) -> list[list[str]]:
     """The rows, cell by cell, of the table under these column names."""
     rows = FORMATS.split(f"\n{heading}\n")[1].split("\n\n")[0].splitlines()[1:]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-
-
-PARSERS = [make for name, make in vars(options).items() if name.endswith("_parser")]
-
-
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_named_options_modules_and_pages_exist(page):
-    text = page.read_text()
-    known = {name for make in PARSERS for name in make()._option_string_actions}
-    known |= {"--kill-on-bad-exit"}  # srun's
-    assert set(re.findall(r"--[a-zA-Z][\w-]*", text)) <= known
-    for name in re.findall(r"`((?:src|tests|docs|examples)/[\w./-]+|\w+\.py)`", text):
-        assert (ROOT / name).exists() or name in ("test.py", "generate_retriever_embedding.py")
-    anchors = {title.lower().replace(" ", "-") for title in re.findall("^## (.*)", text, re.M)}
-    assert set(re.findall(r"\(#(.*?)\)", text)) <= anchors
 
 
 # ----------------------------------------------------------------------------------------------
@@ -224,20 +202,6 @@ def test_a_run_for_trec_eval(block, written):
     assert len((written / "run.trec").read_text().splitlines()) == 40 * 5
 
 
-def test_parts_of_answers(block):
-    folder = block(".answers.part-0.jsonl").parent
-    made_by = json.loads(BLOCKS[".answers.part-0.jsonl"].splitlines()[0])["made_by"]
-    file = AnswerFile(folder, 0, made_by)
-    assert file.finished == [
-        [
-            Answer(0, "Polonium", [1.25, -0.5], -0.25, 3),
-            Answer(1, "in 1898", [0.75], -1.5, 4, [["1898", -2.0, 3]], {"1": "in 1899"}),
-        ],
-        [Answer(2, "Radium", None, -0.5, 2)],
-    ]
-    assert list(read_parts(folder, 1)) == [*file.finished[0], *file.finished[1]]
-
-
 def test_metrics(block, written):
     path = block("metrics.jsonl")
     before = path.read_text().splitlines(keepends=True)
@@ -248,17 +212,6 @@ def test_metrics(block, written):
     real = (written / "run" / "metrics.jsonl").read_text().splitlines()
     shown = [list(json.loads(text)) for text in before]
     assert [list(json.loads(text)) for text in real] == shown
-
-
-def test_the_progress_of_a_shard(block):
-    path = block(".wiki_00.progress.json")
-    shown = json.loads(path.read_text())
-    path.unlink()
-    writer = ShardWriter(path.with_name("wiki_00"), 120, 32, np.float32, {"model": "m"})
-    writer.append([f"{row:04d}" for row in range(64)], np.zeros((64, 32), np.float32))
-    real = json.loads(path.read_text())
-    assert same_build(shown, real)
-    assert {**shown, "metadata": 0} == {**real, "metadata": 0}
 
 
 @pytest.mark.parametrize(
@@ -323,22 +276,6 @@ def test_the_files_of_folders(written):
     assert (written / "passages.tsv.bm25" / "index.json").exists()
 
 
-def test_the_caches_of_a_collection(written):
-    passages = written / "passages.tsv"
-    rows = passages.read_bytes().splitlines(keepends=True)
-    starts = [0, *itertools.accumulate(map(len, rows))][1:]  # the first row holds the names
-    stat = passages.stat()
-    for name, content in ((".offsets", [*starts, 0, 1, 2, 3]), (".ids", None)):
-        found = np.fromfile(written / f".passages.tsv{name}", "<i8").tolist()
-        checksum = zlib.crc32(np.array(found[:-2]))
-        stamp = [2, stat.st_size, stat.st_mtime_ns, stat.st_ino, len(found), checksum]
-        assert found[-6:] == stamp
-        assert content is None or found[:-6] == content
-    hashes, places = np.array(found[:-6]).reshape(2, -1)
-    assert (np.diff(hashes) > 0).all()
-    assert sorted(places) == list(range(120))
-
-
 # ----------------------------------------------------------------------------------------------
 # What is written comes back equal
 
@@ -351,37 +288,6 @@ def random_text(rng: random.Random) -> str:
 @pytest.fixture(params=range(3))
 def rng(request) -> random.Random:
     return random.Random(request.param)
-
-
-def test_retrieved_data_comes_back(rng, tmp_path):
-    collection = [Passage(f"p {n}", random_text(rng), random_text(rng)) for n in range(9)]
-    with open(tmp_path / "passages.tsv", "w", newline="", encoding="utf-8") as file:
-        rows = [(passage.id, passage.text, passage.title) for passage in collection]
-        csv.writer(file, delimiter="\t").writerows(rows)
-    questions = [
-        {"question": random_text(rng), "answers": [random_text(rng)] * rng.randrange(2), "more": n}
-        for n in range(6)
-    ]
-    (tmp_path / "data.json").write_text(json.dumps(questions))
-    positions = np.array([[rng.randrange(9) for _ in range(4)] for _ in questions])
-    scores = np.array([sorted((rng.random() for _ in range(4)), reverse=True) for _ in questions])
-    for name in ("found.json", "found.jsonl"):
-        data, passages = Examples(tmp_path / "data.json"), Passages(tmp_path / "passages.tsv")
-        flags = write_retrieved(
-            tmp_path / name, data, passages, positions, scores, 1, {"model": "m"}
-        )
-        found = Examples(tmp_path / name)
-        assert [{**row, "ctxs": 0} for row in found] == [{**row, "ctxs": 0} for row in questions]
-        for row, chosen, values in zip(found, positions, scores.tolist(), strict=True):
-            read = [(c["id"], c["title"], c["text"], c["score"]) for c in row["ctxs"]]
-            passages = [collection[index] for index in chosen]
-            assert read == [(*p[:3], score) for p, score in zip(passages, values, strict=True)]
-        hits = [[c["hasanswer"] for c in row["ctxs"]] for row in found if row["answers"]]
-        assert list(map(list, flags)) == hits
-        recalls = write_recall(tmp_path / name, flags, 4)
-        if flags:
-            stored = json.loads((tmp_path / f"{name}.recall.json").read_text())
-            assert stored == {**recalls, "questions": len(flags)}
 
 
 def test_answers_and_scores_come_back(rng, tmp_path):

@@ -6,7 +6,6 @@ import json
 import logging
 import multiprocessing
 import os
-import pickle
 import random
 import tracemalloc
 from pathlib import Path
@@ -68,8 +67,6 @@ def test_random_lists_and_lines_equal_json(seed, tmp_path, chunk):
         (tmp_path / name).write_text(text, encoding="utf-8", newline="")
         opened = Examples(tmp_path / name)
         assert [opened[i] for i in range(len(opened))] == items, name
-        again = pickle.loads(pickle.dumps(opened))  # as it travels to a data-loading worker
-        assert [again[i] for i in range(len(again))] == items
 
 
 def test_the_references_data(reference: Path):
@@ -121,24 +118,6 @@ def test_dprs_questions_are_what_was_written(seed, tmp_path, chunk):
     for name, newline in (("a.csv", "\r\n"), ("b.tsv", "\n"), ("c.txt", "\n")):
         opened = Examples(write_dpr(rows, tmp_path / name, newline))
         assert [opened[i] for i in range(len(opened))] == wanted
-        again = pickle.loads(pickle.dumps(opened))
-        assert [again[i] for i in range(len(again))] == wanted
-
-
-def test_rows_of_dprs_files(tmp_path):
-    file = tmp_path / "nq-test.csv"
-    file.write_text(
-        "what is \"ps\" in a letter\t['post\\'scriptum', \"it's\"]\r\n"
-        '"""what\'s up"" by who"\t"[\'4 Non Blondes\', \'the ""band""\']"\n'
-        "\n"
-        "how deep is it\t[]"
-    )
-    examples = [read_example(load_data(file), index) for index in range(3)]
-    assert [(example.id, example.question, example.answers) for example in examples] == [
-        ("0", 'what is "ps" in a letter', ["post'scriptum", "it's"]),
-        ("1", '"what\'s up" by who', ["4 Non Blondes", 'the "band"']),
-        ("2", "how deep is it", []),
-    ]
 
 
 def test_lines_of_json_may_have_any_name(tmp_path):
@@ -148,17 +127,11 @@ def test_lines_of_json_may_have_any_name(tmp_path):
             assert load_data(tmp_path / name)[0] == json.loads(line())
 
 
-def test_nq_opens_and_beirs_names_become_ours(tmp_path):
+def test_what_has_our_names_keeps_all_it_has(tmp_path):
     file = tmp_path / "queries.jsonl"
-    theirs = {"_id": "PLAIN-2", "text": "Do statins help?", "metadata": {"url": "http"}}
-    file.write_text(json.dumps(theirs) + '\n{"question": "who?", "answer": ["I", "we"]}')
-    data = load_data(file)
-    assert data[0] == {"id": "PLAIN-2", "question": theirs["text"], "metadata": theirs["metadata"]}
-    assert read_example(data, 0).id == "PLAIN-2"
-    assert data[1] == {"question": "who?", "answers": ["I", "we"]}
     ours = {"_id": "x", "id": "y", "text": "t", "question": "Who?", "answer": "A", "answers": []}
     file.write_text(json.dumps(ours))
-    assert load_data(file)[0] == ours  # what has our names keeps all it has
+    assert load_data(file)[0] == ours
 
 
 BROKEN_ROWS = {
@@ -247,11 +220,6 @@ def test_broken_files_are_named_with_line_and_value(case, tmp_path, chunk):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.json: cannot be read \(No such file"):
-        load_data(tmp_path / "nowhere.json")
-
-
 def test_training_needs_something_to_train_on(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text(line() + "\n" + line(answers=[]))
@@ -332,48 +300,13 @@ def test_an_interrupt_ends_the_processes_that_check(tmp_path):
 # Files that change while they are read, or hold far less than their size
 
 
-def change_in_place(path: Path, how: str) -> None:
-    content = path.read_bytes()
-    changes = {"cut off": content[:20], "overwritten": content.upper(), "longer": content + b"\n"}
-    with open(path, "r+b") as file:
-        file.truncate(len(changes[how]))
-        file.write(changes[how])
-    os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**7))  # some clocks are coarse
-
-
-@pytest.mark.parametrize("how", ["cut off", "overwritten", "longer"])
-def test_a_data_file_that_changes(how, tmp_path):
-    path = tmp_path / "data.json"
-    path.write_text("[" + ",\n".join([line()] * 99) + "]")
-    data = load_data(path)
-    sent = pickle.dumps(data)
-    change_in_place(path, how)
-    for read in (lambda: data[98], lambda: pickle.loads(sent), lambda: data.where(0)):
-        with pytest.raises(InputError, match=r"data\.json changed while it was being read; run"):
-            read()
-
-
-def test_a_data_file_that_is_removed_can_be_read(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text(line())
-    data = load_data(path)
-    sent = pickle.dumps(data)
-    path.unlink()
-    assert data[0] == json.loads(line())
-    with pytest.raises(InputError, match=r"data\.jsonl: cannot be read \(No such file"):
-        pickle.loads(sent)
-    path.write_text(line())
-    with pytest.raises(InputError, match="changed while it was being read"):
-        pickle.loads(sent)
-
-
 def test_a_worker_that_loads_data_reports_the_change(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join([line()] * 40))
     dataset = ReaderDataset(load_data(path), 1)
     batches = iter(make_loader(dataset, [[(0, i)] for i in range(40)], list, num_workers=2))
     next(batches)
-    change_in_place(path, "cut off")
+    os.truncate(path, 20)
     with pytest.raises(
         InputError, match=r"changed while it was being read; run the command again$"
     ):
@@ -439,26 +372,9 @@ def test_questions_without_scored_passages_are_skipped(tmp_path, caplog):
             left = skip_unscored(examples, [share.unscored for share in shares], log)
             assert [left[i]["question"] for i in range(len(left))] == ["0?", "3?", "5?"]
             assert left.where(1) == f"{path}, example 4 (line 4)"
-            again = pickle.loads(pickle.dumps(left))
-            assert again[2]["question"] == "5?"
     assert f"skipped 3 of 6 questions of {path} without scored passages" in caplog.text
     everything = load_data(path)
     assert everything.unscored == []
-
-
-def test_nothing_scored_is_an_error(tmp_path):
-    path, log = tmp_path / "data.jsonl", logging.getLogger("fid")
-    for contexts, message in (
-        ([{"text": "a"}], "none of the passages .* has a score .* --write_crossattention_scores"),
-        (
-            None,
-            r"no example has passages under .ctxs. \(the first has .'question', .* needed to di",
-        ),
-    ):
-        path.write_text("\n".join([line(ctxs=contexts)] * 3))
-        examples = load_data(path, needs_scores=5)
-        with pytest.raises(InputError, match=message):
-            skip_unscored(examples, [examples.unscored], log)
 
 
 @pytest.mark.parametrize("name", ["positive_ctxs", "passages", "contexts", "hits"])

@@ -91,8 +91,8 @@ def test_processes_together_find_what_one_does(processes):
 def test_cached_blocks_are_read_once(keep, stored, monkeypatch):
     read, blocks = [], Indexer.blocks
 
-    def counted(self, *arguments):
-        for start, block in blocks(self, *arguments):
+    def counted(self, *arguments, **options):
+        for start, block in blocks(self, *arguments, **options):
             read.append(start)
             yield start, block
 

@@ -18,6 +18,13 @@ from src.search.exact import Found, Indexer, merge
 from src.search.shards import Shard, ShardWriter
 
 
+@pytest.fixture(autouse=True, params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype_of_products(request, monkeypatch):
+    """Every test in this file is run with both, whatever the processor."""
+    monkeypatch.setattr(tiles, "fastest_type", lambda: request.param)
+    return request.param
+
+
 def shards_of(vectors: np.ndarray, *borders: int) -> list[Shard]:
     """The vectors in shards with ids p0, p1, ..."""
     ids = [f"p{row}" for row in range(len(vectors))]
@@ -75,7 +82,7 @@ def test_ties_and_all_equal_brute_force(block_rows, borders, dtype, k):
 @pytest.mark.parametrize("values", [1, 3, 40])
 def test_equal_passages_keep_their_order(values, tile_rows, monkeypatch):
     """Copies of few vectors have equal scores at any position, though not whole ones."""
-    monkeypatch.setattr(tiles, "_TILE_ROWS", tile_rows)
+    monkeypatch.setattr(tiles, "TILE_ROWS", tile_rows)
     rows = np.random.default_rng(2).integers(0, values, 500)
     vectors, queries = random(values, 33)[rows], random(40, 33, seed=1)
     for block_rows in (50, 123, 500):
@@ -86,7 +93,7 @@ def test_equal_passages_keep_their_order(values, tile_rows, monkeypatch):
 @pytest.mark.parametrize("tile_rows", [1, 32, 2048])
 def test_scores_that_differ_by_rounding_alone(tile_rows, monkeypatch):
     """Passages so alike that a matrix product puts them in another order."""
-    monkeypatch.setattr(tiles, "_TILE_ROWS", tile_rows)
+    monkeypatch.setattr(tiles, "TILE_ROWS", tile_rows)
     vectors = 100 * random(1, 64) + 1e-5 * random(400, 64, seed=1)
     queries = random(50, 64, seed=2)
     expected = plain_search(queries, vectors, 20)
@@ -108,7 +115,7 @@ def test_equals_the_flat_index(n_queries, k):
 
 def test_every_row_is_better_than_those_before(monkeypatch):
     """No row can be discarded at once, and few are collected before they are scored."""
-    monkeypatch.setattr(tiles, "_TILE_ROWS", 16)
+    monkeypatch.setattr(tiles, "TILE_ROWS", 16)
     monkeypatch.setattr(tiles, "_LEAST_PENDING", 8)
     vectors = np.linspace(0.1, 1, 999, dtype=np.float32)[:, None] * np.ones(24, np.float32)
     queries = np.abs(random(20, 24, seed=1))
@@ -118,10 +125,34 @@ def test_every_row_is_better_than_those_before(monkeypatch):
         )
 
 
+def test_embeddings_too_alike_for_bfloat16_are_compared_in_float32(monkeypatch):
+    """Or every passage would be scored by itself."""
+    types, multiply = [], torch.mm
+    monkeypatch.setattr(
+        torch, "mm", lambda a, b, out: types.append(a.dtype) or multiply(a, b, out=out)
+    )
+    vectors, queries = 10 + 0.1 * random(9000, 32), random(50, 32, seed=1)
+    found = Indexer(shards_of(vectors)).search(queries, 20)
+    assert_same(found, plain_search(queries, vectors, 20))
+    assert types[-1] == torch.float32
+    types.clear()
+    Indexer(shards_of(random(9000, 32))).search(queries, 20)
+    assert set(types) == {tiles.fastest_type()}
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_scores_below_zero_and_vectors_of_any_size(scale):
+    vectors, queries = scale * np.abs(random(3000, 40)), -np.abs(random(60, 40, seed=1))
+    vectors = vectors.astype(np.float32)
+    found = Indexer(shards_of(vectors, 17), 1000).search(queries, 30)
+    assert (found.scores < 0).all()
+    assert_same(found, plain_search(queries, vectors, 30))
+
+
 def test_more_queries_than_are_taken_at_once(monkeypatch):
     vectors, queries = random(300, 16), random(50, 16, seed=1)
     expected = Indexer(shards_of(vectors), 100).search(queries, 20)
-    monkeypatch.setattr(tiles, "_QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr(tiles, "QUERIES_AT_ONCE", 7)
     assert_same(Indexer(shards_of(vectors), 100).search(queries, 20), expected)
 
 

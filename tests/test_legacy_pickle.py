@@ -75,14 +75,14 @@ def test_every_form_in_every_protocol(form, protocol, tmp_path):
 def test_a_pickle_is_converted_once_and_again_when_it_changes(tmp_path, monkeypatch):
     path = written(tmp_path, pickle.dumps((IDS, VECTORS)))
     shard = open_shard(path)
-    (copy,) = tmp_path.glob(".embeddings_00.converted-*")
+    (copy,) = tmp_path.glob(".embeddings_00.*.converted")
     assert (shard.path, shard.metadata, shard.embeddings.filename) == (str(path), {}, str(copy))
     with monkeypatch.context() as patch:
         patch.setattr(embeddings, "read_legacy_embeddings", None)  # not read again
         assert np.array_equal(open_shard(path).embeddings, VECTORS)
     assert len(open_shards(tmp_path / "emb*")) == len(open_shards(tmp_path / "*")) == 1
     written(tmp_path, pickle.dumps((IDS, -VECTORS), 2))
-    (tmp_path / "..embeddings_00.converted-1-2.partial").write_text("of a process that was killed")
+    (tmp_path / "..embeddings_00.1-2.converted.partial").write_text("of a process that was killed")
     assert np.array_equal(open_shard(path).embeddings, -VECTORS)
     assert len(list(tmp_path.iterdir())) == 2
     assert not copy.exists()
@@ -188,14 +188,6 @@ def test_what_cannot_be_called_or_set_is_refused(content, tmp_path):
     refusal(tmp_path, content)
 
 
-def test_the_hostile_files_would_run_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("'os.system'", "'builtins.exec'"):
-        pickle.loads(HOSTILE[name])
-        assert Path(MARK).exists(), name
-        Path(MARK).unlink()
-
-
 def number(value: int) -> bytes:
     """The pickle of a number of any size."""
     width = value.bit_length() // 8 + 1
@@ -214,12 +206,6 @@ def array(shape: tuple, data: bytes = bytes(16)) -> bytes:
 
 def pair(ids: bytes, vectors: bytes) -> bytes:
     return b"\x80\x03" + ids + vectors + b"\x86."
-
-
-def test_the_handmade_pickle_is_a_pickle(tmp_path):
-    content = pair(b"](K\x01K\x02e", array((2, 2)))
-    assert np.array_equal(pickle.loads(content)[1], np.zeros((2, 2)))
-    assert read_legacy_embeddings(written(tmp_path, content)).ids == ["1", "2"]
 
 
 ABSURD = {

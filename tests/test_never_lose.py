@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -13,9 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-import passage_retrieval
 import test_reader
-import train_reader
 from src.runtime import launch
 from tests.conftest import ROOT, on_small_disk, run_well
 from tests.forks import free_port
@@ -254,49 +251,3 @@ def test_a_full_disk(disk, reference, tmp_path):
     shutil.move(tmp_path / "kept", tmp_path / "c")
     command[command.index(str(disk / "c"))] = str(tmp_path / "c")
     assert f"resuming from {tmp_path}/c/run/checkpoint/step-" in run_well(*command)
-
-
-# ----------------------------------------------------------------------------------------------
-# Hostile files
-
-
-class Evil:
-    def __init__(self, file: Path):
-        self.file = file
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.file}",)
-
-
-@pytest.mark.parametrize("kind", ["embeddings", "weights", "optimizer"])
-def test_hostile_pickles_are_refused(kind, reference, tmp_path, capsys):
-    marker = tmp_path / "ran"
-    content = pickle.dumps({"step": Evil(marker)}, 2)
-    if kind == "embeddings":
-        script, hostile = passage_retrieval, tmp_path / "wiki_00"
-        command = [
-            "--model_path", reference / "legacy_retriever_mask_mean", "--tokenizer",
-            reference / "bert", "--passages", shutil.copy(reference / "passages.tsv", tmp_path),
-            "--data", reference / "questions.json", "--output_path", tmp_path / "out.json",
-            "--passages_embeddings", hostile,
-        ]  # fmt: skip
-    elif kind == "weights":
-        folder = Path(shutil.copytree(reference / "t5", tmp_path / "model"))
-        script, hostile = test_reader, folder / "pytorch_model.bin"
-        command = answering(reference, tmp_path / "c", "--model_path", folder)
-    else:
-        script, hostile = train_reader, tmp_path / "c/run/checkpoint/step-2/training_state.pt"
-        _, *command = training(reference, tmp_path / "c", "--eval_data", "none")
-        script.main([*command, "--total_steps", "2"])
-        meta = hostile.with_name("checkpoint.json")
-        record = json.loads(meta.read_text())
-        record["files"][hostile.name] = len(content)  # as if it had been saved so
-        meta.write_text(json.dumps(record))
-    hostile.write_bytes(content)
-    with pytest.raises(SystemExit) as ended:
-        script.main(list(map(str, command)))
-    assert ended.value.code == 2
-    assert not marker.exists()
-    named = re.escape(str(hostile.parent if kind == "weights" else hostile))
-    assert re.fullmatch(rf"error: .*{named}.*\n", capsys.readouterr().err)
-    assert not (tmp_path / "out.json").exists()

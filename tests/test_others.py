@@ -38,12 +38,6 @@ N_DOCS = 5
 
 
 @pytest.fixture
-def passages(reference: Path, tmp_path: Path) -> Path:
-    """A copy, because side files are kept beside a collection."""
-    return Path(shutil.copy(reference / "passages.tsv", tmp_path / "passages.tsv"))
-
-
-@pytest.fixture
 def tokenizer(reference: Path) -> BertTokenizer:
     return BertTokenizer.from_pretrained(reference / "bert")
 
@@ -79,9 +73,9 @@ def retrieve(model: Path, passages: Path, embeddings: Path, data: Path, *more) -
     return json.loads(output.read_text())
 
 
-def expect(found: list[dict], questions: np.ndarray, vectors: np.ndarray, ids: list[str]) -> None:
+def expect(found: list[dict], questions: np.ndarray, vectors: np.ndarray, passages: Path) -> None:
     """The ids are those of the collection, by the inner products of the embeddings."""
-    scores = questions @ vectors.T
+    scores, ids = questions @ vectors.T, list(Passages(passages).ids())
     assert len(found) == len(questions)
     for row, expected in zip(found, scores, strict=True):
         best = np.argsort(-expected)[:N_DOCS]
@@ -111,7 +105,7 @@ def test_contriever_embeds_as_bert_with_a_mean(plain, reference, passages, token
     data = reference / "questions.json"
     questions = [text if plain else f"question: {text}" for text in texts_of(data)]
     found = retrieve(tmp_path / "contriever", passages, tmp_path / "emb" / "wiki_*", data, *more)
-    expect(found, mean_pooled(bert, tokenizer, questions), vectors, [p.id for p in collection])
+    expect(found, mean_pooled(bert, tokenizer, questions), vectors, passages)
 
 
 def test_contrievers_own_shards(reference, passages, tokenizer, tmp_path):
@@ -129,7 +123,9 @@ def test_contrievers_own_shards(reference, passages, tokenizer, tmp_path):
     found = retrieve(
         tmp_path / "contriever", passages, tmp_path / "emb" / "passages_*", data, "--plain_text"
     )
-    expect(found, mean_pooled(bert, tokenizer, texts_of(data)), vectors.astype(np.float32), ids)
+    expect(
+        found, mean_pooled(bert, tokenizer, texts_of(data)), vectors.astype(np.float32), passages
+    )
 
 
 def make_dpr(folder: Path, vocabulary: Path) -> DPRQuestionEncoder:
@@ -166,7 +162,7 @@ def test_dprs_own_shards_and_questions(prefix, reference, passages, tokenizer, t
         tmp_path / "dpr", passages, tmp_path / "shard_*", tmp_path / "test.csv", "--plain_text"
     )
     questions = dpr_questions(encoder, tokenizer, [row["question"] for row in examples])
-    expect(found, questions, vectors.numpy(), ids)
+    expect(found, questions, vectors.numpy(), passages)
     for row, example in zip(found, examples, strict=True):
         assert (row["question"], row["answers"]) == (example["question"], example["answers"])
     assert (tmp_path / "found.json.recall.json").exists()

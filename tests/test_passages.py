@@ -7,7 +7,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import pickle
 import random
 from pathlib import Path
 
@@ -202,13 +201,6 @@ def test_the_title_in_pyserinis_contents(changes, title, text, tmp_path):
     assert list(opened) == [Passage("doc1", title, text)]
 
 
-def test_the_references_passages(reference: Path, tmp_path):
-    source = reference / "passages.tsv"
-    opened = Passages(write(tmp_path, source.read_bytes()))
-    assert list(opened) == to_passages(read_csv(source.read_text())[1:])
-    assert len(opened) == 120
-
-
 def test_it_is_a_sequence(tmp_path):
     opened = Passages(write(tmp_path, "1\ta\tA\n2\tb\tB\n3\tc\tC"))
     assert len(opened) == 3
@@ -216,16 +208,6 @@ def test_it_is_a_sequence(tmp_path):
     assert opened[0] in opened
     with pytest.raises(IndexError):
         opened[3]
-
-
-def test_a_worker_opens_it_again(tmp_path):
-    opened = Passages(write(tmp_path, HEADER + "1\ta\tA\n2\tb\tB\n"))
-    sent = pickle.dumps(opened)
-    assert len(sent) < 1000
-    assert list(pickle.loads(sent)) == list(opened)
-    append(Path(opened.path))
-    with pytest.raises(InputError, match="changed while it was being read"):
-        pickle.loads(sent)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -360,18 +342,13 @@ def test_the_cache_is_rebuilt_when_the_source_changes(keeps, tmp_path):
 
 def damaged(good: bytes) -> dict[str, bytes]:
     """What may become of a cache."""
-    numbers = np.frombuffer(good, dtype=np.int64)
-    moved, swapped, higher = numbers.copy(), numbers.copy(), numbers.copy()
-    moved[:2] = moved[1:3]
-    swapped[[0, 1]] = swapped[[1, 0]]
-    higher[0] += 1
-    shorter = np.delete(numbers, 1)
+    swapped = good[8:16] + good[:8] + good[16:]
+    shorter = np.delete(np.frombuffer(good, dtype=np.int64), 1)
     shorter[-2] -= 1  # its length is right again
     return {
         "empty": b"", "short": good[:8], "cut": good[8:], "cut off": good[:-16], "odd": good[:-3],
         "long": good + b"x" * 8, "other": b"x" * 999, "zeros": bytes(len(good)),
-        "moved": moved.tobytes(), "swapped": swapped.tobytes(), "higher": higher.tobytes(),
-        "shorter": shorter.tobytes(), "a hole": good[:8] + bytes(8) + good[16:],
+        "swapped": swapped, "shorter": shorter.tobytes(), "a hole": bytes(8) + good[8:],
     }  # fmt: skip
 
 
@@ -450,7 +427,7 @@ def test_several_processes_at_once(compress, tmp_path):
 def test_a_gzipped_file_is_unpacked_once(tmp_path, monkeypatch, caplog):
     path = write(tmp_path, gzip.compress((HEADER + ROWS).encode()), "passages.tsv.gz")
     opened = Passages(path)
-    assert "unpacking" in caplog.text
+    assert "unpacked once" in caplog.text
     assert list(opened) == to_passages(read_csv(ROWS))
     with monkeypatch.context() as patch:
         patch.setattr(gzip, "open", None)
@@ -459,17 +436,6 @@ def test_a_gzipped_file_is_unpacked_once(tmp_path, monkeypatch, caplog):
     path.write_bytes(gzip.compress((HEADER + ROWS + "3\tc\tC\n4\td\tD\n").encode()))
     assert len(Passages(path)) == 4
     assert len(caches(path)) == n_files  # what belonged to the old archive is gone
-
-
-@pytest.mark.parametrize("damage", [b"", b"1\ta\tA\n", None])
-def test_a_damaged_unpacked_file_is_unpacked_again(damage, tmp_path):
-    path = write(tmp_path, gzip.compress((HEADER + ROWS).encode()))
-    wanted = list(Passages(path))
-    (unpacked,) = tmp_path.glob(f".{path.name}.*.unpacked")
-    good = unpacked.read_bytes()
-    unpacked.write_bytes(good.replace(b"b", b"c") if damage is None else damage)
-    assert list(Passages(path)) == wanted
-    assert unpacked.read_bytes() == good
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed"])
@@ -521,11 +487,6 @@ def test_broken_files_are_named_with_line_and_value(case, tmp_path, window):
         list(Passages(path))
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
-
-
-def test_missing_files(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere\.tsv: cannot be read \(No such file.*check"):
-        Passages(tmp_path / "nowhere.tsv")
 
 
 # ----------------------------------------------------------------------------------------------

@@ -4,13 +4,11 @@ examples themselves.)"""
 import json
 import random
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 
 from src.data import files
-from src.data.examples import Examples
 from src.data.json_files import JsonItems
 from src.runtime.errors import InputError
 from src.tools import preprocess
@@ -99,32 +97,6 @@ def folder(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-def test_it_resumes_after_the_last_complete_split(folder, monkeypatch, capsys):
-    read, seen = preprocess.read_question, []
-
-    def failing(questions: JsonItems, row: int, *more) -> dict:
-        seen.append(row)
-        if len(seen) == 15:  # in the middle of dev
-            raise RuntimeError("stopped")
-        return read(questions, row, *more)
-
-    monkeypatch.setattr(preprocess, "read_question", failing)
-    with pytest.raises(RuntimeError, match="stopped"):
-        preprocess.main([str(folder), "--only", "tqa"])
-    assert [path.name for path in (folder / "TQA").iterdir()] == ["train.json"]
-    before = (folder / "TQA" / "train.json").stat().st_mtime_ns
-    preprocess.main([str(folder)])
-    assert len(seen) == 15 + 5 + 5 + (12 + 5 + 5)  # and those of NQ
-    for name in ("NQ", "TQA"):
-        sizes = [len(Examples(folder / name / f"{s}.json")) for s in preprocess.PUBLISHED]
-        assert sizes == [12, 5, 5]
-    assert (folder / "TQA" / "train.json").stat().st_mtime_ns == before
-    capsys.readouterr()
-    shutil.rmtree(folder / "download")
-    preprocess.main([str(folder)])
-    assert capsys.readouterr().out.count("done already") == 6
-
-
 def change(file: Path, *keys: str | int, to: object) -> None:
     """Put something else under the keys in a file of JSON, or of one JSON object a line."""
     is_lines = file.suffix == ".jsonl"
@@ -142,18 +114,10 @@ def change(file: Path, *keys: str | int, to: object) -> None:
 
 
 CHANGES = {
-    "no rows": ("dataindex/NQ.train.idx.json", (), "text", "must hold .*, not 'text'; remove it"),
-    "no ids": ("nq_passages/train.json", (), "text", "must hold .*, not 'text'; remove it"),
     "a row beyond the end": ("dataindex/NQ.train.idx.json", (3,), 12,
         r"row 12 is not one of the 12 rows of .*NQ-open\.train\.jsonl; let get-data.sh fetch both"),
-    "a row that is no number": ("dataindex/TQA.test.idx.json", (1,), "7", "row '7' is not one"),
-    "a row that is true": ("dataindex/TQA.dev.idx.json", (1,), True, "row True is not one"),
     "a question without passages": ("nq_passages/dev.json", ("4",), None,
-        r"question '4': needs passage ids, as texts, not \[\]; remove it, and let get-data.sh"),
-    "a passage that is not there": ("tqa_passages/train.json", ("train_7", 1), "51",
-        r"question 'train_7': .*psgs_w100\.tsv: no passage has the id '51'; give the collection"),
-    "a passage by number": ("nq_passages/test.json", ("0", 0), 5,
-        r"question '0': needs passage ids, as texts, not \[5, "),
+        r"no passages for question '4'; remove it, and let get-data.sh"),
     "no answer": ("NQ-open.train.jsonl", (2, "answer"), None,
         r"row 2: no answers; remove it"),
     "no question": ("triviaqa-unfiltered/unfiltered-web-train.json", ("Data", 3, "Question"), None,
@@ -166,13 +130,10 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_what_does_not_belong_together(case, folder, capsys):
+def test_what_does_not_belong_together(case, folder, refused):
     file, keys, to, message = CHANGES[case]
     change(folder / "download" / file, *keys, to=to)
-    with pytest.raises(SystemExit) as exited:
-        preprocess.main([str(folder)])
-    assert exited.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refused(preprocess.main, [str(folder)])
     assert re.match(f"error: {folder}/download/{file}.*{message}", line), line
     # Splits that were finished before are whole; of the broken one there is nothing.
     for path in [*folder.glob("NQ/*"), *folder.glob("TQA/*")]:
@@ -180,10 +141,6 @@ def test_what_does_not_belong_together(case, folder, capsys):
         assert not path.name.startswith(".")
 
 
-def test_a_surrogate_in_an_unused_field(folder):
-    """TriviaQA's search results are cut anywhere; the original does not read them either."""
-    file = folder / "download" / "triviaqa-unfiltered" / "unfiltered-web-train.json"
-    change(file, "Data", 0, "SearchResults", to="cut \ud83d")
-    preprocess.main([str(folder), "--only", "tqa"])
-    assert len(Examples(folder / "TQA" / "train.json")) == 12
-    assert not (folder / "NQ").exists()
+def test_a_passage_that_is_not_there(folder, refused):
+    change(folder / "download" / "tqa_passages" / "train.json", "train_7", 1, to="51")
+    assert "tsv: no passage has the id '51'; give" in refused(preprocess.main, [str(folder)])

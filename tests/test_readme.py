@@ -211,6 +211,8 @@ def test_options_files_and_links_of_the_pages_exist(page):
     assert named <= known | OTHERS_OPTIONS
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / link).exists(), link
+    for name in re.findall(r"`((?:src|tests|docs|examples)/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
     titles = re.findall("^#+ (.*)", text, re.M)
     anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
     assert set(re.findall(r"\]\(#(.*?)\)", text)) <= anchors

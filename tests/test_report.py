@@ -269,18 +269,16 @@ def test_nothing_is_shown_of_what_was_not_computed(run):
          r"answers\.jsonl, line 1: must be the answer to question q0"),
         ("answers.jsonl", '{"id": "q0", "log_probability": -1}\n' * 60,
          r"answers\.jsonl, line 2: must be the answer to question q1"),
-        ("n_context_curve.json", '{"5": 3}', r"n_context_curve\.json: not a curve such as"),
+        ("n_context_curve.json", '{"5": 3}', r"n_context_curve\.json: not as a run writes it"),
+        ("options.json", "[3]", r"options\.json: not as a run writes it"),
         ("../<other>/final_output.txt", None, r"final_output\.txt: cannot be read \(No such file"),
     ],
 )  # fmt: skip
-def test_bad_files_of_a_run_are_one_line(file, content, message, judged, capsys):
+def test_bad_files_of_a_run_are_one_line(file, content, message, judged, refused):
     (judged / file).unlink()
     if content:
         (judged / file).write_text(content)
-    with pytest.raises(SystemExit) as exited:
-        report(judged, "--against", judged.parent / "<other>")
-    assert exited.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refused(report, judged, "--against", judged.parent / "<other>")
     assert re.match(f"error: .*{message}", line), line
 
 

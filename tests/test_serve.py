@@ -20,7 +20,7 @@ from src.tools import ask
 from src.tools.replies import Evidence, Reply
 from src.tools.serve import LARGEST_BODY, Server, as_json
 from tests.chromium import Chromium
-from tests.test_conversation import passages, reader, run_main, ways  # noqa: F401 (a fixture)
+from tests.test_conversation import reader, run_main, ways
 from tests.test_report import in_browser
 
 EVIL = "<img src=x onerror=alert(1)> \N{MUSICAL SYMBOL G CLEF} Nile & <b>Nile</b>"
@@ -128,7 +128,7 @@ def test_one_question_at_a_time(server, monkeypatch):
     idle.close()
 
 
-def test_attribution_equals_reading_without_the_passage(reference, passages, monkeypatch):  # noqa: F811
+def test_attribution_equals_reading_without_the_passage(reference, passages, monkeypatch):
     """In the JSON of a real conversation; the log-probability, too, by teacher forcing."""
     served = []
     monkeypatch.setattr(ask, "serve", lambda answer, host, *_: served.append((answer, host)))

@@ -131,24 +131,6 @@ def test_embeddings_that_are_not_finite_are_not_written(value, tmp_path):
 # Killed writers
 
 
-@pytest.mark.parametrize("block", [1, 4])
-def test_a_writer_killed_between_blocks_resumes(block, tmp_path):
-    whole = write(tmp_path / "whole").read_bytes()
-    path = tmp_path / "wiki_00"
-    for kill_after in range(0, ROWS + 1, block):
-        killed = writer_of(path)
-        while killed.position < kill_after:
-            rows = slice(killed.position, killed.position + block)
-            killed.append(IDS[rows], VECTORS[rows])
-        assert not path.exists()
-        with writer_of(path) as writer:
-            assert (writer.position, writer.discarded) == (killed.position, None)
-            write_rest(writer, 2)
-        assert path.read_bytes() == whole
-        path.unlink()
-        assert files(tmp_path) == ["whole"]
-
-
 class Killed(Exception):
     """In place of a signal."""
 

@@ -26,15 +26,6 @@ from src.search.shards import ShardWriter
 from tests.conftest import REFERENCE, run
 
 
-def refused(capsys, call, *arguments) -> str:
-    """What a call that ends with status 2 says, in one line."""
-    with pytest.raises(SystemExit) as ended:
-        call(*arguments)
-    assert ended.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
 def retrieve(folder: Path, **changes: str) -> list[str]:
     (folder / "p.tsv").write_text("id\ttext\ttitle\n1\tThe Nile is long.\tNile\n")
     (folder / "q.json").write_text('[{"question": "How long?", "answers": ["long"]}]')
@@ -56,7 +47,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("case", NAMES)
-def test_names_that_cannot_be_written(case, tmp_path, capsys):
+def test_names_that_cannot_be_written(case, tmp_path, refused):
     name, message = NAMES[case]
     command = retrieve(tmp_path, output_path=f"{tmp_path}/{name}")
     if case == "a link's target":
@@ -64,7 +55,7 @@ def test_names_that_cannot_be_written(case, tmp_path, capsys):
     if case == "an input beside it":
         (tmp_path / "r.recall.json").hardlink_to(tmp_path / "q.json")
     before = (tmp_path / "q.json").read_text()
-    line = refused(capsys, passage_retrieval.main, command)
+    line = refused(passage_retrieval.main, command)
     assert message.split("'")[0] in line
     assert (tmp_path / "q.json").read_text() == before
 
@@ -79,9 +70,9 @@ def test_a_test_does_not_replace_what_it_reads(tmp_path):
         check_results(tmp_path, str(scores))
 
 
-def test_a_pattern_without_quotes(tmp_path, capsys):
+def test_a_pattern_without_quotes(tmp_path, refused):
     command = retrieve(tmp_path)
-    line = refused(capsys, passage_retrieval.main, [*command, str(tmp_path / "p.tsv")])
+    line = refused(passage_retrieval.main, [*command, str(tmp_path / "p.tsv")])
     assert "a pattern with * must be in quotes" in line
 
 
@@ -93,8 +84,8 @@ def test_an_output_in_ascii(monkeypatch, tmp_path):
     assert stream.buffer.getvalue() == b"\\xe9\\udcff\n"
 
 
-def test_a_folder_that_is_gone(tmp_path, capsys):
-    line = refused(capsys, reports_input_errors(lambda: (tmp_path / "gone" / "x").read_text()))
+def test_a_folder_that_is_gone(tmp_path, refused):
+    line = refused(reports_input_errors(lambda: (tmp_path / "gone" / "x").read_text()))
     assert (
         line
         == f"error: {tmp_path}/gone/x: No such file or directory; check the path, and try again"

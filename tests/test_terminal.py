@@ -321,102 +321,6 @@ def test_ctrl_c_in_embedding_and_in_retrieval(reference, tmp_path, capsys):
     assert (tmp_path / "out.json").exists()
 
 
-def ctrl_c_cases(reference: Path, folder: Path) -> dict[str, tuple[str, list, str, str]]:
-    """By what a script does: the script, its options, the function in which Ctrl-C comes, and what
-    the line says of the same command."""
-    passages = shutil.copy(reference / "passages.tsv", folder / "passages.tsv")
-    scored = small_data(reference, folder)
-    bert = ["--model_path", reference / "legacy_retriever_mask_mean"]
-    bert += ["--tokenizer", reference / "bert"]
-    collection = ["--passages", passages, "--output_path"]
-    generate_passage_embeddings.main(
-        [str(word) for word in [*bert, *collection, folder / "embeddings"]]
-    )
-    search = [*bert, "--passages_embeddings", folder / "embeddings_00", "--data", scored]
-    search += [*collection, folder / "found.json"]
-
-    def reader(name: str) -> list:
-        return training(reference, folder / name, "--total_steps", 4, "--eval_freq", 2)
-
-    def retriever(name: str) -> list:
-        return [
-            "--train_data", scored, "--eval_data", scored, *bert, "--n_context", 2,
-            "--total_steps", 4, "--save_freq", 2, "--checkpoint_dir", folder, "--name", name,
-        ]  # fmt: skip
-
-    answers = [
-        "--eval_data", scored, "--model_path", reference / "t5", "--text_maxlength", 48,
-        "--generation_max_length", 4, "--checkpoint_dir", folder, "--name", "answers",
-        "--write_results", "--write_crossattention_scores",
-    ]  # fmt: skip
-    again = "starts again"
-    from_step_2 = r"resumes from .*/checkpoint/step-2"
-    from_block = "resumes after the last finished block"
-    from_batch = "resumes after the last finished batch"
-    embed = "generate_passage_embeddings"
-    return {
-        "checks data": ("train_reader", reader("a"), "src.data.examples:parse_example", again),
-        "loads a reader": ("train_reader", reader("b"), "train_reader:open_reader", again),
-        "evaluates": ("train_reader", reader("d"), "train_reader:answer_questions", from_step_2),
-        "trains a retriever": (
-            "train_retriever", retriever("e"), "train_retriever:retriever_loss", again,
-        ),
-        "saves the first": ("train_retriever", retriever("f"), "torch:save", again),
-        "evaluates a retriever": (
-            "train_retriever", [*retriever("g"), "--eval_freq", 3],
-            "train_retriever:compare_to_reader", from_step_2,
-        ),
-        "answers": ("test_reader", answers, "test_reader:answer_questions", from_batch),
-        "writes scores": (
-            "test_reader", answers, "src.evaluation.results:write_scores", from_batch,
-        ),
-        "opens passages": (embed, [*bert, *collection, folder / "x"],
-                           "src.data.passages:open_text", again),
-        "embeds": (embed, [*bert, *collection, folder / "y"],
-                   "src.models.embedder:TextEmbedder.begin", from_block),
-        "writes embeddings": (embed, [*bert, *collection, folder / "z"],
-                              f"{embed}:ShardWriter.append", from_block),
-        "embeds questions": (
-            "passage_retrieval", search, "src.models.embedder:TextEmbedder.begin", again,
-        ),
-        "searches": ("passage_retrieval", search, "src.search.tiles:TileSearch.add", again),
-        "builds an index": (
-            "passage_retrieval", [*search, "--index_factory", "SQ8", "--save_or_load_index"],
-            "src.search.faiss_index:CompressedIndexer.build", again,
-        ),
-        "builds BM25": (
-            "passage_retrieval", ["--bm25", "--data", scored, *collection, folder / "words.json"],
-            "src.search.bm25:_count", again,
-        ),
-        "looks for answers": (
-            "passage_retrieval", search, "src.evaluation.retrieved:write_retrieved", again,
-        ),
-    }  # fmt: skip
-
-
-def test_ctrl_c_whatever_a_script_does(reference, tmp_path):
-    cases = ctrl_c_cases(reference, tmp_path)
-    words = [[script, list(map(str, options)), at] for script, options, at, _ in cases.values()]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.ctrl_c"],
-        input=json.dumps(words),
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    for does, left in zip(cases, json.loads(done.stdout), strict=True):
-        print(does, left)  # for who reads of a failure
-        assert_left_well(left, rf"^stopped by Ctrl-C; the same command {cases[does][-1]}$")
-    # What is not complete is not there.
-    for unfinished in ("answers/dataset_wscores.json", "x_00", "y_00", "w_00", "found.json"):
-        assert not (tmp_path / unfinished).exists(), unfinished
-    assert not list(tmp_path.glob("**/index_*"))
-    assert not list(tmp_path.glob("**/*.bm25"))
-    assert not (tmp_path / "f" / "checkpoint" / "latest").exists()
-
-
 def test_ctrl_c_under_torchrun(reference, tmp_path):
     """torchrun says what it likes, and we one line."""
     command = training(reference, tmp_path, "--total_steps", 100_000)
@@ -538,25 +442,15 @@ def test_a_bar_shows_rate_and_time_left_on_a_terminal_alone(monkeypatch, capsys)
 # --help
 
 
-PARSERS = {
-    "train_reader.py": all_options.train_reader_parser,
-    "test_reader.py": all_options.test_reader_parser,
-    "train_retriever.py": all_options.train_retriever_parser,
-    "generate_passage_embeddings.py": all_options.passage_embeddings_parser,
-    "passage_retrieval.py": all_options.passage_retrieval_parser,
-    "-m src.tools.evaluate": all_options.evaluation_parser,
-    "-m src.tools.report": all_options.report_parser,
-    "-m src.tools.targets": all_options.targets_parser,
-    "-m src.tools.preprocess": all_options.preprocess_parser,
-}
+PARSERS = [make for name, make in vars(all_options).items() if name.endswith("_parser")]
 
 
-@pytest.mark.parametrize("program", PARSERS)
-def test_help_fits_a_terminal_and_shows_every_default(program, monkeypatch):
+@pytest.mark.parametrize("make", PARSERS)
+def test_help_fits_a_terminal_and_shows_every_default(make, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(sys, "argv", [program.removeprefix("-m ")])
-    text = PARSERS[program]().format_help()
-    assert text.startswith(f"usage: python {program} ")
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    text = make().format_help()
+    assert re.match(r"usage: python (script\.py|-m src\.tools\.\w+) ", text)
     assert max(map(len, text.splitlines())) <= 80
     groups = dict(re.findall(r"^([^\s].*):\n((?:  .*\n)+)", text, re.M))
     assert " ".join(groups.pop("options").split()) == "-h, --help show this help message and exit"

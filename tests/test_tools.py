@@ -178,7 +178,7 @@ def test_passages_end_with_sentences_where_one_ends():
 def write_documents(folder):
     folder.mkdir()
     (folder / "a.txt").write_text("one two three four five")
-    (folder / "b.md").write_text("intro\n# The title #\n\nsix seven\n")
+    (folder / "b.md").write_text("# The title #\n\nintro six\nseven\n")
     rows = [{"_id": 7, "title": "T", "body": "eight\nnine", "url": "u"}, {"text": 'ten "q"'}]
     with gzip.open(folder / "c.jsonl.gz", "wt") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -194,7 +194,7 @@ def write_documents(folder):
 ROWS = [
     {"id": "a.txt-0", "title": "a", "text": "one two three four"},
     {"id": "a.txt-1", "title": "a", "text": "five"},
-    {"id": "b.md-0", "title": "The title", "text": "intro The title six"},
+    {"id": "b.md-0", "title": "The title", "text": "The title intro six"},
     {"id": "b.md-1", "title": "The title", "text": "seven"},
     {"id": "7-0", "title": "T", "text": "eight nine", "url": "u"},
     {"id": "c.jsonl.gz-1-0", "title": "", "text": 'ten "q"'},

@@ -7,7 +7,6 @@ import hashlib
 import math
 import os
 import random
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from src.data.examples import Example, Examples, marked, parse_example, read_example
+from src.data.examples import Example, Examples, ignore_signals, marked, parse_example, read_example
 from src.data.passages import Passage
 from src.runtime.errors import InputError, end_children
 
@@ -360,14 +359,6 @@ def evaluation_batches(
     return batches[rank::world_size]
 
 
-def _ignore_signals(worker: int) -> None:
-    """In a worker: SLURM signals every process of a job, and a terminal's Ctrl-C reaches all of
-    them too; how to respond is up to the process that trains. (A worker that SIGTERM ended would
-    end the training with an error.)"""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
 @functools.cache
 def _end_workers_at_exit() -> None:
     """Kill workers that are left when this process exits, which is after an error. (Python sends
@@ -393,6 +384,7 @@ def make_loader(
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=ignore_signals,
+        multiprocessing_context="fork" if num_workers else None,  # its files are open already
         generator=torch.Generator(),  # its own: or each epoch would move the training's state
     )

@@ -4,7 +4,6 @@ A data file is a JSON list (`.json`), one JSON object a line (`.jsonl`), or DPR'
 and its answers (`.csv`); see `docs/formats.md`.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -12,7 +11,8 @@ import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,6 @@ class Examples(JsonItems):
         return example
 
 
-# ----------------------------------------------------------------------------------------------
 def _with_target(example: dict, target: str) -> dict:
     """The example with passages scored by a target, as far as the file has it; `has_answer` is also
     in retrieved data (`hasanswer`) and in DPR's (`positive_ctxs`, `negative_ctxs`)."""
@@ -74,17 +73,17 @@ def _with_target(example: dict, target: str) -> dict:
             for context in _list(example.get(kind), f'"{kind}" must be a list of passages')
             if isinstance(context, dict)
         ]
-    if isinstance(contexts, list):
-        example = {**example, "ctxs": [_score_by(context, target) for context in contexts]}
-    return example
+    if not isinstance(contexts, list):
+        return example
 
+    def score(context: dict) -> float | None:
+        scores = context.get("scores")
+        scores = scores if isinstance(scores, dict) else {}
+        return marked(context) if target == "has_answer" else scores.get(target)
 
-def _score_by(context: Any, target: str) -> Any:
-    if not isinstance(context, dict):
-        return context  # an error, which is reported when it is checked
-    scores = context.get("scores")
-    score = scores.get(target) if isinstance(scores, dict) else None
-    return {**context, "score": marked(context) if target == "has_answer" else score}
+    # (What is no object is reported when it is checked.)
+    scored = [{**c, "score": score(c)} if isinstance(c, dict) else c for c in contexts]
+    return {**example, "ctxs": scored}
 
 
 def marked(context: dict) -> float | None:
@@ -231,10 +230,18 @@ def load_data(
         is_empty = example.answers and not any(map(str.strip, example.answers))
         return _UNSCORED * bool(lacks_scores) + _EMPTY * bool(is_empty)
 
+    def check_all(part: range) -> list[tuple[int, int]]:
+        return [(index, flags) for index in part if (flags := check(index))]
+
     size = examples.source.size // world_size  # of a process's share
     n_processes = min(available_cpus(), size // _BYTES_WORTH_A_PROCESS, 16)
     indices = range(rank, len(examples), world_size)
-    found = _check_all(check, indices, n_processes, bar)
+    parts = [indices[start : start + 100] for start in range(0, len(indices), 100)]
+    found: list[tuple[int, int]] = []  # what is noted of an example, with its index
+    with bar(len(indices), "example", "checking examples") as shown:
+        for part, noted in zip(parts, in_order(check_all, parts, n_processes), strict=True):
+            found += noted
+            shown.update(len(part))
     examples.unscored = [index for index, flags in found if flags & _UNSCORED]
     if n_empty := sum(flags & _EMPTY > 0 for _, flags in found):
         numbers = f"{n_empty:,} of {count(len(indices), 'question')} of {path}"
@@ -294,42 +301,39 @@ def describe_passages(examples: Examples, n_context: int, needed_to: str = "") -
     return f"questions alone: {found}"
 
 
-def _check_all(
-    check: Callable[[int], int], indices: range, n_processes: int, bar: Bar
-) -> list[tuple[int, int]]:
-    """The indices for which a check returns a flag, with the flag; divided among processes.
-
-    Errors: the check's first one.
-    """
-    parts = [indices[start : start + 100] for start in range(0, len(indices), 100)]
-    found = []
-    with contextlib.ExitStack() as stack:
-        shown = stack.enter_context(bar(len(indices), "example", "checking examples"))
-        if n_processes < 2:
-            results = (_found(check, part) for part in parts)
-        else:  # forked: the file is open already, and only results are sent
-            context = multiprocessing.get_context("fork")
-            pool = ProcessPoolExecutor(n_processes, context, _start_checking, (check,))
-            results = stack.enter_context(pool).map(_check_part, parts)
-        for part, more in zip(parts, results, strict=True):
-            found += more
-            shown.update(len(part))
-    return found
+def in_order(task: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """`task(item)` for each item, in order; with several workers in processes, a few items ahead.
+    They are forked, so they import nothing, and have the task's files open already."""
+    if workers <= 1:
+        yield from map(task, items)
+        return
+    waiting: deque = deque()
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, context, _start_worker, (task,)) as pool:
+        for item in items:
+            waiting.append(pool.submit(_run_task, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
-def _found(check: Callable[[int], int], indices: range) -> list[tuple[int, int]]:
-    return [(index, flags) for index in indices if (flags := check(index))]
+def _start_worker(task: Callable[[Any], Any]) -> None:
+    global _task
+    _task = task
+    ignore_signals()
 
 
-def _check_part(indices: range) -> list[tuple[int, int]]:
-    return _found(_check, indices)
+def _run_task(item: Any) -> Any:
+    return _task(item)
 
 
-def _start_checking(check: Callable[[int], int]) -> None:
-    global _check
-    _check = check
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the waiting process answers them
+def ignore_signals(worker: int = 0) -> None:
+    """In a worker process: SLURM signals every process of a job, and a terminal's Ctrl-C reaches
+    all of them too; how to respond is up to the process that waits for them. (A worker that SIGTERM
+    ended would end a training with an error.)"""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def available_cpus() -> int:

@@ -4,10 +4,10 @@ import codecs
 import contextlib
 import csv
 import fcntl
-import glob
 import gzip
 import logging
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
@@ -137,15 +137,6 @@ class Source:
     def error(self, position: int, problem: str) -> InputError:
         return InputError(f"{self.path}, line {self.line_number(position)}: {problem}")
 
-    # Another process opens the file again; it must be the same one.
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "file"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self.file = self._open()
-        self.check_unchanged()
-
 
 def _identity(stat: os.stat_result) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
@@ -224,58 +215,64 @@ def _check_is_text(path: str, head: bytes) -> None:
 
 
 def open_text(path: str, bar: Bar = no_bar) -> Source:
-    """A text file, gzipped or not. Errors: `InputError` also for other archives and formats."""
-    return Source(path, _unpack(path, bar))
-
-
-def _unpack(path: str, bar: Bar) -> str:
-    """The path itself, or that of a gzipped file's plain text, which is unpacked next to it once: a
-    position in an archive cannot be read without everything before it."""
+    """A text file, gzipped or not; an archive is unpacked next to it once, since a position in it
+    cannot be read without everything before it. Errors: `InputError` also for other formats."""
     source = Source(path)
-    with source.file as file:
-        head = file.read(512)
-        if head[:2] != b"\x1f\x8b":
-            _check_is_text(path, head)
-            return path
-        with contextlib.suppress(OSError):  # where the file system can lock, one process unpacks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        stat, archive = source.stat, Path(path)
-        remove_leftovers(archive.parent, archive.name)
-        stamp = f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
-        target = archive.with_name(f".{archive.name}.{stamp}.unpacked")
-        # It is as old as the archive unless someone changes it. (Some file systems round to 2 s.)
-        time = stat.st_mtime_ns // (2 * 10**9) * 2 * 10**9
-        if target.is_file() and not target.is_symlink() and target.stat().st_mtime_ns == time:
-            return str(target)
-        logging.getLogger("fid").warning("unpacking %s to %s, once", path, target)
-        try:
-            with (
-                atomic_file(target, stat.st_mode) as plain,
-                gzip.open(file) as packed,
-                bar(stat.st_size, "B", "unpacking") as shown,
-            ):
-                position = 0
-                while piece := packed.read(_CHUNK):
-                    if position == 0:
-                        _check_is_text(path, piece)
-                    if b"\0" in piece:
-                        raise InputError(f"{path}: a NUL byte, so not UTF-8 text; fetch it again")
-                    plain.write(piece)
-                    shown.update(file.tell() - position)
-                    position = file.tell()
-                plain.flush()
-                os.utime(plain.fileno(), ns=(time, time))
-                source.check_unchanged()
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    head = source.read(0, min(512, source.size))
+    if head[:2] != b"\x1f\x8b":
+        _check_is_text(path, head)
+        return source
+    with source.file:
+        unpacked = made_once(source, "unpacked", lambda target: _unpack(source, target, bar))
+    return Source(path, str(unpacked))
+
+
+def read_text(path: str | Path) -> str:
+    """The text in a file, gzipped or not, with LF at the lines' ends. Errors: `InputError`."""
+    source = open_text(str(path))
+    data = b"".join(data for _, data in source.chunks(source.start))
+    return data.decode().replace("\r\n", "\n")
+
+
+def made_once(source: Source, kind: str, make: Callable[[Path], object]) -> Path:
+    """A file made from a source, next to it: `make` is given its path, unless it exists. Its name
+    has the source's size and time; what was made from an earlier version is removed."""
+    with contextlib.suppress(OSError):  # where the file system can lock, one process makes it
+        fcntl.flock(source.file, fcntl.LOCK_EX)
+    path, stat = Path(source.path), source.stat
+    target = path.with_name(f".{path.name}.{stat.st_size:x}-{stat.st_mtime_ns:x}.{kind}")
+    if not target.is_file():
+        remove_leftovers(path.parent, path.name)
+        ours = re.compile(rf"\.+{re.escape(path.name.lstrip('.'))}\.[0-9a-f]+-[0-9a-f]+\.{kind}")
+        for old in path.parent.glob(f".*.{kind}*"):
+            if ours.match(old.name) and target.name not in old.name:
+                old.unlink(missing_ok=True)
+        logging.getLogger("fid").warning("%s is %s once, to %s", path, kind, target)
+        make(target)
+    return target
+
+
+def _unpack(source: Source, target: Path, bar: Bar) -> None:
+    archive, path = source.file, source.path
+    try:
+        with (
+            atomic_file(target, source.stat.st_mode) as plain,
+            gzip.open(archive) as packed,
+            bar(source.size, "B", "unpacking") as shown,
+        ):
+            position = 0
+            while piece := packed.read(_CHUNK):
+                if position == 0:
+                    _check_is_text(path, piece)
+                plain.write(piece)
+                shown.update(archive.tell() - position)
+                position = archive.tell()
             source.check_unchanged()
-            problem = f"the archive is cut off or damaged ({first_line(error)}); fetch it again"
-            raise InputError(f"{path}: {problem}") from None
-        except OSError as error:
-            problem = f"cannot be unpacked next to it ({error.strerror})"
-            cure = "run gunzip -k on a copy where there is room, and give the result"
-            raise InputError(f"{path}: {problem}; {cure}") from None
-    for old in archive.parent.glob(glob.escape(f".{archive.name}.") + "*.unpacked*"):
-        if not old.name.startswith(target.name):  # of an earlier version of the archive
-            old.unlink(missing_ok=True)
-    return str(target)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        source.check_unchanged()
+        problem = f"the archive is cut off or damaged ({first_line(error)}); fetch it again"
+        raise InputError(f"{path}: {problem}") from None
+    except OSError as error:
+        problem = f"cannot be unpacked next to it ({error.strerror})"
+        cure = "run gunzip -k on a copy where there is room, and give the result"
+        raise InputError(f"{path}: {problem}; {cure}") from None

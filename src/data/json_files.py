@@ -116,7 +116,7 @@ def json_list(items: Iterable[dict]) -> Iterator[str]:
 # Where the objects are
 
 _HEAD = 1 << 16  # bytes that tell a file's kind
-_QUOTE, _BACKSLASH = ord('"'), ord("\\")
+_QUOTE = ord('"')
 # What each byte does to the depth of nesting.
 _DEPTH = np.zeros(256, dtype=np.int8)
 _DEPTH[[ord("["), ord("{")]] = 1
@@ -181,14 +181,15 @@ def _find_nested(source: Source, start: int) -> tuple[np.ndarray, int]:
     starts, ends = [], []
     depth, in_string, escaped = 0, 0, False
     for position, data in source.chunks(start):
-        view = np.frombuffer(data, dtype=np.uint8)
+        # Without escaped backslashes and quotes, which mean nothing here.
+        data = (b"_" + data[1:] if escaped else data).replace(rb"\\", b"__")
+        escaped = data.endswith(b"\\")
+        view = np.frombuffer(data.replace(rb"\"", b"__"), dtype=np.uint8)
         # Comparisons are faster than a table of all bytes; 32 turns [ and ] into { and }.
         lowered = view | 32
         (marks,) = ((view == _QUOTE) | (lowered == ord("{")) | (lowered == ord("}"))).nonzero()
         is_quote = view[marks] == _QUOTE
-        quotes = _without_escaped(view, marks[is_quote], escaped)
-        n_backslashes = len(data) - len(data.rstrip(b"\\"))
-        escaped = (n_backslashes + (escaped and n_backslashes == len(data))) % 2 == 1
+        quotes = marks[is_quote]
         brackets = marks[~is_quote]
         # A bracket is outside strings if an even number of quotes precedes it.
         brackets = brackets[(np.searchsorted(quotes, brackets) + in_string) % 2 == 0]
@@ -212,19 +213,6 @@ def _find_nested(source: Source, start: int) -> tuple[np.ndarray, int]:
         f"{source.path}: bad JSON (the file ends inside the {kind}: was it cut off?); make or copy "
         "it again"
     )
-
-
-def _without_escaped(view: np.ndarray, quotes: np.ndarray, first_is_escaped: bool) -> np.ndarray:
-    """The quotes that begin or end a string: those after an even number of backslashes."""
-    escaped = np.zeros(len(quotes), dtype=bool)
-    left = np.arange(len(quotes))
-    before = quotes - 1
-    while len(left):
-        escaped[left[before < 0]] ^= first_is_escaped
-        is_backslash = (before >= 0) & (view[before] == _BACKSLASH)
-        left, before = left[is_backslash], before[is_backslash] - 1
-        escaped[left] = ~escaped[left]
-    return quotes[~escaped]
 
 
 def _check_between(

@@ -5,7 +5,6 @@ import errno
 import fcntl
 import glob
 import os
-import re
 import secrets
 import shutil
 import stat
@@ -71,9 +70,9 @@ def claim(target: Path, remedy: str, lock_file: Path | None = None, wait: bool =
         while True:
             handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             if _lock(handle, wait) is False:
-                problem = f"another command{_holder(handle)} is writing it"
                 os.close(handle)
-                raise InputError(f"{target}: {problem}; wait for it, or {remedy}")
+                problem = "another command is writing it; wait for it"
+                raise InputError(f"{target}: {problem}, or {remedy}")
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), os.lstat(file)):
                     break
@@ -87,10 +86,7 @@ def claim(target: Path, remedy: str, lock_file: Path | None = None, wait: bool =
 
 
 def claim_output(
-    path: str,
-    option: str = "--output_path",
-    beside: Sequence[str] = (),
-    inputs: Iterable[str] = (),
+    path: str, option: str = "--output_path", beside: Sequence[str] = (), inputs: Iterable[str] = ()
 ) -> None:
     """Reserve a file that an option names, so that a wrong one is reported at the start.
 
@@ -144,16 +140,6 @@ def _lock(handle: int, wait: bool = False) -> bool | None:
     except OSError:
         return None
     return True
-
-
-def _holder(handle: int) -> str:
-    """ " (process N)" for the process on this machine that has locked an open file, or nothing."""
-    status = os.fstat(handle)
-    file = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    with contextlib.suppress(OSError):
-        found = re.search(rf": FLOCK .* (\d+) {file} ", Path("/proc/locks").read_text())
-        return f" (process {found[1]})" if found else ""
-    return ""
 
 
 def _new_partial(target: Path, folder: bool = False) -> tuple[Path, int]:

@@ -121,16 +121,17 @@ class Passages(Sequence[Passage]):
 
         Errors: `InputError` for an id that is not in the collection.
         """
-        return [self._find_one(identity) for identity in ids]
-
-    def _find_one(self, identity: str) -> int:
-        for name in (identity, identity.removeprefix(_DPR_PREFIX)):
-            if (position := self._look_up(name)) is not None:
-                return position
-        raise InputError(
-            f"{self.path}: no passage has the id {shorten(identity)}; "
-            "give the collection that the id was taken from"
-        )
+        found = []
+        for identity in ids:
+            rows = map(self._look_up, (identity, identity.removeprefix(_DPR_PREFIX)))
+            row = next((row for row in rows if row is not None), None)
+            if row is None:
+                raise InputError(
+                    f"{self.path}: no passage has the id {shorten(identity)}; "
+                    "give the collection that the id was taken from"
+                )
+            found.append(row)
+        return found
 
     def _look_up(self, identity: str) -> int | None:
         if len(self._id_table) == 1:
@@ -177,14 +178,6 @@ class Passages(Sequence[Passage]):
         for start in np.linspace(0, max(size - 4096, 0), 256).astype(np.int64).tolist():
             hashed.update(self._source.read(start, min(start + 4096, size)))
         return hashed.hexdigest()
-
-    # A worker process opens the collection again; unpickling the source checks that it is the same.
-    def __reduce__(self) -> tuple:
-        return _reopen, (self.path, self._source)
-
-
-def _reopen(path: str, source: Source) -> Passages:
-    return Passages(path)
 
 
 _UNPLAIN = re.compile('["\r\n]')

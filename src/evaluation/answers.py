@@ -16,6 +16,7 @@ import numpy as np
 import regex
 
 from src.data.examples import Examples, read_example
+from src.data.files import read_text
 from src.data.formats import Pattern
 from src.runtime.errors import InputError, shorten
 
@@ -50,21 +51,18 @@ def exact_match(prediction: str, answers: Sequence[str]) -> bool:
     )
 
 
-def _token_f1(predicted: list[str], right: list[str]) -> float:
-    if not predicted or not right:  # SQuAD 2.0: no tokens agree only with no tokens
-        return float(predicted == right)
-    common = sum((Counter(predicted) & Counter(right)).values())
-    return 2 * common / (len(predicted) + len(right))
-
-
 def f1(prediction: str, answers: Sequence[str]) -> float:
     """The best token F1 between the prediction and one of the answers, in [0, 1].
 
     Tokens are the words of `normalize_answer`, counted with repetition (Rajpurkar et al., 2016).
     """
-    predicted = normalize_answer(prediction).split()
-    scores = (_token_f1(predicted, normalize_answer(answer).split()) for answer in answers)
-    return max(scores, default=0.0)
+    predicted, best = normalize_answer(prediction).split(), 0.0
+    for answer in answers:
+        right = normalize_answer(answer).split()
+        common = sum((Counter(predicted) & Counter(right)).values())
+        total = len(predicted) + len(right)
+        best = max(best, 2 * common / total if total else 1.0)  # SQuAD 2.0: nothing is nothing
+    return best
 
 
 def judge(prediction: str, answers: Sequence[str]) -> tuple[bool, float]:
@@ -166,19 +164,14 @@ def answer_spans(answers: Sequence[str], text: str) -> list[tuple[int, int]]:
     sources = [span for piece, span in pieces for _ in piece]
     found = list(_TOKEN.finditer("".join(piece for piece, _ in pieces)))
     tokens = [token.group().lower() for token in found]
-    spans = [
-        (sources[found[first].start()][0], sources[found[first + len(answer) - 1].end() - 1][1])
-        for answer in filter(None, map(tokenize, answers))
-        for first in range(len(tokens) - len(answer) + 1)
-        if tokens[first : first + len(answer)] == answer
-    ]
-    joined: list[tuple[int, int]] = []
-    for start, end in sorted(spans):
-        if joined and start <= joined[-1][1]:
-            start, before = joined.pop()
-            end = max(end, before)
-        joined.append((start, end))
-    return joined
+    marked = np.zeros(len(text), bool)
+    for answer in filter(None, map(tokenize, answers)):
+        for first in range(len(tokens) - len(answer) + 1):
+            if tokens[first : first + len(answer)] == answer:
+                last = found[first + len(answer) - 1]
+                marked[sources[found[first].start()][0] : sources[last.end() - 1][1]] = True
+    edges = np.flatnonzero(np.diff(marked, prepend=False, append=False)).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def read_aligned(
@@ -189,13 +182,7 @@ def read_aligned(
     Args: parse: a line's id and value; shape: what a line has, for errors.
     Errors: `InputError` when the two do not belong together.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except UnicodeDecodeError as error:
-        problem = f"byte {error.start} is not UTF-8 text; re-encode the file"
-        raise InputError(f"{path}: {problem}") from None
+    lines = read_text(path).removesuffix("\n").split("\n")
     remedy = "give the --data that was answered"
     if len(lines) != len(data):
         lengths = f"{len(lines)} lines of answers to the {len(data)} questions"

@@ -76,16 +76,12 @@ class AnswerFile:
         self._file.close()
 
 
-def right_answer(data: Examples) -> Callable[[int], str | None]:
+def right_answer(data: Examples, index: int) -> str | None:
     """The text that an example's passages are scored by: its target, or else its first answer."""
-
-    def find(index: int) -> str | None:
-        example = read_example(data, index)
-        if example.target is not None or data.answers_are_regexes:
-            return example.target
-        return example.answers[0] if example.answers else None
-
-    return find
+    example = read_example(data, index)
+    if example.target is not None or data.answers_are_regexes:
+        return example.target
+    return example.answers[0] if example.answers else None
 
 
 class Tally:
@@ -185,11 +181,7 @@ def write_files(
 
 def _probability(log_probability: float, n_tokens: int) -> dict[str, float]:
     mean = log_probability / max(1, n_tokens)
-    return {
-        "log_probability": log_probability,
-        "mean_log_probability": mean,
-        "n_tokens": n_tokens,
-    }
+    return {"log_probability": log_probability, "mean_log_probability": mean, "n_tokens": n_tokens}
 
 
 def write_answers(

@@ -1,26 +1,25 @@
 """The file that retrieval writes, and what is written beside it."""
 
+import itertools
 import json
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from src.data.examples import Examples, available_cpus, read_example
+from src.data.examples import Examples, available_cpus, in_order, read_example
 from src.data.json_files import json_list
 from src.data.outputs import write_whole
 from src.data.passages import Passages
+from src.data.trec import run_lines
 from src.evaluation.answers import find_answers
+from src.evaluation.rankings import first_hit
 from src.runtime.errors import InputError, shorten
 
-# For a question's index: whether it has answers, and which of its passages contain one.
-Search = Callable[[int], tuple[bool, list[bool]]]
 MADE_BY, RECALL = ".made_by.json", ".recall.json"  # appended to the name of the file they describe
 _PAIRS_WORTH_A_PROCESS = 100_000  # of a question and a passage; a process starts in 0.1 s
+_PART = 16  # questions whose passages are searched at a time
 
 
 def check_trec_ids(data: Examples, passages: Passages) -> None:
@@ -51,7 +50,7 @@ def write_retrieved(
     made_by: dict[str, Any],
     as_trec: bool = False,
     on_examples: Callable[[int], object] = lambda n: None,
-) -> list[Sequence[bool]]:
+) -> list[int]:
     """Write questions with the passages found for them, and beside them what made them.
 
     Args:
@@ -63,25 +62,30 @@ def write_retrieved(
         made_by: as JSON values; `model` is the last column of a TREC run.
         as_trec: write a TREC run instead.
 
-    Returns: for each question with gold answers, whether each of its passages contains one.
+    Returns: for each question with gold answers, the rank of its first passage with one, from 1; 0
+    if there is none.
     """
-    flags: list[Sequence[bool]] = []
+    firsts: list[int] = []
 
     def found_for(index: int) -> list[tuple[int, float]]:
         pairs = zip(positions[index].tolist(), scores[index].tolist(), strict=True)
         return [(row, score) for row, score in pairs if row >= 0]
 
-    def search(index: int) -> tuple[bool, list[bool]]:
-        answers = read_example(data, index).answers
-        texts = (passages[row].text for row, _ in found_for(index))
-        return bool(answers), list(find_answers(answers, texts))
+    def find_in(part: range) -> list[list[bool] | None]:
+        """Which passages of some questions contain an answer; None for a question without any."""
+        answers = [read_example(data, index).answers for index in part]
+        texts = [(passages[row].text for row, _ in found_for(index)) for index in part]
+        pairs = zip(answers, texts, strict=True)
+        return [list(find_answers(*pair)) if pair[0] else None for pair in pairs]
 
     def found() -> Iterator[tuple[int, list[bool]]]:
-        hits = _search_all(search, len(data), scores.size, workers)
-        for index, (has_answers, contained) in enumerate(hits):
-            if has_answers:
-                flags.append(np.array(contained, bool))  # a list takes eight times as much memory
-            yield index, contained if has_answers else []
+        n_workers = min(workers, available_cpus(), scores.size // _PAIRS_WORTH_A_PROCESS)
+        parts = (range(n, min(n + _PART, len(data))) for n in range(0, len(data), _PART))
+        hits = itertools.chain.from_iterable(in_order(find_in, parts, n_workers))
+        for index, contained in enumerate(hits):
+            if contained is not None:
+                firsts.append(first_hit(contained))
+            yield index, contained or []
             on_examples(1)
 
     def examples() -> Iterator[dict[str, Any]]:
@@ -96,16 +100,14 @@ def write_retrieved(
 
     def trec_lines() -> Iterator[str]:
         for index, _ in found():
-            question = read_example(data, index).id
-            for rank, (row, score) in enumerate(found_for(index), start=1):
-                columns = passages[row].id, rank, repr(score), made_by["model"]
-                yield "{} Q0 {} {} {} {}\n".format(question, *columns)
+            ranked = ((passages[row].id, score) for row, score in found_for(index))
+            yield from run_lines(read_example(data, index).id, ranked, made_by["model"])
 
     for kind in (MADE_BY, RECALL):  # of an earlier file
         beside(path, kind).unlink(missing_ok=True)
     write_whole(path, trec_lines() if as_trec else as_json(path, examples()))
     write_beside(path, MADE_BY, made_by)
-    return flags
+    return firsts
 
 
 def as_json(path: str | Path, examples: Iterator[dict[str, Any]]) -> Iterator[str]:
@@ -122,43 +124,14 @@ def write_beside(path: Path, kind: str, values: dict[str, Any]) -> None:
     write_whole(beside(path, kind), [json.dumps(values, indent=1) + "\n"])
 
 
-def _search_all(
-    search: Search, n: int, n_pairs: int, workers: int
-) -> Iterator[tuple[bool, list[bool]]]:
-    """The results for the first n indices in order."""
-    workers = min(workers, available_cpus(), n_pairs // _PAIRS_WORTH_A_PROCESS)
-    if workers <= 1:
-        yield from map(search, range(n))
-        return
-    with forked(search, workers) as pool:
-        yield from pool.map(call, range(n), chunksize=max(1, min(64, n // (4 * workers))))
-
-
-def forked(task: Callable[[Any], Any], workers: int) -> ProcessPoolExecutor:
-    """Processes that run this task, by `call`. They import nothing, read files themselves, and
-    leave signals to the process that waits for them."""
-    context = multiprocessing.get_context("fork")
-    return ProcessPoolExecutor(workers, context, _start_worker, (task,))
-
-
-def _start_worker(task: Callable[[Any], Any]) -> None:
-    global _task
-    _task = task
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def call(argument: Any) -> Any:
-    return _task(argument)
-
-
-def write_recall(path: Path, flags: list[Sequence[bool]], n_docs: int) -> dict[str, float]:
+def write_recall(path: Path, firsts: Sequence[int], n_docs: int) -> dict[str, float]:
     """Write recall at 1, 5, 20 and 100 beside the retrieved data; nothing without gold answers.
 
+    Args: firsts: what `write_retrieved` returned.
     Returns: the values by name, in [0, 1].
     """
-    ks = [k for k in (1, 5, 20, 100) if flags and k <= n_docs]
-    recalls = {f"recall@{k}": sum(any(part[:k]) for part in flags) / len(flags) for k in ks}
+    ks = [k for k in (1, 5, 20, 100) if firsts and k <= n_docs]
+    recalls = {f"recall@{k}": sum(0 < rank <= k for rank in firsts) / len(firsts) for k in ks}
     if recalls:
-        write_beside(path, RECALL, {**recalls, "questions": len(flags)})
+        write_beside(path, RECALL, {**recalls, "questions": len(firsts)})
     return recalls

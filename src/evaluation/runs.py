@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from src.data.examples import Examples
+from src.data.json_files import read_json
 from src.evaluation.answers import ANSWERS, SCORES, read_aligned
 from src.runtime.errors import InputError, shorten
 
 METRICS, OPTIONS = "metrics.jsonl", "options.json"
 PROBABILITIES, CURVE = "answers.jsonl", "n_context_curve.json"
+_OTHER_SHAPE = (AttributeError, KeyError, TypeError, ValueError)
+_NOT_OURS = "not as a run writes it; remove the file"
 MOST_POINTS = 200  # of a curve; more are averaged in groups
 
 
@@ -78,27 +81,23 @@ def read_curve(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Exact match and F1, in percent, by number of passages, from an `n_context_curve.json`."""
     if not path.exists():
         return {}
+    names = {"exact match": "exact_match", "F1": "f1"}
     try:
-        rows = sorted((int(n), row) for n, row in json.loads(path.read_bytes()).items())
+        rows = sorted((int(n), row) for n, row in read_json(path).items())
         known = [(n, row) for n, row in rows if row["exact_match"] is not None]
-        curves = {"exact match": [(n, float(row["exact_match"])) for n, row in known]}
-        curves["F1"] = [(n, float(row["f1"])) for n, row in known]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        problem = 'not a curve such as {"5": {"exact_match": 31.2, "f1": 40.1}}; remove the file'
-        raise InputError(f"{path}: {problem}") from None
+        curves = {name: [(n, float(row[key])) for n, row in known] for name, key in names.items()}
+    except _OTHER_SHAPE:
+        raise InputError(f"{path}: {_NOT_OURS}") from None
     return curves if known else {}  # there may be no gold answers
 
 
 def read_run_options(folder: Path) -> dict[str, Any]:
     """The options of a run; {} if it wrote none."""
     path = folder / OPTIONS
-    if not path.exists():
-        return {}
     try:
-        return dict(json.loads(path.read_bytes())["options"])
-    except (OSError, ValueError, KeyError, TypeError):
-        problem = "not the options that a run writes; remove the file"
-        raise InputError(f"{path}: {problem}") from None
+        return dict(read_json(path)["options"]) if path.exists() else {}
+    except _OTHER_SHAPE:
+        raise InputError(f"{path}: {_NOT_OURS}") from None
 
 
 def find_data(folder: Path, given: str | None, run_options: dict[str, Any]) -> str:

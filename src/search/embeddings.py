@@ -1,8 +1,6 @@
 """A collection's embeddings: shards opened by a pattern, and checked to belong together."""
 
-import contextlib
 import dataclasses
-import fcntl
 import glob
 import itertools
 import logging
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.data.files import Source
+from src.data.files import Source, made_once
 from src.runtime.errors import InputError, shorten
 from src.search.legacy_pickle import read_legacy_embeddings
 from src.search.shards import FINGERPRINTS, Shard, ShardWriter, read_shard
@@ -66,11 +64,6 @@ def _check_together(shards: list[Shard]) -> None:
         for key in (*FINGERPRINTS, "num_shards"):
             values = first.metadata.get(key), shard.metadata.get(key)
             require_same(key, first.path, values[0], shard.path, values[1])
-    for before, shard in itertools.pairwise(shards):
-        number = shard.number("shard_id")
-        if number is not None and number == before.number("shard_id"):
-            both = f"{before.path} and {shard.path} are both shard {number}"
-            raise InputError(f"{both}; leave one out, {_OR_ALLOW}")
     present, total = {shard.number("shard_id") for shard in shards}, first.number("num_shards") or 0
     missing = next((number for number in range(total) if number not in present), None)
     if missing is not None:
@@ -80,6 +73,10 @@ def _check_together(shards: list[Shard]) -> None:
         )
     for before, shard in itertools.pairwise(shards):
         start, next_start = before.number("first"), shard.number("first")
+        number = shard.number("shard_id")
+        if number is not None and number == before.number("shard_id"):
+            both = f"{before.path} and {shard.path} are both shard {number}"
+            raise InputError(f"{both}; leave one out, {_OR_ALLOW}")
         if start is not None and start + len(before) != next_start:
             raise InputError(
                 f"{before.path} ends at passage {start + len(before):,}, but {shard.path} begins "
@@ -116,30 +113,28 @@ def open_shard(path: str | Path) -> Shard:
     A pickle is converted once to a shard, a hidden file beside it. If that cannot be written, the
     embeddings stay in memory.
     """
-    source, log = Path(path), logging.getLogger("fid")
-    with Source(str(path)).file as file:
-        head = file.read(9)
-        if head[8:] == b"{" or head[:1] != b"\x80":
-            return read_shard(path)
-        with contextlib.suppress(OSError):  # if files can be locked, one process converts
-            fcntl.flock(file, fcntl.LOCK_EX)
-        stat = os.fstat(file.fileno())
-        prefix = f".{source.name}.converted-"
-        target = source.with_name(f"{prefix}{stat.st_size:x}-{stat.st_mtime_ns:x}")
-        if not target.exists():
-            ids, vectors = read_legacy_embeddings(path)
-            log.warning("converting %s, once", path)
-            for old in source.parent.glob(f"*{glob.escape(prefix)}*"):  # of an earlier pickle
-                old.unlink(missing_ok=True)
-            half = len(vectors) and vectors[0].itemsize == 2
-            embeddings = np.asarray(vectors).astype(np.float16 if half else np.float32, copy=False)
-            try:
-                with ShardWriter(target, *embeddings.shape, embeddings.dtype, {}) as writer:
-                    for start in range(0, len(ids), 1 << 14):
-                        rows = slice(start, start + (1 << 14))
-                        writer.append(ids[rows], embeddings[rows])
-                    writer.finish()
-            except InputError as error:
-                log.warning("%s; reading the pickle each time", error)
-                return Shard(str(path), ids, embeddings, {})
-        return dataclasses.replace(read_shard(target), path=str(path), metadata={})
+    source = Source(str(path))
+    head = source.read(0, min(9, source.size))
+    if head[8:] == b"{" or head[:1] != b"\x80":
+        return read_shard(path)
+    in_memory: list[Shard] = []
+
+    def convert(target: Path) -> None:
+        ids, vectors = read_legacy_embeddings(path)
+        half = len(vectors) and vectors[0].itemsize == 2
+        embeddings = np.asarray(vectors).astype(np.float16 if half else np.float32, copy=False)
+        in_memory.append(Shard(str(path), ids, embeddings, {}))
+        with ShardWriter(target, *embeddings.shape, embeddings.dtype, {}) as writer:
+            for start in range(0, len(ids), 1 << 14):
+                rows = slice(start, start + (1 << 14))
+                writer.append(ids[rows], embeddings[rows])
+            writer.finish()
+
+    try:
+        converted = read_shard(made_once(source, "converted", convert))
+    except InputError as error:
+        if not in_memory:
+            raise
+        logging.getLogger("fid").warning("%s; reading the pickle each time", error)
+        return in_memory[0]
+    return dataclasses.replace(converted, path=str(path), metadata={})

@@ -1,7 +1,6 @@
 """Exact search: the passages with the largest inner products, streamed from disk.
 
-`Indexer` searches shards one block of rows at a time. A passage's position is its row in all shards
-taken together.
+`Indexer` searches shards block by block. A passage's position is its row in all shards together.
 
 Every kind of search (this one, `gpu.py`, `faiss_index.py`, `bm25.py`) obeys one rule: the list of n
 passages begins every longer list, and passages with equal scores keep the collection's order,
@@ -118,9 +117,10 @@ def merge(parts: Sequence[Found], k: int) -> Found:
 
 
 class Indexer:
-    """Exact search over opened shards, with a block of embeddings in memory.
+    """Exact search over opened shards.
 
-    Args: shards: from `open_shards`; block_rows: rows in a block (`--indexing_batch_size`).
+    Args: shards: from `open_shards`; block_rows: rows in a block (`--indexing_batch_size`); a CPU
+        has one tile of it in memory at a time.
     """
 
     def __init__(self, shards: Sequence[Shard], block_rows: int = 50_000):
@@ -151,13 +151,15 @@ class Indexer:
         """
         queries, k = check_request(queries, k, self, self.shards[0].path)
         best = Found.empty(len(queries), k)
-        from src.search.tiles import tile_searches  # only a search needs torch
+        from src.search import tiles  # only a search needs torch
 
-        searches = tile_searches(queries, best)
-        for start, block in self.blocks(part, on_rows) if searches else ():
-            longest = self._longest_row(start, block)
+        searches = tiles.tile_searches(queries, best)
+        for start, tile in self.blocks(part, on_rows, tiles.TILE_ROWS) if searches else ():
+            longest = self._longest_row(start, tile)
             for search in searches:
-                search.add(block, start, longest)
+                search.add(tile, start, longest)
+        for search in searches:
+            search.merge()
         return best
 
     def ids(self, positions: np.ndarray) -> list[list[str]]:
@@ -174,28 +176,34 @@ class Indexer:
         self,
         part: tuple[int, int] = (0, 1),
         on_rows: Callable[[int], None] | None = None,
+        at_once: int | None = None,
         buffers: Iterable[np.ndarray] = (),
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """The blocks in order: the first row's position, and the rows [b, d], in `buffers` in turn
-        or in one of float32.
+        """The blocks in order: the first row's position, and the rows [b, d] as float32.
 
         They cross the borders of shards, whose number therefore makes no difference. A block is
         overwritten by the next one, which the system is asked to read from disk in the meantime. (A
         thread that copies it would take a core from the matrix products.)
+
+        Args:
+            at_once: gives each block in pieces of so many rows.
+            buffers: filled in turn, instead of one in float32.
         """
         index, count = part
-        shape, step = (min(self._block_rows, len(self)), self.dimension), count * self._block_rows
+        at_once = min(at_once or self._block_rows, self._block_rows)
+        shape, step = (min(at_once, len(self)), self.dimension), count * self._block_rows
         turns = itertools.cycle([*buffers] or [np.empty(shape, np.float32)])
-        for start in range(index * self._block_rows, len(self), step):
-            buffer = next(turns)
-            block = buffer[: len(self) - start]
-            for shard, row, piece in self._pieces(start, block):
-                shard.read(row, piece)
-            for shard, row, piece in self._pieces(start + step, buffer):
-                shard.read_ahead(row, len(piece))
-            yield start, block
-            if on_rows:
-                on_rows(len(block))
+        for block_start in range(index * self._block_rows, len(self), step):
+            end = min(block_start + self._block_rows, len(self))
+            for start in range(block_start, end, at_once):
+                rows = next(turns)[: end - start]
+                for shard, row, piece in self._pieces(start, rows):
+                    shard.read(row, piece)
+                for shard, row, piece in self._pieces(start + step, rows):
+                    shard.read_ahead(row, len(piece))
+                yield start, rows
+                if on_rows:
+                    on_rows(len(rows))
 
     def _pieces(self, start: int, block: np.ndarray) -> Iterator[tuple[Shard, int, np.ndarray]]:
         """The parts of a block from `start` on by shard, with their first row there."""

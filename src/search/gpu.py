@@ -128,7 +128,7 @@ class GpuIndexer(Indexer):
         compute, copies, before = backend.current_stream(), backend.Stream(), backend.Event()
         copies.wait_stream(compute)  # which may still use the memory of the slots
         lengths, scale = torch.zeros((), device=device), torch.ones((), device=device)
-        for start, rows in self.blocks(part, None, buffers.numpy()):
+        for start, rows in self.blocks(part, buffers=buffers.numpy()):
             source, block = (buffer[: len(rows)] for buffer in next(pairs))
             with backend.stream(copies):
                 block.copy_(source, non_blocking=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 from src.data.examples import load_data, read_example
 from src.data.outputs import claim_output, write_whole
-from src.data.trec import Run
+from src.data.trec import Run, run_lines
 from src.evaluation.answers import find_answers
 from src.evaluation.relevance import load_run
 from src.evaluation.retrieved import as_json
@@ -66,11 +66,11 @@ def fuse(rankings: Sequence[dict[str, float]], options: argparse.Namespace) -> d
 def _trec_lines(runs: Sequence[Run], options: argparse.Namespace) -> Iterator[str]:
     for question in dict.fromkeys(question for run in runs for question in run):
         fused = fuse([run.get(question, {}) for run in runs], options)
-        for rank, (name, score) in enumerate(fused.items(), start=1):
-            if len(question.split()) != 1 or len(name.split()) != 1:
-                problem = f"the ids {shorten(question)} and {shorten(name)} must not have spaces"
-                raise InputError(f"{options.output}: {problem} in a TREC run; write .json")
-            yield f"{question} Q0 {name} {rank} {score!r} fused\n"
+        for name in (question, *fused):
+            if len(name.split()) != 1:
+                problem = f"the id {shorten(name)} must not have spaces in a TREC run; write .json"
+                raise InputError(f"{options.output}: {problem}")
+        yield from run_lines(question, fused.items(), "fused")
 
 
 def _examples(runs: Sequence[Run], options: argparse.Namespace) -> Iterator[dict[str, Any]]:

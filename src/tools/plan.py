@@ -169,7 +169,7 @@ def _search(options: Options, device: Device, precision: str) -> tuple:
     else:
         needed = expected_memory(rows, s.embedding, block, search.factory)
         if search.factory:  # which exact search is compared with
-            needed += 4 * s.embedding * min(rows, block)
+            needed += expected_memory(rows, s.embedding, block)
         memory["index" if search.factory else "blocks"] = needed
     # The collection's row offsets and ids; scores and positions found, and what merges them.
     memory["results"] = 24 * rows + questions * (3 * 12 * options.n_docs + 8 * s.embedding)

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import sys
+import textwrap
 import unicodedata
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ def show(reply: Reply, width: int, bold: bool) -> str:
     """A reply as text for a terminal of `width` cells: the answer, then the first passages, each
     with its scores and the lines around the answer, which is printed in bold if `bold`."""
     given = f"{_ON}{clean(reply.answer) or '(no answer)'}{_OFF}"
-    lines = [*wrap(f"{given} (probability {reply.probability:.3f})", width), ""]
+    lines = [*textwrap.wrap(f"{given} (probability {reply.probability:.3f})", width), ""]
     shown = reply.passages[:_SHOWN]
     heads = [
         f"{rank}  reader {e.score:6.2f} | attribution {round(e.attribution, 2) + 0.0:5.2f} | "
@@ -60,7 +61,7 @@ def show(reply: Reply, width: int, bold: bool) -> str:
     widest = max(map(len, heads), default=0)
     room = width - widest - 7
     for head, evidence in zip(heads, shown, strict=True):
-        title = wrap(clean(evidence.title), room if room >= 12 else width - 7)
+        title = textwrap.wrap(clean(evidence.title), room if room >= 12 else width - 7)
         if title:  # in a narrow terminal on a line of its own
             head = f"{head:{widest}} | " if room >= 12 else f"{head}\n   "
             head += f"{title[0]}{' ...' if len(title) > 1 else ''}"
@@ -78,30 +79,6 @@ def clean(text: str) -> str:
     return " ".join("".join(kept).split())
 
 
-def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` cells, broken at spaces, and inside a word that is longer."""
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and _cells(lines[-1]) + 1 + _cells(word) > width:
-            lines.append("")
-        lines[-1] += " " if lines[-1] else ""
-        for character in word:
-            if _cells(lines[-1]) + _cells(character) > width:
-                lines.append("")
-            lines[-1] += character
-    return [line for line in lines if line]
-
-
-def _cells(text: str) -> int:
-    """The text's width in a terminal: marks have none, the wide letters of East Asia two cells."""
-    return sum(
-        0
-        if unicodedata.category(c) in ("Cc", "Mn", "Me")
-        else 1 + (unicodedata.east_asian_width(c) in ("W", "F"))
-        for c in text
-    )
-
-
 def _excerpt(text: str, answer: str, width: int) -> list[str]:
     """The lines of a passage around the first occurrence of the answer, or else its beginning."""
     text = clean(text[:_LONGEST])
@@ -109,7 +86,7 @@ def _excerpt(text: str, answer: str, width: int) -> list[str]:
     for start, stop in answer_spans([answer], text):
         pieces += [text[end:start], _ON, text[start:stop], _OFF]
         end = stop
-    lines = wrap("".join([*pieces, text[end:]]), width - 4)  # with room for the dots
+    lines = textwrap.wrap("".join([*pieces, text[end:]]), width - 4)  # with room for the dots
     marked = next((number for number, line in enumerate(lines) if _ON in line), 0)
     first = max(0, min(marked - 1, len(lines) - _LINES))
     excerpt = lines[first : first + _LINES]

@@ -21,16 +21,14 @@ import io
 import itertools
 import json
 import re
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from src.data.examples import available_cpus
+from src.data.examples import available_cpus, in_order
 from src.data.json_files import JsonItems
 from src.data.outputs import claim_output, write_whole
 from src.data.passages import FIELD_NAMES
-from src.evaluation.retrieved import call, forked
 from src.runtime.errors import shorten
 from src.runtime.terminal import count, progress_bar
 
@@ -51,7 +49,8 @@ class Document(NamedTuple):
     more: dict[str, Any]
 
 
-Task = Callable[[list[Document]], Iterator[tuple[str, int]]]
+def _is_read(batch: list[Document]) -> bool:
+    return all(isinstance(document.text, list) for document in batch)
 
 
 @reports_input_errors
@@ -63,15 +62,22 @@ def main(arguments: list[str] | None = None) -> None:
     workers = min(options.workers or available_cpus(), max(1, total // _WORTH_A_PROCESS))
     n_passages = 0
 
+    def split_all(batch: list[Document]) -> Iterable[tuple[str, int]]:
+        lines = _split_all(batch, options)
+        return list(lines) if _is_read(batch) else lines
+
     def lines() -> Iterator[str]:
         nonlocal n_passages
         if options.output.endswith(".tsv"):
             yield "id\ttext\ttitle\n"
         with progress_bar(total, "B", unit_scale=True) as bar:
             batches = (batch for file in files for batch in _batches(*file, options, bar.update))
-            for text, n in _in_order(lambda batch: _split_all(batch, options), batches, workers):
-                n_passages += n
-                yield text
+            for is_read, some in itertools.groupby(batches, _is_read):
+                # (A text that is still being read is split here.)
+                split_up = in_order(split_all, some, workers if is_read else 1)
+                for text, n in itertools.chain.from_iterable(split_up):
+                    n_passages += n
+                    yield text
         if not n_passages:
             raise InputError(f"{', '.join(options.files)}: no text in these files; give some")
 
@@ -189,17 +195,16 @@ def _from_wikiextractor(lines: Iterable[str]) -> Iterator[Document]:
 
 
 def _from_text(path: Path, name: str, file: io.BufferedReader, is_markdown: bool) -> Document:
-    """The file as one document. One of several megabytes is read while it is split."""
+    """The file as one document. A large one is read while it is split."""
     title = Path(name.removesuffix(".gz")).stem
     pieces = _pieces(path, file, b"\n" if is_markdown else b"\n ")
-    some = list(itertools.islice(pieces, 2))
+    first = next(pieces, "")
+    text = itertools.chain([first], pieces)
     if is_markdown:
-        found = _HEADING.search("".join(some))
+        found = _HEADING.search(first)
         title = found[1] if found else title
-        some, pieces = ((_HEADING.sub(r"\1", p) for p in part) for part in (some, pieces))
-    some = list(some)
-    text = some or [""] if len(some) < 2 else itertools.chain(some, pieces)
-    return Document(name, title, text, {})
+        text = (_HEADING.sub(r"\1", piece) for piece in text)
+    return Document(name, title, text if path.stat().st_size > _BATCH else list(text), {})
 
 
 def _pieces(path: Path, file: io.BufferedReader, ends: bytes) -> Iterator[str]:
@@ -260,27 +265,6 @@ def _split_all(documents: list[Document], options: argparse.Namespace) -> Iterat
                 yield out.getvalue(), n
                 n = out.truncate(out.seek(0))
     yield out.getvalue(), n
-
-
-def _in_order(
-    task: Task, batches: Iterable[list[Document]], workers: int
-) -> Iterator[tuple[str, int]]:
-    """The results for batches in their order, by several processes, a few batches ahead. A text
-    that is still being read is split here."""
-    if workers == 1:
-        yield from itertools.chain.from_iterable(map(task, batches))
-        return
-    waiting: deque = deque()
-    with forked(lambda batch: list(task(batch)), workers) as pool:
-        for batch in batches:
-            if is_read := all(isinstance(document.text, list) for document in batch):
-                waiting.append(pool.submit(call, batch))
-            while waiting and (len(waiting) > 2 * workers or not is_read):
-                yield from waiting.popleft().result()
-            if not is_read:
-                yield from task(batch)
-        for future in waiting:
-            yield from future.result()
 
 
 if __name__ == "__main__":

@@ -15,14 +15,7 @@ from typing import Any
 
 from src.data.examples import Example, Examples, load_data, read_example
 from src.data.passages import Passage
-from src.evaluation.answers import (
-    ANSWERS,
-    SCORES,
-    answer_spans,
-    find_answers,
-    judge,
-    read_answers,
-)
+from src.evaluation.answers import ANSWERS, SCORES, answer_spans, find_answers, judge, read_answers
 from src.evaluation.calibration import percent, rank_correlation
 from src.evaluation.groups import answer_length
 from src.evaluation.rankings import Ranking, first_hit
