@@ -10,8 +10,11 @@ its own, less that of one that only imports.
 
 import argparse
 import json
+import math
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
@@ -20,30 +23,30 @@ from transformers.modeling_outputs import BaseModelOutput
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.measure import interleaved, matrix_peak, nothing, peak_memory, table
 from src.models.losses import reader_loss
-from src.models.reader import FiDT5
+from src.models.reader import FiDT5, load_reader
 from src.models.targets import attribution, questions
 from src.options import GenerationOptions
+from src.tools.footprint import T5, Shape, decoder_flops, encoder_flops, reader_shape
 from src.training.optim import build_optimizer
 
-SHAPES = {  # of T5: width, head size, feed-forward, layers, heads
-    "small": {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8},
-    "base": {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
-}
 TEXT_MAXLENGTH, ANSWER_LENGTH = 250, 8
 
 
-def make_t5(shape: str, attention: str) -> T5ForConditionalGeneration:
+def make_t5(size: str, attention: str, **settings: Any) -> T5ForConditionalGeneration:
     torch.manual_seed(0)
-    config = T5Config(**SHAPES[shape], vocab_size=32128, decoder_start_token_id=0)
-    config._attn_implementation = attention
+    D, head, F, layers, H = T5[size]
+    config = T5Config(d_model=D, d_kv=head, d_ff=F, num_layers=layers, num_heads=H, **settings)
+    config.decoder_start_token_id, config._attn_implementation = 0, attention
     return T5ForConditionalGeneration(config)
 
 
-def make_batch(batch: int, passages: int) -> dict:
+def make_batch(batch: int, passages: int, most: int = TEXT_MAXLENGTH) -> dict:
+    """Questions whose passages have 52 to 76 % of the most tokens."""
     generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(130, 191, (batch, passages, 1), generator=generator)
-    mask = torch.arange(TEXT_MAXLENGTH) < lengths
-    ids = torch.randint(3, 32000, (batch, passages, TEXT_MAXLENGTH), generator=generator)
+    shortest, longest = 13 * most // 25, 19 * most // 25
+    lengths = torch.randint(shortest, longest + 1, (batch, passages, 1), generator=generator)
+    mask = torch.arange(most) < lengths
+    ids = torch.randint(3, 32000, (batch, passages, most), generator=generator)
     labels = torch.randint(3, 32000, (batch, ANSWER_LENGTH), generator=generator)
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
 
@@ -106,24 +109,28 @@ def train_twice(shape: str, way: str, batch: int, passages: int) -> None:
         training_step(reader, optimizer, make_batch(batch, passages))
 
 
-def useful_flops(shape: str, batch: dict) -> float:
-    """Floating-point operations of one training step on real tokens alone: 6 a weight and token,
-    and attention's own products. (The optimizer is not counted.)"""
-    size = SHAPES[shape]
-    D, F, H = size["d_model"], size["d_ff"], size["num_heads"] * size["d_kv"]
-    layers, lengths = size["num_layers"], batch["attention_mask"].sum(dim=2).double()
-    tokens, answers = float(lengths.sum()), float(batch["labels"].numel())
-    weights = layers * (4 * D * H + 2 * D * F)
-    cross = layers * 2 * D * H  # the keys and values of the passages
-    attention = layers * 2 * H * float((lengths**2).sum())
-    answer_weights = layers * (6 * D * H + 2 * D * F) + D * 32128
-    return 6 * (tokens * (weights + cross) + answers * answer_weights) + 3 * 2 * attention
+def answer_once(folder: str, way: str, batch: int, passages: int) -> None:
+    if way == "plain":
+        t5 = T5ForConditionalGeneration.from_pretrained(folder, attn_implementation="eager")
+        reader = PlainFiD(t5).eval()
+    else:
+        reader = load_reader(folder).eval()
+    tokens = make_batch(batch, passages)
+    reader.generate(tokens["input_ids"], tokens["attention_mask"], 20)
+
+
+def useful_flops(shape: Shape, batch: dict) -> float:
+    """Floating-point operations of a forward pass on real tokens alone."""
+    lengths = batch["attention_mask"].sum(dim=2)
+    of_passages = sum(encoder_flops(shape, 1, length) for length in lengths.flatten().tolist())
+    questions = zip(lengths.sum(dim=1).tolist(), batch["labels"], strict=True)
+    return of_passages + sum(decoder_flops(shape, 1, S, len(label)) for S, label in questions)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--shape", choices=T5, default="small")
     parser.add_argument("--passages", type=int, default=10)
     parser.add_argument("--batch", type=int, default=1)
     options = parser.parse_args()
@@ -141,7 +148,8 @@ def main() -> None:
         way: peak_memory(train_twice, options.shape, way, options.batch, options.passages) - empty
         for way in ways
     }
-    peak, flops = matrix_peak(), useful_flops(options.shape, batch)
+    shape = reader_shape(argparse.Namespace(model_size=options.shape))
+    peak, flops = matrix_peak(), 3 * useful_flops(shape, batch)
     rows = [
         {
             "training": way,
@@ -156,6 +164,12 @@ def main() -> None:
     table(rows)
 
     plain, ours = made["plain"][0].eval(), made["ours"][0].eval()
+    with tempfile.TemporaryDirectory() as folder:
+        plain.t5.save_pretrained(folder)
+        peaks = {
+            way: peak_memory(answer_once, folder, way, options.batch, options.passages) - empty
+            for way in ("plain", "ours")
+        }
     # A head of their own: fresh weights with a tied one repeat the token that they begin with.
     plain.t5.lm_head.weight = torch.nn.Parameter(0.05 * torch.randn_like(plain.t5.shared.weight))
     ours.t5.lm_head.weight = plain.t5.lm_head.weight
@@ -188,7 +202,8 @@ def main() -> None:
     table(
         [
             {"generation": way, "s": value, "speed": seconds["plain"] / value,
-             "of ours": value / seconds["ours"]}
+             "of ours": value / seconds["ours"], "peak MB": peaks.get(way, math.nan),
+             "memory": peaks.get(way, math.nan) / peaks["plain"]}
             for way, value in seconds.items()
         ]
     )  # fmt: skip

@@ -66,8 +66,8 @@ def matrix_peak(size: int = 2048, products: int = 8) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def table(rows: list[dict[str, Any]]) -> None:
-    """Print rows for people, in columns, and for machines, as one JSON line."""
+def table(rows: list[dict[str, Any]], **facts: str) -> None:
+    """Print rows for people, in columns, and for machines, with `facts`, as one JSON line."""
     names = list(rows[0])
     cells = [names] + [[_short(row[name]) for name in names] for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
@@ -77,10 +77,13 @@ def table(rows: list[dict[str, Any]]) -> None:
         shown += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         print("  ".join(shown).rstrip())
     # (JSON has no nan, as where a column does not apply.)
-    print(json.dumps([{k: None if v != v else v for k, v in row.items()} for row in rows]))
+    found = [{k: None if v != v else v for k, v in row.items()} for row in rows]
+    print(json.dumps(facts | {"rows": found} if facts else found))
 
 
 def _short(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
+    if value != value:
+        return "-"
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"

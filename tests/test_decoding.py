@@ -60,6 +60,17 @@ def test_the_tokens_are_those_of_transformers(shape, table, tmp_path, monkeypatc
     assert len(set(ends)) > 3  # or this test shows little
 
 
+def test_only_queries_keys_and_values_are_copied(reference):
+    reader = load_reader(str(reference / "legacy_reader/checkpoint/step-20")).eval()
+    decoder = reader.decoder()
+    own = {parameter.untyped_storage().data_ptr() for parameter in reader.parameters()}
+    matrices = [decoder._head]
+    for layer in decoder.layers:
+        matrices += [layer.self_out, layer.query, layer.key, layer.value, layer.cross_out]
+        matrices += [*layer.wi, layer.wo]
+    assert all(matrix.untyped_storage().data_ptr() in own for matrix in matrices)
+
+
 def test_unfinished_answers_continue_alone(reference, monkeypatch):
     """When half of the answers have ended, steps compute the others only, and come out the same."""
     reader = load_reader(str(reference / "legacy_reader/checkpoint/step-20")).eval()

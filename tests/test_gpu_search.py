@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.runtime.errors import InputError
 from src.search import gpu as module
@@ -85,17 +86,18 @@ def test_processes_together_find_what_one_does(processes):
     assert_same(merge(parts, 25), expected)
 
 
+@pytest.mark.parametrize("stored", [np.float16, np.float32])
 @pytest.mark.parametrize("keep", [True, False])
-def test_cached_blocks_are_read_once(keep, monkeypatch):
+def test_cached_blocks_are_read_once(keep, stored, monkeypatch):
     read, blocks = [], Indexer.blocks
 
-    def counted(self, part=(0, 1), on_rows=None):
-        for start, block in blocks(self, part, on_rows):
+    def counted(self, *arguments, **options):
+        for start, block in blocks(self, *arguments, **options):
             read.append(start)
             yield start, block
 
     monkeypatch.setattr(GpuIndexer, "_fits", lambda *_: keep)
-    vectors, told = random(200, 8), []
+    vectors, told = random(200, 8).astype(stored), []
     expected = [Indexer(shards_of(vectors)).search(random(9, 8, seed=n), 4) for n in (1, 2)]
     monkeypatch.setattr(Indexer, "blocks", counted)
     ours = gpu(vectors)
@@ -122,8 +124,27 @@ def test_nothing_to_look_for_or_in():
     assert gpu(random(0, 4), 0).search(random(3, 4), 5).positions.shape == (3, 0)
 
 
-def test_embeddings_that_are_not_finite():
-    vectors, queries = random(50, 4), random(6, 4, seed=1)
+class Waits(TorchDispatchMode):
+    """Counts the operations that would make the host wait for a GPU."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func.__name__.partition(".")[0] in ("_local_scalar_dense", "nonzero", "equal")
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("stored", [np.float16, np.float32])
+def test_the_host_waits_once_however_many_blocks(stored):
+    index = gpu(random(300, 16).astype(stored), rows=20)
+    with Waits() as waits:
+        index.search(random(9, 16, seed=1), 5)
+    assert waits.n == 1
+
+
+@pytest.mark.parametrize("stored", [np.float16, np.float32])
+def test_embeddings_that_are_not_finite(stored):
+    vectors, queries = random(50, 4).astype(stored), random(6, 4, seed=1)
     vectors[33, 2] = np.nan
     with pytest.raises(InputError, match="shard1: the embedding of passage 'p33' is not finite"):
         gpu(vectors, 20, rows=15).search(queries, 3)

@@ -90,9 +90,18 @@ def test_nothing_happens_at_import(file):
         assert is_docstring or is_known or isinstance(node, allowed), ast.unparse(node)
 
 
-def test_modules_without_models_load_no_torch():
-    modules = "src.data.passages src.evaluation.rankings src.search.exact src.tools.report.page"
-    code = f"import sys, {modules.replace(' ', ', ')}; print({{'torch'}} & set(sys.modules))"
+MODELLESS = "src.data.passages src.evaluation.rankings src.search.exact src.tools.report.page"
+
+
+@pytest.mark.parametrize(
+    ("modules", "unused"),
+    [
+        (MODELLESS, {"torch"}),
+        ("passage_retrieval", {"transformers", "tokenizers", "tensorboard"}),  # as BM25 needs it
+    ],
+)
+def test_modules_import_only_what_they_use(modules, unused):
+    code = f"import sys, {modules.replace(' ', ', ')}; print({unused} & {{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
     assert (done.stdout, done.stderr) == (b"set()\n", b"")
 
@@ -109,8 +118,8 @@ def test_the_fast_set_has_a_test_of_every_file(request):
 
 def test_functions_that_start_processes_are_found():
     def calls() -> None:
-        [test_modules_without_models_load_no_torch() for _ in "ab"]
+        [test_modules_import_only_what_they_use() for _ in "ab"]
 
-    assert starts_processes(test_modules_without_models_load_no_torch, set())
+    assert starts_processes(test_modules_import_only_what_they_use, set())
     assert starts_processes(calls, set())
     assert not starts_processes(test_sizes, set())

@@ -25,6 +25,7 @@ from src.models.retriever import (
 )
 from src.runtime.device import autocast
 from src.runtime.errors import InputError
+from tests.test_gpu_search import Waits
 
 NAMES = ["mask_mean", "cls", "nomask_mean"]
 
@@ -131,7 +132,9 @@ def test_embedder_gives_each_texts_own_embedding_in_order(name, reference, token
     retriever.model.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    embedded = embed(texts)
+    with Waits() as waits:
+        embedded = embed(texts)
+    assert waits.n == 0
     assert embedded.dtype == np.float32
     assert embed([]).shape == (0, embedded.shape[1])
     if name == "mask_mean":  # short texts come more at a time

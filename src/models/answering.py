@@ -55,10 +55,8 @@ _FILLER = {"index": [0]} | dict.fromkeys(("input_ids", "attention_mask"), torch.
 def _in_step(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any] | None]:
     """This process's batches and then None, until every process has had all of its own."""
     own = iter(batches)
-    batch = next(own, None)
-    while distributed.any_process(batch is not None):
+    while distributed.any_process((batch := next(own, None)) is not None):
         yield batch
-        batch = None if batch is None else next(own, None)
 
 
 def answer_questions(
@@ -112,13 +110,8 @@ def answer_questions(
                 continue
             answers = _as_answers(batch, found, tokenizer, reader.config.eos_token_id)
             if score_by:
-                read = zip(
-                    answers,
-                    questions(found.encoded, mask),
-                    found.tokens[:: found.n_best],
-                    names,
-                    strict=True,
-                )
+                best = found.tokens[:: found.n_best]
+                read = zip(answers, questions(found.encoded, mask), best, names, strict=True)
                 answers = [score_by(*one, right_answer(one[0].index)) for one in read]
             yield answers
     finally:

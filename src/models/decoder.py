@@ -1,8 +1,8 @@
 """Decoding over encoded passages: answers, token by token.
 
 `GreedyDecoder` gives the same tokens as Transformers' `generate` (the tests hold the two equal),
-faster: the weights are laid out once for products with a few rows, and when half of a batch's
-answers have ended, it continues with the others alone. `TransformersDecoder` runs `generate`
+faster: queries, keys and values of the answers are one product, and when half of a batch's answers
+have ended, it continues with the others alone. `TransformersDecoder` runs `generate`
 itself: for beam search, and for a decoder that was changed (adapters, hooks, other modules).
 
 The greedy decoder never computes keys and values of the passages. A query's product with a key,
@@ -143,13 +143,13 @@ class _Passages:
 
 
 class GreedyDecoder:
-    """A plain T5's decoder with its present weights: later changes to them are not seen.
+    """A plain T5's decoder with its present weights: after they change, another has to be made.
 
     Args:
         t5: one in which `changed_decoder_part` finds nothing.
         position_bias: the position table of legacy readers, or None.
-        dtype: number format of the weights' copies, autocast's where it is on. As in `WideLinear`,
-            the head is kept in float32, and so is `wo` if the format is fp16.
+        dtype: number format of products, autocast's where it is on. As in `WideLinear`, the head is
+            kept in float32, and so is `wo` if the format is fp16.
     """
 
     def __init__(
@@ -291,11 +291,7 @@ class GreedyDecoder:
 def _lay_out(dtype: torch.dtype, *linears: nn.Linear) -> torch.Tensor:
     """The weights of linear layers, [out, in] -> [in, out], side by side."""
     weights = [linear.weight.detach() for linear in linears]
-    turned = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype).t()
-    # With few rows to multiply, a CPU takes up to twice as long over a matrix whose rows in memory
-    # are the short ones.
-    copy = turned.device.type == "cpu" and turned.shape[1] > turned.shape[0]
-    return turned.contiguous() if copy else turned
+    return (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype).t()
 
 
 def _multiply(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

@@ -101,10 +101,12 @@ class TextEmbedder:
         for start, end in token_batches(lengths, self._most_tokens):
             ids, mask = self._pad([tokens[row] for row in order[start:end]], lengths[start])
             parts.append(self._embed(ids, mask))
-        found, wait = _copy_to_cpu(torch.cat(parts))
+        found = torch.cat(parts).to("cpu", non_blocking=True)  # from a GPU, to pinned memory
+        complete = torch.get_device_module(self.device).Event()
+        complete.record()
 
         def finish() -> np.ndarray:
-            wait()
+            complete.synchronize()
             rows = np.empty(found.shape, found.numpy().dtype)
             rows[order] = found.numpy()
             return rows
@@ -119,17 +121,6 @@ class TextEmbedder:
         if self.device.type == "cuda":  # from pinned memory, the copies do not wait for the GPU
             ids, mask = ids.pin_memory(), mask.pin_memory()
         return ids.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True)
-
-
-def _copy_to_cpu(rows: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
-    """Start to copy; returns the copy and a function that waits until it is complete."""
-    if rows.device.type != "cuda":
-        return rows, lambda: None
-    copied = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-    copied.copy_(rows, non_blocking=True)
-    complete = torch.cuda.Event()
-    complete.record()
-    return copied, complete.synchronize
 
 
 def embed_blocks(

@@ -171,7 +171,7 @@ class FiDT5(nn.Module):
 
     def decoder(self, kind: str = "fast") -> GreedyDecoder | TransformersDecoder:
         """What generates the answers, to be passed to `generate` batch by batch: "fast" is our own
-        decoder, with copies of the present weights, in autocast's number format inside it; or
+        decoder, with the present weights, in autocast's number format inside it; or
         Transformers' if something in the T5's decoder was changed, which only calling its modules
         respects. "transformers" is always the latter."""
         self._attach_positions()

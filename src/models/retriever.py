@@ -112,8 +112,12 @@ class Retriever(nn.Module):
     def _embed(
         self, ids: torch.Tensor, mask: torch.Tensor | None, apply_mask: bool, skip: int
     ) -> torch.Tensor:
-        mask = mask if apply_mask else None
-        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        given = mask = mask if apply_mask else None
+        c = self.model.config
+        if mask is not None and c._attn_implementation == "sdpa" and c.model_type != "modernbert":
+            # Of a mask [P, L], Transformers asks whether it masks anything: a GPU would wait.
+            given = mask.bool()[:, None, None]
+        states = self.model(input_ids=ids, attention_mask=given).last_hidden_state
         if self.config.projection:
             states = self.norm(self.proj(states))
         # Sums of autocast's bf16 would lose digits.

@@ -177,6 +177,7 @@ class Indexer:
         part: tuple[int, int] = (0, 1),
         on_rows: Callable[[int], None] | None = None,
         at_once: int | None = None,
+        buffers: Iterable[np.ndarray] = (),
     ) -> Iterator[tuple[int, np.ndarray]]:
         """The blocks in order: the first row's position, and the rows [b, d] as float32.
 
@@ -184,16 +185,18 @@ class Indexer:
         overwritten by the next one, which the system is asked to read from disk in the meantime. (A
         thread that copies it would take a core from the matrix products.)
 
-        Args: at_once: gives each block in pieces of so many rows.
+        Args:
+            at_once: gives each block in pieces of so many rows.
+            buffers: filled in turn, instead of one in float32.
         """
         index, count = part
         at_once = min(at_once or self._block_rows, self._block_rows)
-        buffer = np.empty((min(at_once, len(self)), self.dimension), np.float32)
-        step = count * self._block_rows
+        shape, step = (min(at_once, len(self)), self.dimension), count * self._block_rows
+        turns = itertools.cycle([*buffers] or [np.empty(shape, np.float32)])
         for block_start in range(index * self._block_rows, len(self), step):
             end = min(block_start + self._block_rows, len(self))
             for start in range(block_start, end, at_once):
-                rows = buffer[: end - start]
+                rows = next(turns)[: end - start]
                 for shard, row, piece in self._pieces(start, rows):
                     shard.read(row, piece)
                 for shard, row, piece in self._pieces(start + step, rows):

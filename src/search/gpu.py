@@ -5,6 +5,7 @@ The result equals that of a CPU up to rounding in half precision: a passage can 
 more than a hundred others score within about 0.1 % of it.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -17,12 +18,14 @@ from src.search.exact import (
     Proposals,
     check_request,
     inner_products,
+    merge,
     stable_search,
 )
 from src.search.shards import Shard
 
 _SCORES_AT_ONCE = 1 << 27  # bounds the device memory for a block's scores
 Part = tuple[int, int]
+Block = tuple[int, torch.Tensor, torch.Tensor]  # its first row, rows, and what multiplies scores
 
 
 class GpuIndexer(Indexer):
@@ -35,7 +38,7 @@ class GpuIndexer(Indexer):
     def __init__(self, shards: Sequence[Shard], block_rows: int, device: torch.device):
         super().__init__(shards, block_rows)
         self._device = device
-        self._cached: dict[Part, list[tuple[int, torch.Tensor, float]]] = {}
+        self._cached: dict[Part, list[Block]] = {}
 
     def search(
         self,
@@ -50,12 +53,11 @@ class GpuIndexer(Indexer):
 
         def propose(numbers: np.ndarray, width: int) -> Iterator[Proposals]:
             some = queries[numbers]
-            guesses, rows = self._propose(some, width, part, progress.pop() if progress else None)
-            at_once = max(1, self._block_rows // width)
-            for first in range(0, len(some), at_once):
-                group = slice(first, first + at_once)
-                scores = self._score(some[group], rows[group])
-                yield from map(Proposals, guesses[group], scores, rows[group])
+            found = self._propose(some, width, part, progress.pop() if progress else None)
+            for query, guesses, positions in zip(some, *found, strict=True):
+                rows, numbers = np.unique(positions, return_inverse=True)
+                pairs = np.zeros_like(numbers), self.take(rows), numbers
+                yield Proposals(guesses, inner_products(query[None], *pairs), positions)
 
         try:
             return stable_search(propose, len(queries), k, self._n_rows(part), nested=True)
@@ -73,12 +75,12 @@ class GpuIndexer(Indexer):
     @torch.no_grad()
     def _propose(
         self, queries: np.ndarray, width: int, part: Part, on_rows: Callable[[int], None] | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The highest scores in half precision and their positions, [q, width] each, best first."""
+    ) -> Found:
+        """The highest scores in half precision and their positions, best first."""
         device = self._device
         guesses = torch.full((len(queries), width), -torch.inf, device=device)
         positions = torch.full((len(queries), width), -1, device=device)
-        # float16 ends at 65,504: each query and each block is scaled to numbers up to 1.
+        # float16 ends at 65,504: queries, and blocks in float32, are scaled to numbers up to 1.
         scales = np.maximum(np.abs(queries).max(axis=1, initial=0), 1e-30)
         halves = torch.from_numpy(queries / scales[:, None]).to(device, torch.float16)
         at_once = max(1, _SCORES_AT_ONCE // self._block_rows)
@@ -91,39 +93,58 @@ class GpuIndexer(Indexer):
                 sources = torch.cat([positions[group], rows + start], dim=1)
                 guesses[group], order = both.topk(width, sorted=False)
                 positions[group] = sources.gather(1, order)
-        arrays = guesses.cpu().numpy(), positions.cpu().numpy()
-        order = np.lexsort((arrays[1], -arrays[0]), axis=-1)
-        return tuple(np.take_along_axis(array, order, axis=1) for array in arrays)
-
-    def _score(self, queries: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """The inner products [q, w] of queries [q, d] with the rows at positions [q, w]."""
-        rows, numbers = np.unique(positions, return_inverse=True)
-        pairs = np.repeat(np.arange(len(queries)), positions.shape[1]), numbers.reshape(-1)
-        return inner_products(queries, pairs[0], self.take(rows), pairs[1]).reshape(positions.shape)
+        return merge([Found(guesses.cpu().numpy(), positions.cpu().numpy())], width)
 
     def _half_blocks(
         self, part: Part, on_rows: Callable[[int], None] | None, reserved: int
-    ) -> Iterator[tuple[int, torch.Tensor, float]]:
-        """The blocks as in `Indexer.blocks`, on the device in half precision, divided by a scale.
-
-        Args: reserved: bytes of device memory needed for other things.
-        """
-        if part in self._cached:
-            for start, block, scale in self._cached[part]:
-                yield start, block, scale
-                if on_rows:
-                    on_rows(len(block))
-            return
-        keep, cached = self._fits(self._n_rows(part), reserved), []
-        for start, rows in self.blocks(part, on_rows):
-            self._longest_row(start, rows)  # refuses an embedding that is not finite
-            scale = max(float(rows.max()), -float(rows.min()), 1e-30)
-            block = torch.from_numpy(rows).to(self._device).div(scale).half()
+    ) -> Iterator[Block]:
+        """The blocks as in `Indexer.blocks`, on the device in half precision. Other things need
+        `reserved` bytes of its memory."""
+        cached, kept = self._cached.get(part), []
+        keep = not cached and self._fits(self._n_rows(part), reserved)
+        for start, block, scale in cached or self._uploaded(part):
             if keep:
-                cached.append((start, block, scale))
+                block = block.clone()
+                kept.append((start, block, scale))
             yield start, block, scale
+            if on_rows:
+                on_rows(len(block))
         if keep:
-            self._cached[part] = cached
+            self._cached[part] = kept
+
+    def _uploaded(self, part: Part) -> Iterator[Block]:
+        """The blocks as stored, if in float16, or divided by a scale. While the device works on
+        one, the next is read into pinned memory, and copied on a stream of its own.
+
+        Errors: `InputError`, after the last block, for embeddings that are not finite.
+        """
+        is_half = all(shard.embeddings.dtype == np.float16 for shard in self.shards)
+        kind, device = torch.float16 if is_half else torch.float32, self._device
+        shape = 2, min(self._block_rows, len(self)), self.dimension
+        buffers = torch.empty(shape, dtype=kind, pin_memory=device.type == "cuda")
+        slots = torch.empty(shape, dtype=kind, device=device)
+        pairs = itertools.cycle(zip(buffers, slots, strict=True))
+        backend = torch.get_device_module(device)
+        compute, copies, before = backend.current_stream(), backend.Stream(), backend.Event()
+        copies.wait_stream(compute)  # which may still use the memory of the slots
+        lengths, scale = torch.zeros((), device=device), torch.ones((), device=device)
+        for start, rows in self.blocks(part, buffers=buffers.numpy()):
+            source, block = (buffer[: len(rows)] for buffer in next(pairs))
+            with backend.stream(copies):
+                block.copy_(source, non_blocking=True)
+            compute.wait_stream(copies)
+            lengths += torch.linalg.vector_norm(block, dim=1, dtype=torch.float32).sum()
+            if not is_half:
+                scale = torch.linalg.vector_norm(block, torch.inf).clamp(min=1e-30)
+                block = block.div(scale).half()
+            yield start, block, scale
+            after = backend.Event()
+            after.record()
+            before.synchronize()  # the next block overwrites the one before this
+            before = after
+        if not lengths.isfinite():  # asked once, as the answer has to wait for the device
+            for start, rows in self.blocks(part):
+                self._longest_row(start, rows)  # names the passage
 
     def _fits(self, n_rows: int, reserved: int) -> bool:
         """Whether these rows can stay on the device, with room for everything else."""

@@ -17,8 +17,6 @@ import torch
 
 from src.data.passages import Passages
 from src.data.trec import read_run
-from src.models.embedder import TextEmbedder
-from src.models.retriever import fingerprint, open_retriever, text_settings
 from src.options import SearchOptions, encoding
 from src.runtime import distributed
 from src.runtime.errors import InputError, shorten
@@ -157,7 +155,12 @@ class EmbeddingSearch:
         self._embedder = self._load_retriever(device, log)
         self._index = _open_index(options, exact, device, log)
 
-    def _load_retriever(self, device: torch.device, log: logging.Logger) -> TextEmbedder:
+    def _load_retriever(
+        self, device: torch.device, log: logging.Logger
+    ) -> Callable[[list[str]], np.ndarray]:
+        from src.models.embedder import TextEmbedder  # slow, and BM25 needs no model
+        from src.models.retriever import fingerprint, open_retriever, text_settings
+
         options = self._options
         path, tokenizer, option = options.model_path, options.tokenizer, options.tokenizer_option
         settings = encoding(options)

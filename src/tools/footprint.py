@@ -48,10 +48,6 @@ def parse_args(parser: argparse.ArgumentParser, words: list[str] | None = None) 
     sys.exit(0)
 
 
-def is_reader(options: Options) -> bool:
-    return hasattr(options, "model_size")
-
-
 # ----------------------------------------------------------------------------------------------
 # Shapes
 
@@ -117,8 +113,7 @@ def retriever_shape(options: Options) -> Shape:
     from src.models.retriever import Retriever
 
     path = _path(options, "model_path", "model_config", "retriever_model") or "bert-base-uncased"
-    is_bert = path == "bert-base-uncased"
-    c = BertConfig() if is_bert else load_config(path, *encoders.KINDS, "dpr")
+    c = BertConfig() if path == "bert-base-uncased" else load_config(path, *encoders.KINDS, "dpr")
     if hasattr(c, "indexing_dimension"):
         values = encoders.settings_of(c, path)
     else:
@@ -182,9 +177,9 @@ class Format(NamedTuple):
 
     @classmethod
     def of(cls, device: Device, precision: str, dropout: float) -> "Format":
-        on_cpu = device.kind == "cpu"
         mask = 1 if dropout else 0
-        return cls(4 if precision == "fp32" else 2, mask, (4 + 5 * mask) if on_cpu else 0)
+        score = 4 + 5 * mask if device.kind == "cpu" else 0
+        return cls(4 if precision == "fp32" else 2, mask, score)
 
 
 def layer_bytes(s: Shape, f: Format, W: float, is_t5: bool) -> float:
@@ -212,10 +207,8 @@ def reader_activations(s: Shape, f: Format, options: Options) -> tuple[float, fl
     if options.use_checkpoint:  # the inputs of blocks, and all of one block at a time
         encoder += s.layers * states + max(block, 3 * states)
         return encoder, encoder + across + logits - min(block, across)
-    return (
-        encoder + s.layers * block,
-        encoder + s.layers * block + s.decoder_layers * across + logits,
-    )
+    encoder += s.layers * block
+    return encoder, encoder + s.decoder_layers * across + logits
 
 
 def training_memory(s: Shape, options: Options, device: Device, precision: str) -> Memory:
@@ -226,7 +219,7 @@ def training_memory(s: Shape, options: Options, device: Device, precision: str) 
     f = Format.of(device, precision, options.dropout)
     shards = device.n if options.shard else 1
     own = 4 * s.parameters / shards
-    if is_reader(options):
+    if hasattr(options, "model_size"):  # a reader
         encoder, everything = reader_activations(s, f, options)
         late = 4 * (s.decoder + s.V * s.D) / shards  # gradients made before the encoder's
     else:
@@ -241,22 +234,21 @@ def training_memory(s: Shape, options: Options, device: Device, precision: str) 
     found = {"weights": own, "gradients": own, "optimizer": 2 * own, "activations": highest - own}
     if shards > 1:  # a block at work, the next one on its way, and a gradient
         found["gathered weights"] = 3 * s.block * f.element
-    return found | {"Python, PyTorch": RUNTIME[device.kind]}
+    return found
 
 
 def answering_memory(s: Shape, options: Options, device: Device, precision: str) -> Memory:
     """The reader, the decoder's layout, and one encoder block at work."""
     e = 4 if precision == "fp32" else 2
     P = options.per_gpu_batch_size * options.n_context * options.text_maxlength
-    on_cpu = s.D * ((3 * s.A + (1 + s.gated) * s.F) * s.decoder_layers + s.V) * 4
     work = P * (4 * s.D * 4 + (4 * s.A + (1 + s.gated) * s.F) * e)
     weights = 4 * s.parameters / (device.n if options.shard else 1)
-    found = {"weights": weights, "decoding": on_cpu if device.kind == "cpu" else s.decoder * e}
-    return found | {"activations": work, "Python, PyTorch": RUNTIME[device.kind]}
+    # In float32, only queries, keys and values of self-attention are copied, to be side by side.
+    decoding = 12 * s.D * s.A * s.decoder_layers if e == 4 else s.decoder * e
+    return {"weights": weights, "decoding": decoding, "activations": work}
 
 
-def embedding_memory(s: Shape, tokens: float, device: Device, precision: str) -> Memory:
+def embedding_memory(s: Shape, tokens: float, precision: str) -> Memory:
     """The retriever, and one of its blocks at work on a batch of so many tokens."""
     e = 4 if precision == "fp32" else 2
-    found = {"weights": e * s.parameters, "activations": tokens * (4 * s.D + 2 * s.F) * e}
-    return found | {"Python, PyTorch": RUNTIME[device.kind]}
+    return {"weights": e * s.parameters, "activations": tokens * (4 * s.D + 2 * s.F) * e}

@@ -17,7 +17,7 @@ from src.runtime.errors import InputError, reports_input_errors
 from src.runtime.launch import detect_launch
 from src.runtime.terminal import count, duration, size
 from src.tools import footprint
-from src.tools.footprint import ANSWER, RUNTIME, Device, Memory, Options, is_reader
+from src.tools.footprint import ANSWER, RUNTIME, Device, Memory, Options
 
 DEVICES = {  # GB; TFLOP/s of dense products in bf16 (V100: fp16) and fp32 (NVIDIA's data sheets)
     "A100-40GB": (40, 312, 19.5),
@@ -37,13 +37,10 @@ class Plan(NamedTuple):
 
     title: str
     memory: Memory
+    total: float
     seconds: float
     work: str
     disk: dict[str, float]
-
-    @property
-    def total(self) -> float:
-        return sum(self.memory.values())
 
 
 def find_device(text: str) -> Device:
@@ -71,8 +68,8 @@ def _this_device() -> Device:
 
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
-        alike = [v for name, v in DEVICES.items() if name.split("-")[0] in found.name]
-        _, half, full = alike[0] if alike else DEVICES["A100-40GB"]
+        alike = (v for name, v in DEVICES.items() if name.split("-")[0] in found.name)
+        _, half, full = next(alike, DEVICES["A100-40GB"])
         return Device(found.name, found.total_memory, (half * 1e12, full * 1e12))
     matrix = torch.randn(1024, 1024)
     for _ in range(2):  # the second time counts
@@ -84,7 +81,7 @@ def _this_device() -> Device:
 
 
 # ----------------------------------------------------------------------------------------------
-# Plans
+# Plans: a planner returns a plan's fields, with operations instead of seconds
 
 
 def _precision(options: Options, device: Device) -> str:
@@ -96,24 +93,23 @@ def _precision(options: Options, device: Device) -> str:
     return auto if options.precision == "auto" else options.precision
 
 
-def _seconds(device: Device, flops: float, precision: str) -> float:
-    """How long all devices take over this work together."""
-    return flops / (device.n * SHARE[device.kind] * device.flops[precision == "fp32"])
-
-
 def plan(options: Options, device: Device) -> Plan:
     """The plan of the command with these options."""
     planners = {"train_data": _training, "num_shards": _embedding, "n_docs": _search}
-    found = next((p for name, p in planners.items() if hasattr(options, name)), _answering)
-    return found(options, device, _precision(options, device))
+    planner = next((p for name, p in planners.items() if hasattr(options, name)), _answering)
+    precision = _precision(options, device)
+    title, memory, flops, work, disk = planner(options, device, precision)
+    memory["Python, PyTorch"] = RUNTIME[device.kind]
+    all_devices = device.n * SHARE[device.kind] * device.flops[precision == "fp32"]
+    return Plan(title, memory, sum(memory.values()), flops / all_devices, work, disk)
 
 
-def _training(options: Options, device: Device, precision: str) -> Plan:
-    N, kind = options.n_context, "reader" if is_reader(options) else "retriever"
+def _training(options: Options, device: Device, precision: str) -> tuple:
+    N, kind = options.n_context, "reader" if hasattr(options, "model_size") else "retriever"
     s = getattr(footprint, f"{kind}_shape")(options)
     questions = options.total_steps * options.accumulation_steps * device.n
     questions *= options.per_gpu_batch_size
-    if is_reader(options):
+    if kind == "reader":
         W, T = FILL * options.text_maxlength, max(options.answer_maxlength, ANSWER // 2)
         each = footprint.encoder_flops(s, N, W) + footprint.decoder_flops(s, 1, N * W, T)
     else:
@@ -127,35 +123,34 @@ def _training(options: Options, device: Device, precision: str) -> Plan:
     work = f"{each / 1e12:.3g} TFLOP for each of {count(questions, 'question')}; plus evaluations"
     title = f"train a {kind} of {s.parameters / 1e6:.1f}M parameters in {precision}"
     memory = footprint.training_memory(s, options, device, precision)
-    return Plan(title, memory, _seconds(device, each * questions, precision), work, disk)
+    return title, memory, each * questions, work, disk
 
 
-def _answering(options: Options, device: Device, precision: str) -> Plan:
+def _answering(options: Options, device: Device, precision: str) -> tuple:
     s, N, W = footprint.reader_shape(options), options.n_context, FILL * options.text_maxlength
     each = footprint.encoder_flops(s, N, W) + footprint.decoding_flops(s, 1, N * W, ANSWER // 2)
     n, questions = _estimate(options.eval_data, b'"question"', NQ_TEST, "question")
     work = f"{each / 1e12:.3g} TFLOP for each of {questions}; plus waiting between tokens"
     title = f"answer with a reader of {s.parameters / 1e6:.1f}M parameters in {precision}"
     memory = footprint.answering_memory(s, options, device, precision)
-    disk = (
-        {"for passages with scores": n * N * 650.0} if options.write_crossattention_scores else {}
-    )
-    disk |= {"for answers": n * 30.0}
-    return Plan(title, memory, _seconds(device, each * n, precision), work, disk)
+    disk = {"for answers": n * 30.0}
+    if options.write_crossattention_scores:
+        disk["for passages with scores"] = n * N * 650.0
+    return title, memory, each * n, work, disk
 
 
-def _embedding(options: Options, device: Device, precision: str) -> Plan:
+def _embedding(options: Options, device: Device, precision: str) -> tuple:
     s, W = footprint.retriever_shape(options), options.passage_maxlength or 200
     n, passages = _estimate(options.passages, b"\n", WIKIPEDIA, "passage")
     each, n = footprint.retriever_flops(s, 1, FILL * W), n // options.num_shards
     work = f"{each / 1e9:.3g} GFLOP for each of {n:,} of {passages}"
     title = f"embed with a retriever of {s.parameters / 1e6:.1f}M parameters in {precision}"
-    memory = footprint.embedding_memory(s, options.per_gpu_batch_size * W, device, precision)
+    memory = footprint.embedding_memory(s, options.per_gpu_batch_size * W, precision)
     disk = {"for embeddings": n * (s.embedding * (4 if precision == "fp32" else 2) + 8)}
-    return Plan(title, memory, _seconds(device, each * n, precision), work, disk)
+    return title, memory, each * n, work, disk
 
 
-def _search(options: Options, device: Device, precision: str) -> Plan:
+def _search(options: Options, device: Device, precision: str) -> tuple:
     from src.search.faiss_index import expected_memory
 
     search = options_of.select(options_of.SearchOptions, options)
@@ -163,13 +158,13 @@ def _search(options: Options, device: Device, precision: str) -> Plan:
     rows, passages = _estimate(options.passages, b"\n", WIKIPEDIA, "passage")
     disk = {"for passages found": questions * options.n_docs * 700.0}
     if options.bm25:  # as bench/RESULTS.md has it
-        index = {"index": 1730.0 * rows, "Python, PyTorch": RUNTIME["cpu"]}
-        return Plan("search with BM25", index, 1, f"building the index of {passages}", disk)
+        memory = {"index": 1730.0 * rows}
+        return "search with BM25", memory, 0, f"building the index of {passages}", disk
     s, block = footprint.retriever_shape(options), options.indexing_batch_size
-    memory = footprint.embedding_memory(s, options.per_gpu_batch_size * 40, device, precision)
+    memory = footprint.embedding_memory(s, options.per_gpu_batch_size * 40, precision)
     if device.kind == "cuda" and not search.factory:  # as src/search/gpu.py reserves it
         memory["blocks"] = 16.0 * 2**27 + 2 * s.embedding * 8 * min(rows, block)
-        if sum(memory.values()) + 2 * s.embedding * rows < 0.9 * device.memory:
+        if sum(memory.values()) + 2 * s.embedding * rows < 0.9 * (device.memory - RUNTIME["cuda"]):
             memory["embeddings"] = 2 * s.embedding * rows
     else:
         needed = expected_memory(rows, s.embedding, block, search.factory)
@@ -180,8 +175,7 @@ def _search(options: Options, device: Device, precision: str) -> Plan:
     memory["results"] = 24 * rows + questions * (3 * 12 * options.n_docs + 8 * s.embedding)
     flops = 2 * questions * (rows * s.embedding + s.parameters * 20)
     work = f"{how} in {passages}, embeddings of size {s.embedding}"
-    title = f"{search.factory or 'exact'} search"
-    return Plan(title, memory, _seconds(device, flops, precision), work, disk)
+    return f"{search.factory or 'exact'} search", memory, flops, work, disk
 
 
 def _estimate(path: str, mark: bytes, otherwise: int, unit: str) -> tuple[int, str]:
