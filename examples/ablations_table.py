@@ -34,16 +34,18 @@ def main(folder: Path) -> None:
     for answers in sorted((folder / "cells").glob("*/read/final_output.txt")):
         loss, target, _ = answers.parents[1].name.split(".")
         rows.setdefault((loss, target), []).append(measure(answers.parents[1]))
+    temperatures = dict(line.split() for line in (folder / "temperatures").read_text().splitlines())
     lines = [
-        "| loss | target | recall@1 | recall@5 | exact match | seeds |",
-        "|---|---|---|---|---|---|",
+        "| loss | target | its temperature | recall@1 | recall@5 | exact match | seeds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for loss, target in sorted(rows, key=position):
         values = rows[loss, target]
         means, n = np.mean(values, axis=0), len(values)
         spreads = np.std(values, axis=0, ddof=1) if n > 1 else np.zeros(3)
         cells = [f"{mean:.1f} ± {spread:.1f}" for mean, spread in zip(means, spreads, strict=True)]
-        lines.append(f"| {' | '.join([loss, target, *cells, str(n)])} |")
+        temperature = temperatures[target] if loss == "kl" else "-"
+        lines.append(f"| {' | '.join([loss, target, temperature, *cells, str(n)])} |")
     print("\n".join(lines))
 
 

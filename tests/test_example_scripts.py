@@ -287,9 +287,14 @@ def test_ablations(environment, tmp_path):
     small |= {"SEEDS": "0 1", "STEPS": "2", "START_STEPS": "2", "BATCH": "2"}
     small |= {"MODEL_CONFIG": f"{environment['RETRIEVER']}/config.json"}
     printed = run_script("examples/ablations.sh", **environment | small)
-    assert len(json.loads((out / "scored/dataset_wscores.json").read_text())) == 5
     names = ["start.-", "kl.attention", "emdr2.likelihood", "contrastive.has_answer"]
     names += ["kl.leave_one_out"]
+    scored = json.loads((out / "scored/dataset_wscores.json").read_text())
+    assert len(scored) == 5
+    deviations = {
+        name: np.mean([np.std([c["scores"][name] for c in q["ctxs"][:3]]) for q in scored])
+        for name in ("attention", "leave_one_out")
+    }
     table = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     assert [".".join(row[:2]).strip("| ") for row in table[1:]] == names
     for name, row in zip(names, table[1:], strict=True):
@@ -307,9 +312,13 @@ def test_ablations(environment, tmp_path):
                 assert trained["target"] == {"likelihood": "perplexity", "has_answer": None}.get(
                     target, target
                 )
+                if loss == "kl":
+                    expected = pytest.approx(deviations[target] / 2.5, rel=1e-2)
+                    assert trained["target_temperature"] == expected
+                    assert row[2] == f"{trained['target_temperature']:.3g}"
                 start = out / "cells" / f"start.-.{seed}" / "retriever" / "checkpoint" / "latest"
                 assert trained["model_path"] == str(start)
-        assert row[3] == f"{np.mean(recalls):.1f} ± {np.std(recalls, ddof=1):.1f}"
+        assert row[4] == f"{np.mean(recalls):.1f} ± {np.std(recalls, ddof=1):.1f}"
 
     done = subprocess.run(
         ["bash", ROOT / "examples/ablations.sh"], env={**environment, **small, "STEPS": "3"},
@@ -320,8 +329,8 @@ def test_ablations(environment, tmp_path):
     (out / "cells/kl.attention.1/read/final_output.txt").unlink()
     recorded = {**environment, "PATH": commands_only(tmp_path)["PATH"]}
     run_script("examples/ablations.sh", **recorded | small)
-    commands = [line.split()[:5] for line in (tmp_path / "commands").read_text().splitlines()]
-    assert [command[0] for command in commands] == ["test_reader.py", "-m"]
+    commands = [line.split()[1] for line in (tmp_path / "commands").read_text().splitlines()]
+    assert commands == ["examples.one_process", "examples.ablations_table"]
 
 
 def test_a_retriever_whose_training_failed_is_not_evaluated(tmp_path):
@@ -341,7 +350,7 @@ echo "error: it failed" >&2
     assert done.returncode == 1
     assert "error: begin 0: error: it failed (see " in done.stderr
     commands = (tmp_path / "commands").read_text().split()
-    assert commands == ["test_reader.py", "train_retriever.py"]
+    assert commands == ["test_reader.py", "-m", "train_retriever.py"]
 
 
 def test_the_large_reader(environment, tmp_path):
