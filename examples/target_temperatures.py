@@ -1,5 +1,5 @@
-"""Temperatures that make the targets of one reading comparable, for train_retriever.py's
---target_temperature: python -m examples.target_temperatures checkpoint/scored/dataset_wscores.json 2.5
+"""Temperatures that make the targets of one reading comparable (--target_temperature):
+python -m examples.target_temperatures checkpoint/scored/dataset_wscores.json 2.5
 
 KL learns from the softmax of a target: a single passage if the target varies widely within a
 question, all passages alike if it hardly varies. Divided by its temperature, every target has the

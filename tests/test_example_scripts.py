@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -289,6 +290,7 @@ def test_ablations(environment, tmp_path):
     printed = run_script("examples/ablations.sh", **environment | small)
     names = ["start.-", "kl.attention", "emdr2.likelihood", "contrastive.has_answer"]
     names += ["kl.leave_one_out"]
+    at_start = {}
     scored = json.loads((out / "scored/dataset_wscores.json").read_text())
     assert len(scored) == 5
     deviations = {
@@ -298,13 +300,15 @@ def test_ablations(environment, tmp_path):
     table = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     assert [".".join(row[:2]).strip("| ") for row in table[1:]] == names
     for name, row in zip(names, table[1:], strict=True):
-        recalls = []
+        recalls, gains = [], []
         for seed in ("0", "1"):
             cell = out / "cells" / f"{name}.{seed}"
             found = list(map(json.loads, (cell / "test.jsonl").read_text().splitlines()))
             recalls.append(
                 100 * np.mean([any(c["hasanswer"] for c in q["ctxs"][:5]) for q in found])
             )
+            first = 100 * np.mean([q["ctxs"][0]["hasanswer"] for q in found])
+            gains.append(first - at_start.setdefault(seed, first))
             assert options_of(cell / "read")["eval_data"] == str(cell / "test.jsonl")
             if name != "start.-":
                 trained, (loss, target) = options_of(cell / "retriever"), name.split(".")
@@ -318,6 +322,8 @@ def test_ablations(environment, tmp_path):
                     assert row[2] == f"{trained['target_temperature']:.3g}"
                 start = out / "cells" / f"start.-.{seed}" / "retriever" / "checkpoint" / "latest"
                 assert trained["model_path"] == str(start)
+        if name != "start.-":
+            assert row[6] == f"{np.mean(gains):+.1f} ± {np.std(gains, ddof=1):.1f}"
         assert row[4] == f"{np.mean(recalls):.1f} ± {np.std(recalls, ddof=1):.1f}"
 
     done = subprocess.run(
@@ -351,6 +357,45 @@ echo "error: it failed" >&2
     assert "error: begin 0: error: it failed (see " in done.stderr
     commands = (tmp_path / "commands").read_text().split()
     assert commands == ["test_reader.py", "-m", "train_retriever.py"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("script", "done"),
+    [
+        ("quickstart.sh", []),
+        ("examples/contrastive.sh", []),
+        ("examples/iterate_distillation.sh", []),
+        ("examples/ablations.sh", []),
+        ("examples/ablations.sh", ["scored/dataset_wscores.json", "temperatures"]),  # training
+    ],
+)
+def test_what_is_stopped_leaves_nothing_running(script, done, number, tmp_path):
+    """The signal is for the script alone. All that it has started holds a pipe open."""
+    read, write = os.pipe()
+    variables = commands_only(tmp_path)
+    stub = f"""#!/usr/bin/env bash
+case $1 in *.py) ;; *) exit ;; esac
+echo started >&{write}
+sleep 20
+echo finished >&{write}"""
+    (tmp_path / "bin" / "python").write_text(stub)
+    for name in ("train.jsonl", *done):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    variables |= {"TRAIN": str(tmp_path / "train.jsonl"), "OUT": str(tmp_path), "JOBS": "1"}
+    variables |= {"VIRTUAL_ENV": "active", "START": "bm25" if "iterate" in script else ""}
+    arguments = ["-o", tmp_path / "out"] if script == "quickstart.sh" else []
+    running = subprocess.Popen(
+        ["bash", ROOT / script, *arguments], env=variables, pass_fds=[write],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    os.close(write)
+    with open(read) as pipe:
+        assert pipe.readline() == "started\n"
+        running.send_signal(number)
+        assert running.wait() == 128 + number
+        assert pipe.read() == ""
 
 
 def test_the_large_reader(environment, tmp_path):
