@@ -41,10 +41,9 @@ def main(folder: Path) -> None:
         loss, target, seed = answers.parents[1].name.split(".")
         rows.setdefault((loss, target), {})[seed] = measure(answers.parents[1])
     temperatures = dict(line.split() for line in (folder / "temperatures").read_text().splitlines())
-    lines = [
-        "| loss | target | its temperature | recall@1 | recall@5 | recall@1 gained | exact match | n |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["loss", "target", "its temperature", "recall@1", "recall@5", "recall@1 gained"]
+    head += ["exact match", "seeds"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for loss, target in sorted(rows, key=position):
         seeds, n = rows[loss, target], len(rows[loss, target])
         gains = [values[0] - rows["start", "-"][seed][0] for seed, values in seeds.items()]
