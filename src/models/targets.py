@@ -16,13 +16,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from src.models.decoder import Encoded, GreedyDecoder, Layer
 from src.models.encoder import fused_norm
 from src.runtime.device import full_precision
 
-_SCORES_AT_ONCE = 1 << 25  # bounds the memory of cross-attention scores when passages are left out
-_LOGITS_AT_ONCE = 1 << 25
+_AT_ONCE = 1 << 25  # logits, or scores when passages are left out: bounds the memory
 
 
 @dataclasses.dataclass
@@ -111,7 +111,7 @@ def _force(decoder: GreedyDecoder, answer: torch.Tensor, R: int, cross: Cross) -
 
 def _log_probs(decoder: GreedyDecoder, hidden: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
     """States [R, T, D] -> the log-probabilities of the answer's tokens [R, T]."""
-    at_once = max(1, _LOGITS_AT_ONCE // (len(answer) * decoder.config.vocab_size))
+    at_once = max(1, _AT_ONCE // (len(answer) * decoder.config.vocab_size))
     parts = []
     for part in hidden.split(at_once):
         log_probs = decoder.logits(part).log_softmax(dim=2)
@@ -172,20 +172,18 @@ def cross_attention(
 
 def alone(decoder: GreedyDecoder, question: Question, answer: torch.Tensor) -> torch.Tensor:
     """The log-probabilities [N, T] of the answer's tokens given each passage as the only one."""
-    N, D = len(question.of_passage), question.hidden.shape[1]
-    columns = question.positions % question.L
-    W = int(columns.max()) + 1
-    index = question.positions // question.L * W + columns
-    hidden = question.hidden.new_zeros(N * W, D).index_copy(0, index, question.hidden)
-    real = torch.zeros(N * W, dtype=torch.bool, device=index.device)
-    real[index] = True
-    positions = torch.arange(W, device=index.device).expand(N, -1)
-    bias = _bias(decoder, len(answer), positions)
+    counts = question.of_passage.sum(dim=1)
+    hidden, columns = (
+        pad_sequence(part.split(counts.tolist()), batch_first=True)  # [N, W, D] and [N, W]
+        for part in (question.hidden, question.positions % question.L)
+    )
+    real = torch.arange(hidden.shape[1], device=hidden.device) < counts[:, None]
+    bias = _bias(decoder, len(answer), columns)
 
     def cross(layer: Layer, query: torch.Tensor) -> torch.Tensor:
-        return _attend(layer, query, hidden.view(N, W, D), real.view(N, W), bias)[1]
+        return _attend(layer, query, hidden, real, bias)[1]
 
-    return _log_probs(decoder, _force(decoder, answer, N, cross), answer)
+    return _log_probs(decoder, _force(decoder, answer, len(counts), cross), answer)
 
 
 def without(decoder: GreedyDecoder, question: Question, answer: torch.Tensor) -> torch.Tensor:
@@ -197,7 +195,7 @@ def without(decoder: GreedyDecoder, question: Question, answer: torch.Tensor) ->
     bias = _bias(decoder, T, question.positions[None])
     bias = bias if isinstance(bias, float) else bias[0, :, None]
     parts = []
-    for left_out in question.of_passage.split(max(1, _SCORES_AT_ONCE // (H * T * S))):
+    for left_out in question.of_passage.split(max(1, _AT_ONCE // (H * T * S))):
 
         def cross(
             layer: Layer, query: torch.Tensor, left_out: torch.Tensor = left_out
