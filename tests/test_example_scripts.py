@@ -323,7 +323,7 @@ def test_ablations(environment, tmp_path):
                 start = out / "cells" / f"start.-.{seed}" / "retriever" / "checkpoint" / "latest"
                 assert trained["model_path"] == str(start)
         if name != "start.-":
-            assert row[6] == f"{np.mean(gains):+.1f} ± {np.std(gains, ddof=1):.1f}"
+            assert row[5] == f"{np.mean(gains):+.1f} ± {np.std(gains, ddof=1):.1f}"
         assert row[4] == f"{np.mean(recalls):.1f} ± {np.std(recalls, ddof=1):.1f}"
 
     done = subprocess.run(
