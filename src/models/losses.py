@@ -1,7 +1,7 @@
 """Losses: of the reader, and of the retriever, which learns from the reader's passage scores.
 
 Add a distillation loss by writing a function like `kl_divergence` and putting it into
-`DISTILLATION_LOSSES`; training and the dev loss both use the table.
+`DISTILLATION_LOSSES`; training, the dev loss and the options use the table.
 
 Shapes: B questions, N passages of a question, D size of an embedding.
 """
