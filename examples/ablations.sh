@@ -114,6 +114,7 @@ in_background() {
     local log="$OUT/logs/$*.log"
     {
         set +m # its commands stay in its process group, to be stopped with it
+        trap "$on_stop" TERM
         trap '[ $? = 0 ] || echo "error: $*: $(tail -n 1 "$log") (see $log)" >&2' EXIT
         "$@" > "$log" 2>&1
     } &

@@ -12,8 +12,9 @@ trap end_groups EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-# stoppable COMMAND...: run it, and wait for it.
+# stoppable COMMAND...: run it, and wait until it has ended, also when stopped: training saves first.
+on_stop='wait; exit 143'
 stoppable() {
-    "$@" < /dev/null &
+    { trap "$on_stop" TERM; "$@"; } < /dev/null &
     wait $!
 }

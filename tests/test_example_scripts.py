@@ -371,13 +371,15 @@ echo "error: it failed" >&2
     ],
 )
 def test_what_is_stopped_leaves_nothing_running(script, done, number, tmp_path):
-    """The signal is for the script alone. All that it has started holds a pipe open."""
+    """The signal is for the script alone. All that it has started holds a pipe open; training saves
+    before it ends."""
     read, write = os.pipe()
     variables = commands_only(tmp_path)
     stub = f"""#!/usr/bin/env bash
 case $1 in *.py) ;; *) exit ;; esac
+trap 'sleep 0.2; echo saved >&{write}; exit' TERM
 echo started >&{write}
-sleep 20
+sleep 20 & wait
 echo finished >&{write}"""
     (tmp_path / "bin" / "python").write_text(stub)
     for name in ("train.jsonl", *done):
@@ -391,11 +393,12 @@ echo finished >&{write}"""
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     os.close(write)
-    with open(read) as pipe:
-        assert pipe.readline() == "started\n"
-        running.send_signal(number)
-        assert running.wait() == 128 + number
-        assert pipe.read() == ""
+    assert os.read(read, 100) == b"started\n"
+    running.send_signal(number)
+    assert running.wait() == 128 + number
+    os.set_blocking(read, False)
+    assert [os.read(read, 100), os.read(read, 100)] == [b"saved\n", b""]
+    os.close(read)
 
 
 def test_the_large_reader(environment, tmp_path):
