@@ -111,11 +111,11 @@ compare() {
 running=0
 in_background() {
     if [ "$running" -ge "$JOBS" ]; then finish_one; fi
-    local log="$OUT/logs/$*.log"
+    local name="$*" log="$OUT/logs/$*.log"
     {
         set +m # its commands stay in its process group, to be stopped with it
         trap "$on_stop" TERM
-        trap '[ $? = 0 ] || echo "error: $*: $(tail -n 1 "$log") (see $log)" >&2' EXIT
+        trap 'case $? in 0 | 143) ;; *) echo "error: $name: $(tail -n 1 "$log") (see $log)" >&2 ;; esac' EXIT
         "$@" > "$log" 2>&1
     } &
     running=$((running + 1))
