@@ -31,6 +31,7 @@ if [ -e "$out" ] && [ ! -d "$out" ]; then
     echo "error: -o $out: this is a file; name a folder" >&2; exit 2
 fi
 source ./environment.sh
+source examples/stoppable.sh
 if [ "$fresh" = yes ]; then rm -rf "$out"; fi
 mkdir -p "$out"
 
@@ -48,7 +49,7 @@ step() {
     echo "== $number. $title"
     if [ -e "$result" ]; then echo "   done: $result"; return; fi
     quoted "$@"
-    "$@"
+    stoppable "$@"
 }
 
 data=$out/data

@@ -6,14 +6,15 @@
 #
 # Why: reading is the expensive part, so passages are scored once, by every target. Then a retriever
 # learns by each loss from attention (emdr2 from the answer's likelihood, contrastive from has_answer),
-# and by KL from each target; it retrieves for the test questions; and one reader, always the same,
-# answers from what was found. All start from the same weights and make the same number of updates.
-# How long: about 15 minutes on two cores for 18 comparisons with 3 seeds on the quickstart's corpus.
-# Started again, it skips what is finished.
+# and by KL from each target, at a temperature that makes targets comparable (target_temperatures.py);
+# it retrieves for the test questions; and one reader, always the same, answers from what was found.
+# All start from the same weights and make the same number of updates.
+# How long: about 20 minutes on two cores for 18 comparisons with 3 seeds on the quickstart's corpus.
+# Started again, it skips what is finished, also after Ctrl-C.
 # In:  READER; TRAIN, a .jsonl of questions with passages, whose first QUESTIONS are read; TEST,
 #      questions with answers; PASSAGES; START, the retriever to start from. Without START, it is
 #      trained from fresh weights (MODEL_CONFIG, with its tokenizer) for START_STEPS updates, to find
-#      passages with an answer among those of a batch: it has seen no hard negative yet.
+#      passages with an answer among those of a batch: too short to be good at it.
 # Out: OUT/cells/LOSS.TARGET.SEED/{retriever,test.jsonl,read}; the table at the end, as Markdown.
 set -euo pipefail
 cd "$(dirname "$0")/.." # paths are relative to the repository
@@ -25,11 +26,12 @@ TRAIN=${TRAIN:-$QUICKSTART/bm25_train.jsonl} TEST=${TEST:-$QUICKSTART/data/test.
 PASSAGES=${PASSAGES:-$QUICKSTART/data/passages.tsv}
 START=${START:-} MODEL_CONFIG=${MODEL_CONFIG:-$QUICKSTART/data/retriever_start/config.json}
 OUT=${OUT:-ablations}
-QUESTIONS=${QUESTIONS:-1600} N=${N:-8}                  # questions to distil from, passages of each
-START_STEPS=${START_STEPS:-200} STEPS=${STEPS:-50}      # updates
-BATCH=${BATCH:-16} LR=${LR:-1e-4} SEEDS=${SEEDS:-0 1 2} # questions per update
+QUESTIONS=${QUESTIONS:-3200} N=${N:-8}                  # questions to distil from, passages of each
+START_STEPS=${START_STEPS:-60} STEPS=${STEPS:-100}      # updates
+BATCH=${BATCH:-32} LR=${LR:-1e-3} SEEDS=${SEEDS:-0 1 2} # questions per update
 READ=${READ:-1}                                         # passages that the reader answers from
 TEXT_MAXLENGTH=${TEXT_MAXLENGTH:-40} PASSAGE_MAXLENGTH=${PASSAGE_MAXLENGTH:-60} # tokens
+SPREAD=${SPREAD:-2.5}                                   # of each target, divided by its temperature
 JOBS=${JOBS:-2}                                         # comparisons at a time
 LOSSES=${LOSSES:-kl mse margin emdr2 emdr2_sequence contrastive}
 TARGETS=${TARGETS:-attention attention_all attention_max_heads attention_max_layers attention_max_tokens
@@ -38,9 +40,10 @@ TARGETS=${TARGETS:-attention attention_all attention_max_heads attention_max_lay
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > JOBS ? cores / JOBS : 1))}
 
-reading=("${run[@]}" test_reader.py --model_path "$READER" --text_maxlength "$TEXT_MAXLENGTH"
+reading=(test_reader.py --model_path "$READER" --text_maxlength "$TEXT_MAXLENGTH"
     --per_gpu_batch_size 32)
 scored=$OUT/scored/dataset_wscores.json
+temperatures=$OUT/temperatures # of targets
 
 # train FOLDER UPDATES SEED OPTIONS...: train the retriever FOLDER/retriever.
 train() {
@@ -53,20 +56,17 @@ train() {
         --checkpoint_dir "$folder" "$@"
 }
 
-# evaluate FOLDER RETRIEVER: find passages for the test questions, and answer from them.
+# evaluate FOLDER RETRIEVER: embed the passages, find some for the test questions, and answer from them.
 evaluate() {
-    step "$1/test.jsonl.recall.json" find_passages "$1" "$2"
-    step "$1/read/final_output.txt" "${reading[@]}" --eval_data "$1/test.jsonl" \
-        --n_context "$READ" --write_results --name read --checkpoint_dir "$1"
-}
-find_passages() {
-    step "$1/embeddings/wiki_00" \
-        "${run[@]}" generate_passage_embeddings.py --model_path "$2" --passages "$PASSAGES" \
-        --output_path "$1/embeddings/wiki" --per_gpu_batch_size 128
-    "${run[@]}" passage_retrieval.py --model_path "$2" --passages "$PASSAGES" \
-        --passages_embeddings "$1/embeddings/wiki_*" --data "$TEST" --n-docs 20 \
-        --output_path "$1/test.jsonl"
-    rm -r "$1/embeddings"
+    local common=(--model_path "$2" --passages "$PASSAGES")
+    step "$1/read/final_output.txt" "${run[@]}" -m examples.one_process \
+        generate_passage_embeddings.py "${common[@]}" --output_path "$1/embeddings/wiki" \
+        --per_gpu_batch_size 128 \
+        then passage_retrieval.py "${common[@]}" --passages_embeddings "$1/embeddings/wiki_*" \
+        --data "$TEST" --n-docs 20 --output_path "$1/test.jsonl" \
+        then "${reading[@]}" --eval_data "$1/test.jsonl" --n_context "$READ" --write_results \
+        --name read --checkpoint_dir "$1"
+    rm -rf "$1/embeddings"
 }
 
 # start SEED: the retriever that this seed's comparisons start from.
@@ -84,6 +84,13 @@ begin() {
     evaluate "$folder" "$(start "$1")"
 }
 
+# temperature TARGET: at which it is comparable with the others.
+temperature() { awk -v target="$1" '$1 == target { print $2 }' "$temperatures"; }
+write_temperatures() {
+    python -m examples.target_temperatures "$scored" "$SPREAD" > "$temperatures.partial"
+    mv "$temperatures.partial" "$temperatures"
+}
+
 # compare LOSS TARGET SEED: train from there, and evaluate.
 compare() {
     local folder=$OUT/cells/$1.$2.$3
@@ -91,6 +98,7 @@ compare() {
     case $1 in
         contrastive) ;; # its target is has_answer
         emdr2*) options+=(--target perplexity) ;;
+        kl) options+=(--target "$2" --target_temperature "$(temperature "$2")") ;;
         *) options+=(--target "$2") ;;
     esac
     train "$folder" "$STEPS" "$3" "${options[@]}"
@@ -103,16 +111,17 @@ compare() {
 running=0
 in_background() {
     if [ "$running" -ge "$JOBS" ]; then finish_one; fi
-    local log="$OUT/logs/$*.log"
+    local name="$*" log="$OUT/logs/$*.log"
     {
-        trap '[ $? = 0 ] || echo "error: $*: $(tail -n 1 "$log") (see $log)" >&2' EXIT
+        set +m # its commands stay in its process group, to be stopped with it
+        trap "$on_stop" TERM
+        trap 'case $? in 0 | 143) ;; *) echo "error: $name: $(tail -n 1 "$log") (see $log)" >&2 ;; esac' EXIT
         "$@" > "$log" 2>&1
     } &
     running=$((running + 1))
 }
 finish_one() { wait -n; running=$((running - 1)); }
 finish_all() { while [ "$running" -gt 0 ]; do finish_one; done; }
-trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 
 if [ ! -r "$TRAIN" ]; then
     echo "error: $TRAIN: cannot be read; run quickstart.sh, or set READER, TRAIN, TEST and PASSAGES" >&2
@@ -120,7 +129,7 @@ if [ ! -r "$TRAIN" ]; then
 fi
 mkdir -p "$OUT/logs"
 settings="$READER $TRAIN $TEST $PASSAGES ${START:-$MODEL_CONFIG $START_STEPS} $QUESTIONS $N $STEPS"
-settings+=" $BATCH $LR $READ $TEXT_MAXLENGTH $PASSAGE_MAXLENGTH"
+settings+=" $BATCH $LR $SPREAD $READ $TEXT_MAXLENGTH $PASSAGE_MAXLENGTH"
 if [ "$(cat "$OUT/settings" 2> /dev/null || echo "$settings")" != "$settings" ]; then
     echo "error: $OUT was made with $(cat "$OUT/settings"); name another OUT for $settings" >&2
     exit 2
@@ -131,10 +140,11 @@ if [ ! -e "$OUT/train.jsonl" ]; then
     mv "$OUT/train.partial" "$OUT/train.jsonl"
 fi
 # shellcheck disable=SC2086
-step "$scored" "${reading[@]}" --eval_data "$OUT/train.jsonl" --n_context "$N" \
+step "$scored" "${run[@]}" "${reading[@]}" --eval_data "$OUT/train.jsonl" --n_context "$N" \
     --write_crossattention_scores --token_log_probs \
     --targets "$(echo $TARGETS attention perplexity has_answer | tr ' ' ,)" \
     --name scored --checkpoint_dir "$OUT"
+step "$temperatures" write_temperatures
 
 for seed in $SEEDS; do in_background begin "$seed"; done
 finish_all

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,11 @@ def measure(cell: Path) -> list[float]:
     return [100 * recalls["recall@1"], 100 * recalls["recall@5"], matches]
 
 
+def mean_and_spread(values: Sequence[float], sign: str = "") -> str:
+    spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    return f"{np.mean(values):{sign}.1f} ± {spread:.1f}"
+
+
 def position(row: tuple[str, str]) -> tuple[int, ...]:
     """In the table: the start, the losses on attention or what they need, KL on other targets."""
     loss, target = row
@@ -30,20 +36,21 @@ def position(row: tuple[str, str]) -> tuple[int, ...]:
 
 @reports_input_errors
 def main(folder: Path) -> None:
-    rows: dict[tuple[str, str], list[list[float]]] = {}
+    rows: dict[tuple[str, str], dict[str, list[float]]] = {}
     for answers in sorted((folder / "cells").glob("*/read/final_output.txt")):
-        loss, target, _ = answers.parents[1].name.split(".")
-        rows.setdefault((loss, target), []).append(measure(answers.parents[1]))
-    lines = [
-        "| loss | target | recall@1 | recall@5 | exact match | seeds |",
-        "|---|---|---|---|---|---|",
-    ]
+        loss, target, seed = answers.parents[1].name.split(".")
+        rows.setdefault((loss, target), {})[seed] = measure(answers.parents[1])
+    temperatures = dict(line.split() for line in (folder / "temperatures").read_text().splitlines())
+    head = ["loss", "target", "its temperature", "recall@1", "recall@5", "recall@1 gained"]
+    head += ["exact match", "seeds"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for loss, target in sorted(rows, key=position):
-        values = rows[loss, target]
-        means, n = np.mean(values, axis=0), len(values)
-        spreads = np.std(values, axis=0, ddof=1) if n > 1 else np.zeros(3)
-        cells = [f"{mean:.1f} ± {spread:.1f}" for mean, spread in zip(means, spreads, strict=True)]
-        lines.append(f"| {' | '.join([loss, target, *cells, str(n)])} |")
+        seeds, n = rows[loss, target], len(rows[loss, target])
+        gains = [values[0] - rows["start", "-"][seed][0] for seed, values in seeds.items()]
+        cells = [mean_and_spread(values) for values in zip(*seeds.values(), strict=True)]
+        cells.insert(2, "-" if loss == "start" else mean_and_spread(gains, sign="+"))
+        temperature = temperatures[target] if loss == "kl" else "-"
+        lines.append(f"| {' | '.join([loss, target, temperature, *cells, str(n)])} |")
     print("\n".join(lines))
 
 

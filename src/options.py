@@ -6,12 +6,14 @@ and wrong options are answered at once.
 """
 
 import argparse
+import ast
 import dataclasses
 import math
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 Add = Callable[..., None]
@@ -213,22 +215,20 @@ class GenerationOptions:
         return [int(part) for part in filter(None, self.n_context_curve.split(","))]
 
 
-# What passages are scored by (src/models/targets.py, scores.py, evaluation/answers.py), and losses
-# (src/models/losses.py).
+def _keys(file: str, table: str) -> tuple[str, ...]:
+    """A table's names, from the source of a file in src/models: importing it would import torch."""
+    tree = ast.parse((Path(__file__).parent / "models" / file).read_text(encoding="utf-8"))
+    tables = [node for node in tree.body if isinstance(node, ast.AnnAssign)]
+    (found,) = (node.value for node in tables if ast.unparse(node.target) == table)
+    return tuple(ast.literal_eval(key) for key in found.keys)
+
+
+LOSSES = _keys("losses.py", "DISTILLATION_LOSSES")
 TARGETS = (
-    "attention",
-    *(f"attention_{name}" for name in ("all", "max_heads", "max_layers", "max_tokens")),
-    *(f"attention_{name}" for name in ("first_layer", "last_layer", "mass", "mass_all", "norm")),
-    *("perplexity", "leave_one_out", "has_answer"),
+    *_keys("scores.py", "SCORES"),
+    *_keys("targets.py", "AGGREGATES"),
+    *("perplexity", "leave_one_out", "has_answer"),  # src/models/answering.py
 )
-LOSSES = (
-    "kl",
-    "mse",
-    "margin",
-    "emdr2",
-    "emdr2_sequence",
-    "contrastive",
-)  # of src/models/losses.py
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -287,19 +288,27 @@ def test_ablations(environment, tmp_path):
     small |= {"SEEDS": "0 1", "STEPS": "2", "START_STEPS": "2", "BATCH": "2"}
     small |= {"MODEL_CONFIG": f"{environment['RETRIEVER']}/config.json"}
     printed = run_script("examples/ablations.sh", **environment | small)
-    assert len(json.loads((out / "scored/dataset_wscores.json").read_text())) == 5
     names = ["start.-", "kl.attention", "emdr2.likelihood", "contrastive.has_answer"]
     names += ["kl.leave_one_out"]
+    at_start = {}
+    scored = json.loads((out / "scored/dataset_wscores.json").read_text())
+    assert len(scored) == 5
+    deviations = {
+        name: np.mean([np.std([c["scores"][name] for c in q["ctxs"][:3]]) for q in scored])
+        for name in ("attention", "leave_one_out")
+    }
     table = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     assert [".".join(row[:2]).strip("| ") for row in table[1:]] == names
     for name, row in zip(names, table[1:], strict=True):
-        recalls = []
+        recalls, gains = [], []
         for seed in ("0", "1"):
             cell = out / "cells" / f"{name}.{seed}"
             found = list(map(json.loads, (cell / "test.jsonl").read_text().splitlines()))
             recalls.append(
                 100 * np.mean([any(c["hasanswer"] for c in q["ctxs"][:5]) for q in found])
             )
+            first = 100 * np.mean([q["ctxs"][0]["hasanswer"] for q in found])
+            gains.append(first - at_start.setdefault(seed, first))
             assert options_of(cell / "read")["eval_data"] == str(cell / "test.jsonl")
             if name != "start.-":
                 trained, (loss, target) = options_of(cell / "retriever"), name.split(".")
@@ -307,9 +316,15 @@ def test_ablations(environment, tmp_path):
                 assert trained["target"] == {"likelihood": "perplexity", "has_answer": None}.get(
                     target, target
                 )
+                if loss == "kl":
+                    expected = pytest.approx(deviations[target] / 2.5, rel=1e-2)
+                    assert trained["target_temperature"] == expected
+                    assert row[2] == f"{trained['target_temperature']:.3g}"
                 start = out / "cells" / f"start.-.{seed}" / "retriever" / "checkpoint" / "latest"
                 assert trained["model_path"] == str(start)
-        assert row[3] == f"{np.mean(recalls):.1f} ± {np.std(recalls, ddof=1):.1f}"
+        if name != "start.-":
+            assert row[5] == f"{np.mean(gains):+.1f} ± {np.std(gains, ddof=1):.1f}"
+        assert row[4] == f"{np.mean(recalls):.1f} ± {np.std(recalls, ddof=1):.1f}"
 
     done = subprocess.run(
         ["bash", ROOT / "examples/ablations.sh"], env={**environment, **small, "STEPS": "3"},
@@ -320,8 +335,8 @@ def test_ablations(environment, tmp_path):
     (out / "cells/kl.attention.1/read/final_output.txt").unlink()
     recorded = {**environment, "PATH": commands_only(tmp_path)["PATH"]}
     run_script("examples/ablations.sh", **recorded | small)
-    commands = [line.split()[:5] for line in (tmp_path / "commands").read_text().splitlines()]
-    assert [command[0] for command in commands] == ["test_reader.py", "-m"]
+    commands = [line.split()[1] for line in (tmp_path / "commands").read_text().splitlines()]
+    assert commands == ["examples.one_process", "examples.ablations_table"]
 
 
 def test_a_retriever_whose_training_failed_is_not_evaluated(tmp_path):
@@ -341,7 +356,49 @@ echo "error: it failed" >&2
     assert done.returncode == 1
     assert "error: begin 0: error: it failed (see " in done.stderr
     commands = (tmp_path / "commands").read_text().split()
-    assert commands == ["test_reader.py", "train_retriever.py"]
+    assert commands == ["test_reader.py", "-m", "train_retriever.py"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("script", "done"),
+    [
+        ("quickstart.sh", []),
+        ("examples/contrastive.sh", []),
+        ("examples/iterate_distillation.sh", []),
+        ("examples/ablations.sh", []),
+        ("examples/ablations.sh", ["scored/dataset_wscores.json", "temperatures"]),  # training
+    ],
+)
+def test_what_is_stopped_leaves_nothing_running(script, done, number, tmp_path):
+    """The signal is for the script alone. All that it has started holds a pipe open; training saves
+    before it ends."""
+    read, write = os.pipe()
+    variables = commands_only(tmp_path)
+    stub = f"""#!/usr/bin/env bash
+case $1 in *.py) ;; *) exit ;; esac
+trap 'sleep 0.2; echo saved >&{write}; exit' TERM
+echo started >&{write}
+sleep 20 & wait
+echo finished >&{write}"""
+    (tmp_path / "bin" / "python").write_text(stub)
+    for name in ("train.jsonl", *done):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    variables |= {"TRAIN": str(tmp_path / "train.jsonl"), "OUT": str(tmp_path), "JOBS": "1"}
+    variables |= {"VIRTUAL_ENV": "active", "START": "bm25" if "iterate" in script else ""}
+    arguments = ["-o", tmp_path / "out"] if script == "quickstart.sh" else []
+    running = subprocess.Popen(
+        ["bash", ROOT / script, *arguments], env=variables, pass_fds=[write],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    os.close(write)
+    assert os.read(read, 100) == b"started\n"
+    running.send_signal(number)
+    assert running.wait() == 128 + number
+    os.set_blocking(read, False)
+    assert [os.read(read, 100), os.read(read, 100)] == [b"saved\n", b""]
+    os.close(read)
 
 
 def test_the_large_reader(environment, tmp_path):

@@ -26,10 +26,10 @@ BASE_STEPS=${BASE_STEPS:-10000} LARGE_STEPS=${LARGE_STEPS:-15000}
 # fetch_for FIGURE: download its data and model, unless they are here.
 fetch_for() {
     case $1 in
-        dpr_*) bash examples/dpr_passages.sh -o "$DATA/DPR" ;;
+        dpr_*) stoppable bash examples/dpr_passages.sh -o "$DATA/DPR" ;;
         *)
-            bash get-data.sh --only "${1%%_*}" -o "$DATA"
-            bash get-model.sh --model "${1%_dev}" --output "$MODELS"
+            stoppable bash get-data.sh --only "${1%%_*}" -o "$DATA"
+            stoppable bash get-model.sh --model "${1%_dev}" --output "$MODELS"
             ;;
     esac
 }
@@ -79,8 +79,8 @@ reproduce() {
             answer "$1" "$best" "$questions"
             ;;
         dpr_25_then_100_dev)
-            TRAIN=$DATA/DPR/train.json DEV=$DATA/DPR/dev.json MODEL=$T5_BASE OUT=$OUT/$1 MANY=$N \
-                bash examples/read_25_then_100.sh
+            stoppable env TRAIN="$DATA/DPR/train.json" DEV="$DATA/DPR/dev.json" MODEL="$T5_BASE" \
+                OUT="$OUT/$1" MANY="$N" bash examples/read_25_then_100.sh
             answer "$1" "$OUT/$1/read_$N/checkpoint/best_dev" "$questions"
             ;;
     esac

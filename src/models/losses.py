@@ -1,7 +1,7 @@
 """Losses: of the reader, and of the retriever, which learns from the reader's passage scores.
 
 Add a distillation loss by writing a function like `kl_divergence` and putting it into
-`DISTILLATION_LOSSES`; training and the dev loss both use the table.
+`DISTILLATION_LOSSES`; training, the dev loss and the options use the table.
 
 Shapes: B questions, N passages of a question, D size of an embedding.
 """
@@ -206,8 +206,7 @@ class _GatherPassages(torch.autograd.Function):
 
 
 def _pad_rows(rows: torch.Tensor, n: int) -> torch.Tensor:
-    filler = rows.new_zeros(n - rows.shape[0], *rows.shape[1:])
-    return torch.cat([rows, filler])
+    return torch.cat([rows, rows.new_zeros(n - len(rows), *rows.shape[1:])])
 
 
 def in_batch_negatives(
@@ -222,14 +221,11 @@ def in_batch_negatives(
             negatives, wherever in the batch they occur.
         present: [B, N].
     """
-    flat, flat_keys = passages.flatten(0, 1), keys.flatten()
-    counts = present.flatten()
+    parts = [passages.flatten(0, 1), keys.flatten(), present.flatten().int()]
     if dist.is_initialized():
-        size = torch.tensor(len(flat), device=flat.device)
+        size = torch.tensor(keys.numel(), device=keys.device)
         dist.all_reduce(size, op=dist.ReduceOp.MAX)  # padded to the largest part
-        flat = _GatherPassages.apply(_pad_rows(flat, int(size)))
-        flat_keys = _GatherPassages.apply(_pad_rows(flat_keys, int(size)))
-        counts = _GatherPassages.apply(_pad_rows(counts.int(), int(size))).bool()
-    scores = similarities(questions, flat)
-    own = ((flat_keys[None, None, :] == keys[:, :, None]) & present[:, :, None]).any(dim=1)
-    return scores.masked_fill(own | ~counts, -torch.inf)
+        parts = [_GatherPassages.apply(_pad_rows(part, int(size))) for part in parts]
+    all_passages, all_keys, counts = parts
+    own = ((all_keys == keys[:, :, None]) & present[:, :, None]).any(dim=1)
+    return similarities(questions, all_passages).masked_fill(own | (counts == 0), -torch.inf)

@@ -1,7 +1,7 @@
 """What each passage is worth to the reader, by every definition that retrievers learn from.
 
-Add a target that is an aggregate of cross-attention by writing a function of `CrossAttention` and
-putting it into `AGGREGATES`; its name also goes into `TARGETS` of `src/options.py`.
+Add a target that is an aggregate of cross-attention by adding a function of `CrossAttention` to
+`AGGREGATES`, from where the options have its name.
 
 The answer is given to the decoder (teacher forcing), one question at a time, in float32. Passages
 are encoded once for all targets. Keys are never computed for aggregates (see `decoder.py`).
@@ -10,106 +10,61 @@ Shapes: N passages of the question, S real tokens of all of them, W of the longe
 answer, n layers, H heads, K head size, D model size, R copies of the answer decoded side by side.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from src.models.decoder import Encoded, GreedyDecoder, Layer
 from src.models.encoder import fused_norm
 from src.runtime.device import full_precision
 
-_SCORES_AT_ONCE = 1 << 25  # bounds the memory of cross-attention scores when passages are left out
-_LOGITS_AT_ONCE = 1 << 25
+_AT_ONCE = 1 << 25  # logits, or scores when passages are left out: bounds the memory
 
 
+@dataclasses.dataclass
 class CrossAttention:
-    """Cross-attention from an answer to the tokens of its question's passages.
+    """Cross-attention from an answer to the tokens of its question's passages."""
 
-    Attributes:
-        scores: before the softmax [n, H, T, S].
-        norms: the Euclidean lengths of the value vectors [n, H, S]; None if no target needs them.
-        probs: the softmax of the scores over all tokens [n, H, T, S].
-    """
-
-    def __init__(self, scores: torch.Tensor, norms: torch.Tensor | None, of_passage: torch.Tensor):
-        self.scores, self.norms, self._of_passage = scores, norms, of_passage
+    scores: torch.Tensor  # before the softmax [n, H, T, S]
+    norms: torch.Tensor | None  # Euclidean lengths of the value vectors [n, H, S], if needed
+    of_passage: torch.Tensor  # which passage a token is of [N, S]
 
     @functools.cached_property
     def probs(self) -> torch.Tensor:
+        """The softmax of the scores over all tokens [n, H, T, S]."""
         return self.scores.softmax(dim=3)
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """Values of tokens [..., S] -> their sums over each passage [..., N]."""
-        return values @ self._of_passage.float().T
+        return values @ self.of_passage.float().T
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        return self.total(values) / self._of_passage.sum(dim=1)
+        return self.total(values) / self.of_passage.sum(dim=1)
 
     def largest(self, values: torch.Tensor) -> torch.Tensor:
-        spread = values[..., None, :].masked_fill(~self._of_passage, -torch.inf)
-        return spread.amax(dim=-1)
+        return values[..., None, :].masked_fill(~self.of_passage, -torch.inf).amax(dim=-1)
 
 
-# The aggregates of Izacard and Grave, 2021 (https://arxiv.org/abs/2012.04584), sections 3.2 and
-# 4.3; at the first token unless named otherwise.
-
-
-def attention_all(a: CrossAttention) -> torch.Tensor:
-    """The mean score over layers, heads, the answer's tokens and the passage's."""
-    return a.mean(a.scores.mean(dim=(0, 1, 2)))
-
-
-def attention_max_heads(a: CrossAttention) -> torch.Tensor:
-    """The largest score over heads, averaged over layers and the passage's tokens."""
-    return a.mean(a.scores[:, :, 0].amax(dim=1).mean(dim=0))
-
-
-def attention_max_layers(a: CrossAttention) -> torch.Tensor:
-    return a.mean(a.scores[:, :, 0].amax(dim=0).mean(dim=0))
-
-
-def attention_max_tokens(a: CrossAttention) -> torch.Tensor:
-    return a.largest(a.scores[:, :, 0]).mean(dim=(0, 1))
-
-
-def attention_first_layer(a: CrossAttention) -> torch.Tensor:
-    return a.mean(a.scores[0, :, 0].mean(dim=0))
-
-
-def attention_last_layer(a: CrossAttention) -> torch.Tensor:
-    return a.mean(a.scores[-1, :, 0].mean(dim=0))
-
-
-def attention_mass(a: CrossAttention) -> torch.Tensor:
-    """The share of attention that the passage gets at the first token; shares add up to 1."""
-    return a.total(a.probs[:, :, 0].mean(dim=(0, 1)))
-
-
-def attention_mass_all(a: CrossAttention) -> torch.Tensor:
-    """The same, averaged over the answer's tokens."""
-    return a.total(a.probs.mean(dim=(0, 1, 2)))
-
-
-def attention_norm(a: CrossAttention) -> torch.Tensor:
-    """Attention times the lengths of the values, averaged over layers, heads and the answer's
-    tokens, summed over the passage's: ADist of Atlas (Izacard et al., 2022,
-    https://arxiv.org/abs/2208.03299, section 2.2), without its code's division by 256, a constant
-    whatever the length."""
-    return a.total((a.probs * a.norms[:, :, None]).mean(dim=(0, 1, 2)))
-
-
+# The names are those of --targets. From Izacard and Grave, 2021 (https://arxiv.org/abs/2012.04584,
+# sections 3.2 and 4.3): scores at the first token of the answer, or averaged over `all`.
 AGGREGATES: dict[str, Callable[[CrossAttention], torch.Tensor]] = {
-    "attention_all": attention_all,
-    "attention_max_heads": attention_max_heads,
-    "attention_max_layers": attention_max_layers,
-    "attention_max_tokens": attention_max_tokens,
-    "attention_first_layer": attention_first_layer,
-    "attention_last_layer": attention_last_layer,
-    "attention_mass": attention_mass,
-    "attention_mass_all": attention_mass_all,
-    "attention_norm": attention_norm,
+    "attention_all": lambda a: a.mean(a.scores.mean(dim=(0, 1, 2))),
+    "attention_max_heads": lambda a: a.mean(a.scores[:, :, 0].amax(dim=1).mean(dim=0)),
+    "attention_max_layers": lambda a: a.mean(a.scores[:, :, 0].amax(dim=0).mean(dim=0)),
+    "attention_max_tokens": lambda a: a.largest(a.scores[:, :, 0]).mean(dim=(0, 1)),
+    "attention_first_layer": lambda a: a.mean(a.scores[0, :, 0].mean(dim=0)),
+    "attention_last_layer": lambda a: a.mean(a.scores[-1, :, 0].mean(dim=0)),
+    # The share of attention that the passage gets; shares add up to 1.
+    "attention_mass": lambda a: a.total(a.probs[:, :, 0].mean(dim=(0, 1))),
+    "attention_mass_all": lambda a: a.total(a.probs.mean(dim=(0, 1, 2))),
+    # Attention times the lengths of the values: ADist of Atlas (Izacard et al., 2022,
+    # https://arxiv.org/abs/2208.03299, section 2.2), without its code's division by 256, a constant
+    # whatever the length.
+    "attention_norm": lambda a: a.total((a.probs * a.norms[:, :, None]).mean(dim=(0, 1, 2))),
 }
 
 
@@ -154,11 +109,9 @@ def _force(decoder: GreedyDecoder, answer: torch.Tensor, R: int, cross: Cross) -
     return hidden
 
 
-def _log_likelihoods(
-    decoder: GreedyDecoder, hidden: torch.Tensor, answer: torch.Tensor
-) -> torch.Tensor:
+def _log_probs(decoder: GreedyDecoder, hidden: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
     """States [R, T, D] -> the log-probabilities of the answer's tokens [R, T]."""
-    at_once = max(1, _LOGITS_AT_ONCE // (len(answer) * decoder.config.vocab_size))
+    at_once = max(1, _AT_ONCE // (len(answer) * decoder.config.vocab_size))
     parts = []
     for part in hidden.split(at_once):
         log_probs = decoder.logits(part).log_softmax(dim=2)
@@ -200,38 +153,37 @@ def cross_attention(
     decoder: GreedyDecoder, question: Question, answer: torch.Tensor, with_norms: bool
 ) -> CrossAttention:
     """Cross-attention while the answer [T] is given to the decoder."""
-    scores, norms = [], []
+    scores = []
     bias = _bias(decoder, len(answer), question.positions[None])
 
     def cross(layer: Layer, query: torch.Tensor) -> torch.Tensor:
         found, mixed = _attend(layer, query, question.hidden[None], None, bias)
         scores.append(found[0])
-        if with_norms:
-            norms.append((question.hidden @ layer.value).norm(dim=2))
         return mixed
 
     _force(decoder, answer, 1, cross)
-    return CrossAttention(
-        torch.stack(scores), torch.stack(norms) if norms else None, question.of_passage
-    )
+    norms = None
+    if with_norms:
+        norms = torch.stack(
+            [(question.hidden @ layer.value).norm(dim=2) for layer in decoder.layers]
+        )
+    return CrossAttention(torch.stack(scores), norms, question.of_passage)
 
 
 def alone(decoder: GreedyDecoder, question: Question, answer: torch.Tensor) -> torch.Tensor:
     """The log-probabilities [N, T] of the answer's tokens given each passage as the only one."""
-    N, D = len(question.of_passage), question.hidden.shape[1]
-    rows, columns = question.positions // question.L, question.positions % question.L
-    W = int(columns.max()) + 1
-    index = rows * W + columns
-    hidden = question.hidden.new_zeros(N * W, D).index_copy(0, index, question.hidden)
-    real = torch.zeros(N * W, dtype=torch.bool, device=index.device)
-    real[index] = True
-    positions = torch.arange(W, device=index.device).expand(N, -1)
-    bias = _bias(decoder, len(answer), positions)
+    counts = question.of_passage.sum(dim=1)
+    hidden, columns = (
+        pad_sequence(part.split(counts.tolist()), batch_first=True)  # [N, W, D] and [N, W]
+        for part in (question.hidden, question.positions % question.L)
+    )
+    real = torch.arange(hidden.shape[1], device=hidden.device) < counts[:, None]
+    bias = _bias(decoder, len(answer), columns)
 
     def cross(layer: Layer, query: torch.Tensor) -> torch.Tensor:
-        return _attend(layer, query, hidden.view(N, W, D), real.view(N, W), bias)[1]
+        return _attend(layer, query, hidden, real, bias)[1]
 
-    return _log_likelihoods(decoder, _force(decoder, answer, N, cross), answer)
+    return _log_probs(decoder, _force(decoder, answer, len(counts), cross), answer)
 
 
 def without(decoder: GreedyDecoder, question: Question, answer: torch.Tensor) -> torch.Tensor:
@@ -243,24 +195,20 @@ def without(decoder: GreedyDecoder, question: Question, answer: torch.Tensor) ->
     bias = _bias(decoder, T, question.positions[None])
     bias = bias if isinstance(bias, float) else bias[0, :, None]
     parts = []
-    for hidden_part in question.of_passage.split(max(1, _SCORES_AT_ONCE // (H * T * S))):
-        R = len(hidden_part)
+    for left_out in question.of_passage.split(max(1, _AT_ONCE // (H * T * S))):
 
         def cross(
-            layer: Layer, query: torch.Tensor, R: int = R, left_out: torch.Tensor = hidden_part
+            layer: Layer, query: torch.Tensor, left_out: torch.Tensor = left_out
         ) -> torch.Tensor:
-            keys, values = (
-                question.hidden @ layer.key.mT,
-                question.hidden @ layer.value,
-            )  # [H, S, K]
+            R, keys = len(left_out), question.hidden @ layer.key.mT  # [H, S, K]
             queries = query.unflatten(2, decoder.heads).permute(2, 0, 1, 3).flatten(1, 2)
             scores = (queries @ keys.mT).unflatten(1, (R, T)) + bias  # [H, R, T, S]
             weights = scores.masked_fill(left_out[:, None], -torch.inf).softmax(dim=3)
-            mixed = weights.nan_to_num(nan=0.0).flatten(1, 2) @ values
+            mixed = weights.nan_to_num(nan=0.0).flatten(1, 2) @ (question.hidden @ layer.value)
             return mixed.unflatten(1, (R, T)).permute(1, 2, 0, 3).flatten(2)
 
-        hidden = _force(decoder, answer, R, cross)
-        parts.append(_log_likelihoods(decoder, hidden, answer))
+        hidden = _force(decoder, answer, len(left_out), cross)
+        parts.append(_log_probs(decoder, hidden, answer))
     return torch.cat(parts)
 
 

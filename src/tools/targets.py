@@ -14,7 +14,6 @@ if __name__ == "__main__":
     reports_input_errors(targets_parser().parse_args)()  # answers --help at once
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -68,12 +67,13 @@ def measure(path: str) -> tuple[list[str], list[list[float]]]:
 def main(arguments: list[str] | None = None) -> None:
     for path in targets_parser().parse_args(arguments).files:
         names, rows = measure(path)
-        head: list[Any] = [*(f"recall@{k}" for k in KS), "misses", *range(1, len(names) + 1)]
-        width = max(len(f"{n} {name}") for n, name in enumerate(names, start=1))
+        head = [*(f"recall@{k}" for k in KS), "misses", *range(1, len(names) + 1)]
+        labels = [f"{n} {name}" for n, name in enumerate(names, start=1)]
+        width = max(map(len, labels))
         print(f"{path}\n{'':{width}}", *(f"{cell:>9}" for cell in head))
-        for number, (name, row) in enumerate(zip(names, rows, strict=True), start=1):
+        for label, row in zip(labels, rows, strict=True):
             cells = [f"{cell:9.1f}" for cell in row[:4]] + [f"{cell:9.2f}" for cell in row[4:]]
-            print(f"{f'{number} {name}':{width}}", *cells)
+            print(f"{label:{width}}", *cells)
 
 
 if __name__ == "__main__":
