@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from src.evaluation.answers import exact_match
-from src.tools.report.page import main as report
+from src.tools.report.__main__ import main as report
 from tests.chromium import Chromium
 from tests.conftest import ROOT
 

@@ -29,7 +29,7 @@ from src.models.pretrained import load_tokenizer
 from src.models.reader import load_reader
 from src.models.retriever import load_retriever
 from src.tools import evaluate
-from src.tools.report import page as report
+from src.tools.report import __main__ as report
 from tests.conftest import REFERENCE, ROOT, run
 from tests.test_get import Server
 

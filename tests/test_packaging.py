@@ -94,7 +94,8 @@ def test_a_wheel_holds_src_alone(python, tmp_path):
     unpacked = {str(file.relative_to(tmp_path / "unpacked"))
                 for file in (tmp_path / "unpacked").rglob("*") if file.is_file()}  # fmt: skip
     files = {str(file.relative_to(ROOT)) for file in (ROOT / "src").rglob("*.py")}
-    files |= {f"src/tools/{name}" for name in ("report/page.html", "serve.html", "style.css")}
+    shown = "report/page.html", "serve.html", "style.css", "frame.js"
+    files |= {f"src/tools/{name}" for name in shown}
     assert {file for file in unpacked if ".dist-info/" not in file} == files
 
 

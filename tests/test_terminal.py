@@ -19,7 +19,7 @@ import test_reader
 import train_reader
 import train_retriever
 from src import options as all_options
-from src.tools.report import page as report
+from src.tools.report import __main__ as report
 from tests.conftest import ROOT
 from tests.terminal import Terminal
 

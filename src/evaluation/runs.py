@@ -101,7 +101,9 @@ def read_run_options(folder: Path) -> dict[str, Any]:
 
 
 def find_data(folder: Path, given: str | None, run_options: dict[str, Any]) -> str:
-    """The questions' file; empty when nothing was answered."""
+    """The questions' file, which can be the "folder" itself; empty when nothing was answered."""
+    if folder.is_file():
+        return str(folder)
     if given or (folder / SCORES).exists():
         return given or str(folder / SCORES)
     if not (folder / ANSWERS).exists():

@@ -39,6 +39,14 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes:.{1 if unit and n_bytes < 9.95 else 0}f} {('B', 'kB', 'MB', 'GB')[unit]}"
 
 
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Rows of cells below a head: the first cells to the left, the others to the right."""
+    widths = [max(11, *map(len, cells)) for cells in zip(head, *rows, strict=True)]
+    for name, *cells in (head, *rows):
+        columns = zip(cells, widths[1:], strict=True)
+        print(f"{name:{widths[0]}}", *(f"{cell:>{width}}" for cell, width in columns))
+
+
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds: "1:02:03"."""
     return str(datetime.timedelta(seconds=round(seconds)))

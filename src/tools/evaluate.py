@@ -9,12 +9,6 @@ nDCG@10, MRR@10, MAP and the recall of relevant passages, equal to trec_eval's; 
 match and F1 of answers. `--compare` adds the difference between two files, with its uncertainty.
 """
 
-from src.options import evaluation_parser
-from src.runtime.errors import InputError, reports_input_errors
-
-if __name__ == "__main__":
-    reports_input_errors(evaluation_parser().parse_args)()  # answers --help at once
-
 import argparse
 import sys
 from pathlib import Path
@@ -29,7 +23,9 @@ from src.evaluation.groups import group_questions
 from src.evaluation.rankings import judge_retrieval
 from src.evaluation.relevance import Values, compare, judge_run, load_run
 from src.evaluation.runs import PROBABILITIES, read_probabilities
-from src.runtime.terminal import count
+from src.options import evaluation_parser
+from src.runtime.errors import InputError, reports_input_errors
+from src.runtime.terminal import count, print_table
 
 Rows = list[tuple[str, dict[str, float]]]  # of the table, each with its name
 Judged = tuple[object, Values]  # what tells one set of questions from another; values of each, [n]
@@ -42,12 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
     rows: Rows = []
     judged = {path: _judge(path, options, qrels, rows) for path in options.files}
     columns = list(dict.fromkeys(name for _, values in rows for name in values))
-    width = max(len(name) for name, _ in rows)
-    print(" " * width, *(f"{name:>11}" for name in columns))
-    for path, values in rows:
-        cells = [values.get(name, "-") for name in columns]
-        cells = [f"{cell:11.2f}" if isinstance(cell, float) else f"{cell:>11}" for cell in cells]
-        print(f"{path:{width}}", *cells)
+    cells = [[path, *(values.get(name, "-") for name in columns)] for path, values in rows]
+    as_text = [[f"{c:.2f}" if isinstance(c, float) else str(c) for c in row] for row in cells]
+    print_table(["", *columns], as_text)
     if options.compare:
         _print_comparison(*options.files, judged)
 
@@ -95,11 +88,12 @@ def _print_comparison(first: str, second: str, judged: dict[str, Judged]) -> Non
     if asked != also_asked:
         raise InputError(f"{second}: its questions are not those of {first}; --compare needs pairs")
     print(f"\n{second} minus {first}")
-    print(f"{'':11} {'difference':>11} {'95 % interval':>18} {'p':>9}")
+    rows = []
     for name in (name for name in before if name in after):
         mean, low, high, p = compare(after[name], before[name])
         interval = f"{100 * low:+.2f} to {100 * high:+.2f}"
-        print(f"{name:11} {100 * mean:+11.2f} {interval:>18} {p:9.4f}")
+        rows.append([name, f"{100 * mean:+.2f}", interval, f"{p:.4f}"])
+    print_table(["", "difference", "95 % interval", "p"], rows)
 
 
 if __name__ == "__main__":

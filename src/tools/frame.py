@@ -9,10 +9,12 @@ from pathlib import Path
 
 
 def frame(file: Path) -> tuple[str, str]:
-    """The page in a file, with `style.css`, and the Content-Security-Policy by which a browser runs
-    the page's own script and nothing else, and loads nothing."""
-    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
-    html = file.read_text(encoding="utf-8").replace("{{style}}", style)
+    """The page in a file, with our style and common script, and the Content-Security-Policy by
+    which a browser runs the page's own script and nothing else, and loads nothing."""
+    html = file.read_text(encoding="utf-8")
+    for part in ("style.css", "frame.js"):
+        text = Path(__file__).with_name(part).read_text(encoding="utf-8")
+        html = html.replace(f"{{{{{part}}}}}", text)
     script = re.search(r"<script>(.*?)</script>", html, re.DOTALL)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return html, f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"

@@ -7,12 +7,6 @@ Data files with passages give a data file, which a reader reads; with a TREC run
 result is a TREC run, and `passage_retrieval.py --from_trec` adds the texts.
 """
 
-from src.options import fusion_parser
-from src.runtime.errors import InputError, reports_input_errors
-
-if __name__ == "__main__":
-    reports_input_errors(fusion_parser().parse_args)()  # answers --help at once
-
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +18,8 @@ from src.data.trec import Run, run_lines
 from src.evaluation.answers import find_answers
 from src.evaluation.relevance import load_run
 from src.evaluation.retrieved import as_json
-from src.runtime.errors import shorten
+from src.options import fusion_parser
+from src.runtime.errors import InputError, reports_input_errors, shorten
 from src.runtime.terminal import count
 
 

@@ -7,12 +7,6 @@ Reads text, Markdown, JSON, JSONL and wikiextractor's files, gzipped or not, and
 passage's id is its document's, a dash and its number: a file's name stands for a missing id.
 """
 
-from src.options import splitting_parser
-from src.runtime.errors import InputError, reports_input_errors
-
-if __name__ == "__main__":
-    reports_input_errors(splitting_parser().parse_args)()  # answers --help at once
-
 import argparse
 import csv
 import gzip
@@ -29,7 +23,8 @@ from src.data.examples import available_cpus, in_order
 from src.data.json_files import JsonItems
 from src.data.outputs import claim_output, write_whole
 from src.data.passages import FIELD_NAMES
-from src.runtime.errors import shorten
+from src.options import splitting_parser
+from src.runtime.errors import InputError, reports_input_errors, shorten
 from src.runtime.terminal import count, progress_bar
 
 _NAMES = r"(\.(txt|text|md|markdown|json|jsonl)|^wiki_\d+)(\.gz)?$"

@@ -7,12 +7,6 @@ how often the first passage has no answer although another has one ("misses"); a
 correlation with the other targets (Spearman's, averaged over questions).
 """
 
-from src.options import targets_parser
-from src.runtime.errors import InputError, reports_input_errors
-
-if __name__ == "__main__":
-    reports_input_errors(targets_parser().parse_args)()  # answers --help at once
-
 from collections.abc import Iterator
 
 import numpy as np
@@ -21,6 +15,9 @@ from src.data.examples import load_data
 from src.evaluation.answers import find_answers
 from src.evaluation.calibration import percent, rank_correlation
 from src.evaluation.rankings import first_hit
+from src.options import targets_parser
+from src.runtime.errors import InputError, reports_input_errors
+from src.runtime.terminal import print_table
 
 KS = (1, 5, 20)
 
@@ -36,9 +33,9 @@ def read_scores(path: str) -> Iterator[tuple[dict[str, np.ndarray], list[bool]]]
         yield scores, list(find_answers(raw.get("answers") or [], (c["text"] for c in contexts)))
 
 
-def measure(path: str) -> tuple[list[str], list[list[float]]]:
-    """The targets, and a row for each: recalls, misses, correlations with all targets; in percent
-    but for the correlations. Errors: `InputError` when the file has no targets."""
+def measure(path: str) -> tuple[list[str], list[list[str]]]:
+    """A table's head, and a row for each target: recalls and misses, in percent, and correlations
+    with all targets. Errors: `InputError` when the file has no targets."""
     firsts: dict[str, list[int]] = {}
     related: dict[tuple[str, str], list[float]] = {}
     for scores, flags in read_scores(path):
@@ -54,26 +51,22 @@ def measure(path: str) -> tuple[list[str], list[list[float]]]:
             "--write_crossattention_scores --targets attention,perplexity"
         )
     names, rows = sorted(firsts), []
-    for name in names:
+    for number, name in enumerate(names, start=1):
         found = np.array(firsts[name])
         recalls = [percent((found > 0) & (found <= k)) for k in KS]
         misses = 100 * np.mean(found > 1) / max(np.mean(found > 0), 1e-9)
         means = [np.mean(related.get((name, other), np.nan)) for other in names]
-        rows.append([*recalls, misses, *means])
-    return names, rows
+        shares = [f"{share:.1f}" for share in (*recalls, misses)]
+        rows.append([f"{number} {name}", *shares, *(f"{mean:.2f}" for mean in means)])
+    return ["", *(f"recall@{k}" for k in KS), "misses", *map(str, range(1, number + 1))], rows
 
 
 @reports_input_errors
 def main(arguments: list[str] | None = None) -> None:
     for path in targets_parser().parse_args(arguments).files:
-        names, rows = measure(path)
-        head = [*(f"recall@{k}" for k in KS), "misses", *range(1, len(names) + 1)]
-        labels = [f"{n} {name}" for n, name in enumerate(names, start=1)]
-        width = max(map(len, labels))
-        print(f"{path}\n{'':{width}}", *(f"{cell:>9}" for cell in head))
-        for label, row in zip(labels, rows, strict=True):
-            cells = [f"{cell:9.1f}" for cell in row[:4]] + [f"{cell:9.2f}" for cell in row[4:]]
-            print(f"{label:{width}}", *cells)
+        table = measure(path)
+        print(path)
+        print_table(*table)
 
 
 if __name__ == "__main__":

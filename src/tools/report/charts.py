@@ -4,7 +4,6 @@ which a browser shows on hovering, holds the value of a point or bar."""
 import math
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import NamedTuple
 
 WIDTH, HEIGHT = 400, 250  # about as shown, so that text is as large as the page's
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 22, 26, 44  # margins around the plotted area
@@ -12,16 +11,9 @@ N_COLOURS = 4  # of the page; a fifth series has the first one's, dashed
 
 
 Line = tuple[str, Sequence[tuple[float, float]]]  # a curve's name, and its points by x
-
-
-class Group(NamedTuple):
-    """Bars side by side: a label, a number of questions, a value (in percent) for each series, and
-    the link that a click follows."""
-
-    label: str
-    count: int
-    values: Sequence[float]
-    link: str
+# Bars side by side: a label, a number of questions, a value (in percent) for each series, and the
+# link that a click follows.
+Group = tuple[str, int, Sequence[float], str]
 
 
 def number(value: float) -> str:
@@ -85,18 +77,18 @@ def bar_chart(groups: Sequence[Group], names: Sequence[str], x_name: str) -> str
     parts = _axes([0, 25, 50, 75, 100], y_at, x_name, "percent")
     room = (WIDTH - _RIGHT - _LEFT) / len(groups)
     wide = min(24.0, 0.88 * room / len(names))
-    for index, group in enumerate(groups):
+    for index, (label, count, values, link) in enumerate(groups):
         middle, bars = _LEFT + (index + 0.5) * room, ""
-        for series, (name, value) in enumerate(zip(names, group.values, strict=True)):
+        for series, (name, value) in enumerate(zip(names, values, strict=True)):
             left, top = middle + (series - len(names) / 2) * wide, y_at(value)
-            title = f"{x_name}: {group.label}. {name} {value:.1f} % of {group.count:,} questions"
+            title = f"{x_name}: {label}. {name} {value:.1f} % of {count:,} questions"
             box = f'x="{left:.1f}" y="{top:.1f}" width="{wide - 1:.1f}"'
             box += f' height="{max(base - top, 0.5):.1f}" class="bar {_style(series)}"'
             bars += f"<rect {box}><title>{escape(title)}</title></rect>"
             bars += _text(left + wide / 2 - 0.5, top - 3, f"{value:.0f}", kind="value")
-        parts.append(f'<a href="{escape(group.link)}">{bars}</a>')
-        parts.append(_text(middle, base + 16, group.label, kind="label"))
-        parts.append(_text(middle, base + 31, f"{group.count:,}"))
+        parts.append(f'<a href="{escape(link)}">{bars}</a>')
+        parts.append(_text(middle, base + 16, label, kind="label"))
+        parts.append(_text(middle, base + 31, f"{count:,}"))
     parts.append(_text(_LEFT - 6, base + 31, "n", "end"))
     return _svg(parts, f"{' and '.join(names)} by {x_name}", names)
 

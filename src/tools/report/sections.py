@@ -84,9 +84,9 @@ def recall_section(rankings: Sequence[Ranking]) -> str:
     return _charts(curves, figure(title, table(["passages", "n", *(f"@{k}" for k in ks)], rows)))
 
 
-def headline(found: Survey | None) -> list[Tile]:
+def headline(found: Survey) -> list[Tile]:
     """The most important numbers."""
-    if not found:
+    if not found.data:
         return []
     verdicts = found.verdicts
     without = len(found.data) - len(verdicts)
@@ -110,6 +110,10 @@ def headline(found: Survey | None) -> list[Tile]:
         )
         order = "by the reader's score" if found.scored else "by the data's score or order"
         tiles.append(("answer in the top passage, %", f"{found.mean('top'):.1f}", order))
+    if found.agreements:
+        mean, n = statistics.mean(found.agreements), len(found.agreements)
+        note = f"by ranks, mean over {n:,} questions; 1: same order, 0: by chance"
+        tiles.append(("attention's correlation with attribution", f"{mean:.2f}", note))
     return tiles
 
 
@@ -154,12 +158,12 @@ def verdict_chart(
         group = [v for v in verdicts if low <= v[key] and (not end or v[key] < end)]
         if group:
             means = percent([v["match"] for v in group]), percent([v["f1"] for v in group])
-            groups.append(Group(label, len(group), means, f"#{key}={low}-{high}"))
+            groups.append((label, len(group), means, f"#{key}={low}-{high}"))
     return _bar_figure(title, groups, ["exact match", "F1"], x_name)
 
 
-def answers_section(found: Survey | None, curve_file: Path) -> str:
-    if not found:
+def answers_section(found: Survey, curve_file: Path) -> str:
+    if not found.data:
         which = f"There is neither {ANSWERS} nor {SCORES} in this folder: test_reader.py writes"
         return missing(f"{which} them, with --write_results and --write_crossattention_scores.")
     if not found.verdicts:
@@ -179,46 +183,34 @@ def answers_section(found: Survey | None, curve_file: Path) -> str:
         chart = line_chart(lines, "passages read", "percent", log_x=True, percent=True)
         title = "How many passages are enough? Where the curve flattens"
         drawn.append(figure(title, chart))
-    if found.agreements:
-        correlations, same_first = zip(*found.agreements, strict=True)
-        rows = [["mean rank correlation", f"{statistics.mean(correlations):.2f}"]]
-        rows.append(["median", f"{statistics.median(correlations):.2f}"])
-        rows.append(["same passage first, %", f"{percent(same_first):.1f}"])
-        title = "Does attention show what mattered? 1: same order as attribution, 0: by chance"
-        note = "Attribution: how far the answer's log-probability falls without the passage."
-        values = table([f"{len(correlations):,} questions", "Spearman"], rows)
-        drawn.append(figure(title, values, note))
     return _charts(*drawn)
 
 
-def targets_section(found: Survey | None) -> str:
+def targets_section(found: Survey) -> str:
     """What the targets in scored data are worth; empty without several."""
-    if not (found and found.scored and any("scores" in c for c in found.data[0].get("ctxs") or ())):
+    if not (found.scored and any("scores" in c for c in found.data[0].get("ctxs") or ())):
         return ""
-    names, values = targets.measure(found.data.path)
-    rows = [[name, *(f"{v:.1f}" for v in row[:4]), *(f"{v:.2f}" for v in row[4:])]
-            for name, row in zip(names, values, strict=True)]  # fmt: skip
+    head, rows = targets.measure(found.data.path)
     title = "Which target finds answers? Look for high recall and few misses"
     note = "Passages sorted by each target. Misses: the first passage has no answer, another has."
-    head = ["target", *(f"recall@{k}" for k in targets.KS), "misses", *names]
-    note += " Right: rank correlation with the others, averaged over questions."
-    return figure(title, table(head, rows), note)
+    note += " Right: rank correlation with target 1, 2, ..., averaged over questions."
+    return figure(title, table(head, [[escape(cell) for cell in row] for row in rows]), note)
 
 
 def _bins(found: Survey) -> list[calibration.Bin]:
-    known = [v for v in found.verdicts if v["p"] is not None and v["match"] is not None]
+    known = found.verdicts if found.confidences else []
     return calibration.reliability([v["p"] for v in known], [v["match"] for v in known])
 
 
-def confidence_section(found: Survey | None) -> str:
+def confidence_section(found: Survey) -> str:
     """Whether the reader's probabilities can be trusted; empty without any."""
-    if not (found and (bins := _bins(found))):
+    if not (bins := _bins(found)):
         return ""
     groups = []
     for low, count, sure, right in bins:
         low = round(100 * low)
         state = f"#p={low}-{low + 100 // calibration.N_BINS - 1}"
-        groups.append(Group(str(low), count, (100 * sure, 100 * right), state))
+        groups.append((str(low), count, (100 * sure, 100 * right), state))
     title = "Is it right as often as it is sure? Both bars of a pair should be equal"
     x_name = "probability of the answer: from, in %"
     bars = _bar_figure(title, groups, ["mean probability", "exact match"], x_name)
@@ -231,9 +223,9 @@ def confidence_section(found: Survey | None) -> str:
     return _charts(bars, figure(title, chart))
 
 
-def against_section(found: Survey | None, name: str) -> str:
+def against_section(found: Survey, name: str) -> str:
     """Both runs' verdicts on each question; counts link to the questions."""
-    if not (found and found.answers and found.verdicts):
+    if not (found.answers and found.verdicts):
         return missing("There are no judged answers to compare.")
     pairs = [(v["match"], v["other_match"]) for v in found.verdicts]
     kinds = {(True, False): ("right here, wrong there", "gained"),
@@ -250,9 +242,9 @@ def against_section(found: Survey | None, name: str) -> str:
     return _charts(figure(title, table(["answers are", "questions", "%"], rows), note))
 
 
-def quick_links(found: Survey | None) -> str:
+def quick_links(found: Survey) -> str:
     """Lists that are worth a click."""
-    if not (found and found.answers and found.verdicts):
+    if not (found.answers and found.verdicts):
         return ""
     order, surest = ("&order=sure", ", surest first") if found.confidences else ("", "")
     links = [link(f"passages=with&verdict=wrong{order}", f"answer read but not given{surest}")]

@@ -1,4 +1,4 @@
-"""A run in numbers, for `page.py`: answers judged, passages with answers, records of questions.
+"""A run in numbers, for the page: answers judged, passages with answers, records of questions.
 
 Data files are read one question at a time; only a few numbers are kept of each, and a full record
 of the questions on the page.
@@ -38,7 +38,7 @@ class Survey:
     compared with, None without one). Questions without gold answers have no verdict. `by_score` and
     `as_found` rank the data's own passages, in reading order and in the file's; `compared` names
     other files with the same questions. `agreements` are the rank correlations of attention with
-    attribution, where both are known, and whether they have the same first passage.
+    attribution, where both are known.
     """
 
     data: Examples
@@ -50,7 +50,7 @@ class Survey:
     verdicts: list[dict[str, Any]] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
     compared: list[str] = field(default_factory=list)
-    agreements: list[tuple[float, bool]] = field(default_factory=list)
+    agreements: list[float] = field(default_factory=list)
 
     def mean(self, name: str) -> float:
         """The mean of this part of the verdict, in percent."""
@@ -69,13 +69,14 @@ def survey(
     """Judge every question of a data file.
 
     Args:
+        path: empty when the run answered nothing.
         rankings: other files; records compare with those of the same questions.
     Errors: `InputError` if a run answers other questions.
     """
-    data, run = load_data(path), Path(options.run)
+    data, run = load_data(path) if path else [], Path(options.run)
     answers = read_answers(run / ANSWERS, data) if (run / ANSWERS).exists() else []
     others: list[str] | list[None] = [None] * len(data)
-    if options.against:
+    if options.against and path:
         others = read_answers(Path(options.against) / ANSWERS, data)
     scored = Path(path).name == SCORES
     names = "by the reader's attention" if scored else Path(path).stem, "as found"
@@ -93,18 +94,16 @@ def survey(
             n_read = sum(passage.score is not None for passage in passages)
         elif isinstance(n_context, int):
             n_read = min(n_context, n_read)
-        record = dict(zip(("match", "f1"), _judge(given, gold), strict=True))
-        record |= {"other_match": _judge(other, gold)[0]}
-        record |= {"length": answer_length(gold) if gold else None}
-        record |= {"holding": sum(flags[:n_read]) if gold else None}
-        record |= {"p": sure[index].probability if sure else None}
+        match, overlap = _judge(given, gold)
+        record = {"match": match, "f1": overlap, "other_match": _judge(other, gold)[0]}
+        record |= {"length": None, "holding": None, "p": sure[index].probability if sure else None}
         if gold:
-            found.verdicts.append({**record, "top": any(flags[: min(n_read, 1)])})
+            record |= {"length": answer_length(gold), "holding": sum(flags[:n_read])}
+            found.verdicts.append({**record, "top": any(flags[:n_read][:1])})
         causes = _attributions(data[index], passages[:n_read]) if scored else []
         scores = [passage.score for passage in passages[: len(causes)]]
         if (correlation := rank_correlation(scores, causes)) is not None:
-            same_first = scores.index(max(scores)) == causes.index(max(causes))
-            found.agreements.append((correlation, same_first))
+            found.agreements.append(correlation)
         found.by_score.add(example, flags)
         by_position = sorted(zip((p.position for p in passages), flags, strict=True))
         found.as_found.add(example, (flag for _, flag in by_position))
