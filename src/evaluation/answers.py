@@ -24,7 +24,6 @@ _ARTICLES = regex.compile(r"\b(a|an|the)\b", regex.UNICODE)
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # DPR's tokenizer: a run of letters, digits and combining marks, or one other visible character.
 _TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
-_WORD = regex.compile(r"[\p{L}\p{N}\p{M}]")
 # What test_reader.py writes into a run's folder.
 ANSWERS, SCORES = "final_output.txt", "dataset_wscores.json"
 Value = TypeVar("Value")
@@ -103,9 +102,8 @@ def tokenize(text: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=1 << 12)  # the same answers are looked for in many passages
-def _tokenize_all(answers: tuple[str, ...]) -> list[tuple[str, list[str]]]:
-    """Each answer's longest token, which few texts contain, and all of its tokens."""
-    return [(max(tokens, key=len, default=""), tokens) for tokens in map(tokenize, answers)]
+def _tokenize_all(answers: tuple[str, ...]) -> list[list[str]]:
+    return list(map(tokenize, answers))
 
 
 def has_answer(answers: Sequence[str], text: str) -> bool:
@@ -117,32 +115,14 @@ def has_answer(answers: Sequence[str], text: str) -> bool:
     """
     if any(isinstance(answer, Pattern) for answer in answers):
         return any(answer.finds(text) for answer in answers)
-    if not text.isascii():
-        text = unicodedata.normalize("NFD", text)
-        if "Σ" in text:  # whose lower case depends on what is before and after it
-            text = _TOKEN.sub(lambda token: token[0].lower(), text)
-    text = text.lower()
-    for longest, tokens in _tokenize_all(tuple(answers)):
-        may_match = longest in text and all(token in text for token in tokens)
-        if may_match and (not tokens or _has_run(tokens, text)):
-            return True
-    return False
-
-
-def _is_word(text: str) -> bool:
-    return text.isalnum() or _WORD.match(text) is not None  # the first is faster
-
-
-def _has_run(tokens: list[str], text: str) -> bool:
-    """Whether these are consecutive tokens of a text in lower case. To tokenize all of it would
-    take ten times as long as to tokenize what follows each occurrence of the first one."""
-    is_word, start = _is_word(tokens[0]), text.find(tokens[0])
-    while start >= 0:
-        if not (is_word and start and _is_word(text[start - 1])):
-            found = itertools.islice(_TOKEN.finditer(text, start), len(tokens))
-            if [token[0] for token in found] == tokens:
+    lowered, words = unicodedata.normalize("NFD", text).lower(), ""
+    for tokens in _tokenize_all(tuple(answers)):
+        # Tokenizing is slow, and few texts have all tokens of an answer. (The lower case of Σ
+        # depends on what is beside it.)
+        if all(map(lowered.__contains__, tokens)) or "Σ" in text:
+            words = words or f" {' '.join(tokenize(text))} "
+            if not tokens or f" {' '.join(tokens)} " in words:
                 return True
-        start = text.find(tokens[0], start + 1)
     return False
 
 

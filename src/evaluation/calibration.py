@@ -1,5 +1,6 @@
 """Whether confidence can be trusted: calibration, coverage, agreement of two rankings."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -42,13 +43,11 @@ def coverage_curve(
 ) -> list[tuple[float, float]]:
     """(coverage, exact match), both in [0, 1], when only the most probable answers are given: a
     point for each probability, since equal ones are given together (El-Yaniv and Wiener, 2010)."""
-    order = sorted(range(len(right)), key=lambda index: -probabilities[index])
-    points, n_right = [], 0
-    for n, index in enumerate(order, start=1):
-        n_right += right[index]
-        if n == len(order) or probabilities[order[n]] != probabilities[index]:
-            points.append((n / len(order), n_right / n))
-    return points
+    order = np.argsort(-np.asarray(probabilities), kind="stable")
+    n, n_right = np.arange(1, len(order) + 1), np.cumsum(np.asarray(right)[order])
+    is_last = np.append(np.diff(np.asarray(probabilities)[order]) != 0, True)
+    points = zip(n / len(order), n_right / n, strict=True)
+    return [(float(x), float(y)) for x, y in itertools.compress(points, is_last)]
 
 
 def _ranks(values: Sequence[float]) -> np.ndarray:

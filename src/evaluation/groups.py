@@ -6,14 +6,14 @@ from src.data.examples import Example, Examples, load_data, read_example
 from src.evaluation.answers import normalize_answer
 from src.runtime.errors import InputError
 
-TYPES = ("how many", "how much", "who", "what", "when", "where", "which", "why", "how")
+TYPES = ("how many", "how much", "who", "what", "when", "where", "which", "why", "how", "other")
 Group = Callable[[Example], tuple[int, str]]  # a group's position in a table, and its name
 
 
 def question_type(question: str) -> str:
     """The first word, or "how many" and "how much"; "other" for a word that asks nothing."""
     beginning = f"{normalize_answer(question)} "
-    return next((kind for kind in TYPES if beginning.startswith(f"{kind} ")), "other")
+    return next((kind for kind in TYPES if beginning.startswith(f"{kind} ")), TYPES[-1])
 
 
 def answer_length(answers: Sequence[str]) -> int:
@@ -23,7 +23,7 @@ def answer_length(answers: Sequence[str]) -> int:
 
 def by_type(example: Example) -> tuple[int, str]:
     kind = question_type(example.question)
-    return [*TYPES, "other"].index(kind), kind
+    return TYPES.index(kind), kind
 
 
 def by_length(example: Example) -> tuple[int, str]:

@@ -5,10 +5,10 @@
 Questions are answered one at a time. Nothing is kept of them, and the page loads nothing else.
 """
 
+import contextlib
 import json
 import logging
 import re
-import socket
 import sys
 import threading
 import time
@@ -25,23 +25,13 @@ from src.tools.replies import Reply, clean
 
 LARGEST_BODY = 1 << 16  # bytes
 _MOST_READ = 1 << 25  # of a larger body, so that its sender reads the refusal
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+_LOOPBACK = {"127.0.0.1", "localhost"}
 _METHODS = {"/": "GET", "/answer": "POST"}
 Answer = Callable[[str], Reply]
 
 
 class Refusal(Exception):
     """A request that is not answered: its HTTP status, and why."""
-
-
-def read_question(body: bytes) -> str:
-    """The question of a request. Errors: `Refusal`."""
-    try:
-        if question := json.loads(body)["question"].strip():
-            return question
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        pass
-    raise Refusal(400, 'the body must be JSON such as {"question": "Who named polonium?"}')
 
 
 def as_json(question: str, reply: Reply) -> dict[str, Any]:
@@ -63,24 +53,23 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._check()
             if self.command == "GET":
-                return self._send(200, self.server.page, "text/html", self.server.policy)
-            question = read_question(self._body())
-            status, content = 200, self.server.ask(question)
+                return self._send(200, self.server.page, "text/html")
+            status, content = 200, self.server.ask(self._read_question())
         except Refusal as refusal:
             status, content = refusal.args[0], {"error": refusal.args[1]}
         except InputError as error:
             status, content = 500, {"error": str(error)}
         text = json.dumps(content, allow_nan=False).encode()
-        return self._send(status, text, "application/json", "default-src 'none'")
+        return self._send(status, text, "application/json")
 
-    do_GET = do_POST = do_HEAD = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _handle
+    do_GET = do_POST = _handle
 
     def _check(self) -> None:
         """Refuse what is not one of the two requests. A page of another site can make a browser
         send requests here, under a name of its own (DNS rebinding) or as a form, which is no JSON
         and needs no permission."""
-        named = re.sub(r":[0-9]*$", "", self.headers.get("Host", "")).strip("[]").lower()
-        if self.server.is_local and named not in _LOOPBACK:
+        named = self.headers.get("Host", "").split(":")[0]
+        if self.server.is_local and named.lower() not in _LOOPBACK:
             raise Refusal(403, "this page is at 127.0.0.1 and localhost alone")
         path = self.path.split("?")[0]
         if path not in _METHODS:
@@ -90,27 +79,27 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/answer" and self.headers.get_content_type() != "application/json":
             raise Refusal(415, "send JSON, with Content-Type: application/json")
 
-    def _body(self) -> bytes:
+    def _read_question(self) -> str:
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,18}", length):
             raise Refusal(411, "send the body's Content-Length")
         body = self.rfile.read(min(int(length), _MOST_READ))
         if int(length) > LARGEST_BODY:
             raise Refusal(413, f"a body has at most {LARGEST_BODY:,} bytes")
-        return body
+        with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            if question := json.loads(body)["question"].strip():
+                return question
+        raise Refusal(400, 'the body must be JSON such as {"question": "Who named polonium?"}')
 
-    def _send(self, status: int, body: bytes, kind: str, policy: str) -> None:
+    def _send(self, status: int, body: bytes, kind: str) -> None:
         self.send_response(status)
-        if status == 405:
-            self.send_header("Allow", _METHODS[self.path.split("?")[0]])
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Security-Policy", policy)
+        self.send_header("Content-Security-Policy", self.server.policy)
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        self.wfile.write(body)
 
     def log_message(self, form: str, *values: object) -> None:
         """Nothing: questions are logged when they have been answered."""
@@ -120,10 +109,7 @@ class Server(ThreadingHTTPServer):
     """The page at an address. Threads, because a browser keeps connections open that it may never
     use; but one question at a time."""
 
-    daemon_threads = True
-
     def __init__(self, answer: Answer, host: str, port: int, log: logging.Logger):
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._answer, self._log, self._lock = answer, log, threading.Lock()
         page, policy = frame(Path(__file__).with_suffix(".html"))
         self.page, self.policy = page.encode(), f"{policy}; connect-src 'self'"
@@ -151,8 +137,7 @@ def serve(answer: Answer, host: str, port: int, log: logging.Logger) -> None:
     except OSError as error:
         problem = f"cannot be served ({first_line(error)}); give another --host or --port"
         raise InputError(f"{host}, port {port}: {problem}") from None
-    shown = f"[{host}]" if ":" in host else host
-    say(log, "page", "http://%s:%d/ (Ctrl-C stops)", shown, server.server_address[1])
+    say(log, "page", "http://%s:%d/ (Ctrl-C stops)", host, server.server_address[1])
     if not server.is_local:
         risk = "everyone who reaches this address can ask and read passages: no password, no "
         say(log, "warning", "--host %s: %s", host, risk + "encryption, your hardware")
