@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(min(int(length), _MOST_READ))
         if int(length) > LARGEST_BODY:
             raise Refusal(413, f"a body has at most {LARGEST_BODY:,} bytes")
-        with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
             if question := json.loads(body)["question"].strip():
                 return question
         raise Refusal(400, 'the body must be JSON such as {"question": "Who named polonium?"}')
