@@ -4,10 +4,9 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import bm25s
 import numpy as np
@@ -18,9 +17,12 @@ from src.runtime.errors import InputError
 from src.runtime.terminal import Bar, no_bar
 from src.search import saved_index
 from src.search.exact import Found
-from src.search.words import Vocabulary, Words, split_words
+from src.search.words import Words
 
 _PART = 1 << 13  # passages whose words are counted at a time
+# How often terms occur in a part of the passages, by term, then by row: their numbers, rows in the
+# part, and counts, [n] each.
+_Counts = tuple[np.ndarray, np.ndarray, np.ndarray]
 _FILES = {"vocab.index.json", "params.index.json"} | {
     f"{name}.csc.index.npy" for name in ("data", "indices", "indptr")
 }
@@ -105,48 +107,39 @@ def _made_from(passages: Passages, options: BM25Options) -> dict[str, object]:
 # this takes a part of the passages at a time, and 16 bytes for each word of a passage.
 
 
-class _Counts(NamedTuple):
-    """How often terms occur in a part of the passages, by term, then by row, [n] each."""
-
-    terms: np.ndarray
-    rows: np.ndarray  # in the part
-    counts: np.ndarray
-
-
 def _build(passages: Passages, options: BM25Options, bar: Bar) -> bm25s.BM25:
-    vocabulary = Vocabulary(Words(options))
+    words, terms = Words(options), defaultdict(itertools.count().__next__)
     with bar(len(passages), "passage", "building the index") as shown:
         parts, lengths = deque(), []
         texts = (f"{passage.title} {passage.text}" for passage in passages)
         while part := list(itertools.islice(texts, _PART)):
-            counted, length = _count(part, vocabulary)
+            counted, length = _count(list(map(words, part)), terms)
             parts.append(counted)
             lengths.append(length)
             shown.update(len(part))
-    if not vocabulary.terms:
+    if not terms:
         raise InputError(
             f"{passages.path}: no passage has a word, so BM25 can find none; check that the file "
             "is a collection"
         )
     index = bm25s.BM25(k1=options.bm25_k1, b=options.bm25_b)
-    index.vocab_dict = vocabulary.terms
-    index.unique_token_ids_set = set(vocabulary.terms.values())
-    vocabulary.clear()
+    index.vocab_dict = dict(terms)
+    index.unique_token_ids_set = set(terms.values())
+    words.clear()
     index.nonoccurrence_array = None
     index.scores = _scores(parts, lengths, len(index.vocab_dict), options)
     return index
 
 
-def _count(texts: list[str], vocabulary: Vocabulary) -> tuple[_Counts, np.ndarray]:
+def _count(texts: list[list[str]], terms: dict[str, int]) -> tuple[_Counts, np.ndarray]:
     """How often terms occur in some passages, and how many each passage has."""
-    found = [list(map(vocabulary.__getitem__, split_words(text))) for text in texts]
-    numbers = np.fromiter(itertools.chain.from_iterable(found), np.int64)
-    rows = np.repeat(np.arange(len(texts)), list(map(len, found)))
-    rows, numbers = rows[numbers >= 0], numbers[numbers >= 0]
+    words = itertools.chain.from_iterable(texts)
+    numbers = np.fromiter(map(terms.__getitem__, words), np.int64)
+    rows = np.repeat(np.arange(len(texts)), list(map(len, texts)))
     pairs, counts = np.unique(numbers * _PART + rows, return_counts=True)
-    terms, rows_of = (pairs // _PART).astype(np.int32), (pairs % _PART).astype(np.uint16)
+    numbers, rows_of = (pairs // _PART).astype(np.int32), (pairs % _PART).astype(np.uint16)
     counts = np.minimum(counts, np.iinfo(np.uint16).max).astype(np.uint16)
-    return _Counts(terms, rows_of, counts), np.bincount(rows, minlength=len(texts))
+    return (numbers, rows_of, counts), np.bincount(rows, minlength=len(texts))
 
 
 def _scores(
@@ -159,7 +152,7 @@ def _scores(
     """
     n_passages = sum(map(len, lengths))
     mean = sum(int(length.sum()) for length in lengths) / n_passages
-    holding = sum(np.bincount(part.terms, minlength=n_terms) for part in parts)
+    holding = sum(np.bincount(numbers, minlength=n_terms) for numbers, *_ in parts)
     weights = np.log(1 + (n_passages - holding + 0.5) / (holding + 0.5)).astype(np.float32)
     starts = np.concatenate([[0], np.cumsum(holding)])
     data, indices = np.empty(starts[-1], np.float32), np.empty(starts[-1], np.int32)

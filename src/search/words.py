@@ -81,29 +81,17 @@ def _check_language(option: str, language: str, known: object) -> None:
         raise InputError(f"{option} {language}: must be none or one of {shown}")
 
 
-class Words:
-    """What texts are compared by: their words without stop words, reduced to stems if so wanted."""
+class Words(dict):
+    """What texts are compared by: their words without stop words, reduced to stems if so wanted.
+    As a dict: what each word met so far counts as, None for a stop word."""
 
     def __init__(self, options: BM25Options):
         self._stem = open_stemmer(options.bm25_stemmer)
         self._stop_words = stop_words(options.bm25_stop_words)
 
-    def term(self, word: str) -> str | None:
-        """What a word counts as; None for a stop word."""
-        return None if word in self._stop_words else self._stem(word)
+    def __missing__(self, word: str) -> str | None:
+        self[word] = None if word in self._stop_words else self._stem(word)
+        return self[word]
 
     def __call__(self, text: str) -> list[str]:
-        return [term for word in split_words(text) if (term := self.term(word)) is not None]
-
-
-class Vocabulary(dict):
-    """Numbers of words as they are asked for: that of the word's term in `terms`, in order of
-    appearance, or -1 for a stop word."""
-
-    def __init__(self, words: Words):
-        self._words, self.terms = words, {}
-
-    def __missing__(self, word: str) -> int:
-        term = self._words.term(word)
-        self[word] = -1 if term is None else self.terms.setdefault(term, len(self.terms))
-        return self[word]
+        return list(filter(None, map(self.__getitem__, split_words(text))))
