@@ -56,8 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         tally = Tally(dev_data)
         for answers in run.dev_results(dataset, collate, answer):
             tally.add(answers)
-        joint = tally.over_all()
-        return {"exact_match": joint.exact_match.value(), "f1": joint.f1.value()}
+        return tally.over_all().means()
 
     # Training
     dataset = ReaderDataset(

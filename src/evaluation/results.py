@@ -85,37 +85,36 @@ def right_answer(data: Examples, index: int) -> str | None:
 
 
 class Tally:
-    """Mean exact match and F1, in percent, of answers to a file's questions, and of those from the
-    first n passages alone in `by_context`, for each n of `contexts`."""
+    """Mean exact match and F1, in percent, of answers to a file's questions (under ""), and of
+    those from the first n passages alone, for each n of `contexts`."""
 
     def __init__(self, data: Examples, contexts: Sequence[int] = ()):
         self._data = data
-        self.exact_match, self.f1 = Average(), Average()
-        self.by_context = {str(n): Tally(data) for n in contexts}
+        self.averages = {n: (Average(), Average()) for n in ("", *map(str, contexts))}
 
     def add(self, answers: list[Answer]) -> None:
         for answer in answers:
-            if gold := read_example(self._data, answer.index).answers:
-                self._add(answer.text, gold)
-                for n, tally in self.by_context.items():
-                    tally._add(answer.by_context[n], gold)
-
-    def _add(self, text: str, gold: list[str]) -> None:
-        match, overlap = judge(text, gold)
-        self.exact_match.add(100.0 * match)
-        self.f1.add(100.0 * overlap)
+            gold = read_example(self._data, answer.index).answers
+            for n, averages in self.averages.items() if gold else ():
+                verdicts = judge(answer.by_context[n] if n else answer.text, gold)
+                for average, verdict in zip(averages, verdicts, strict=True):
+                    average.add(100.0 * verdict)
 
     def over_all(self) -> "Tally":
         """The tally over what every process added."""
         joint = Tally(self._data)
-        joint.exact_match, joint.f1 = self.exact_match.over_all(), self.f1.over_all()
-        joint.by_context = {n: part.over_all() for n, part in self.by_context.items()}
+        joint.averages = {n: tuple(a.over_all() for a in pair) for n, pair in self.averages.items()}
         return joint
 
+    def means(self, n: str = "") -> dict[str, float | None]:
+        """None without gold answers."""
+        match, overlap = self.averages[n]
+        return {"exact_match": match.value(), "f1": overlap.value()}
+
     def __str__(self) -> str:
-        if not (n := round(self.exact_match.weight)):
+        if not (n := round(self.averages[""][0].weight)):
             return "the data has no answers to judge by"
-        match, overlap = self.exact_match.value(), self.f1.value()
+        match, overlap = self.means().values()
         return f"exact match {match:.2f}, F1 {overlap:.2f} on {n} examples"
 
 
@@ -123,10 +122,10 @@ def write_curve(folder: Path, tally: Tally) -> str:
     """Write `n_context_curve.json`: exact match and F1 by number of passages read. Returns it as
     text for the log."""
     values = {
-        n: {"exact_match": part.exact_match.value(), "f1": part.f1.value(),
-            "questions": round(part.exact_match.weight)}
-        for n, part in tally.by_context.items()
-    }  # fmt: skip
+        n: {**tally.means(n), "questions": round(match.weight)}
+        for n, (match, _) in tally.averages.items()
+        if n
+    }
     write_whole(folder / CURVE, [json.dumps(values, indent=1) + "\n"])
     shown = [(n, part["exact_match"]) for n, part in values.items()]
     return ", ".join(f"{n}: {'-' if match is None else f'{match:.2f}'}" for n, match in shown)
