@@ -12,26 +12,6 @@ from src.evaluation.answers import find_answers, means
 from src.runtime.errors import InputError
 
 
-def count_inversions(gold_ranks: Sequence[int]) -> int:
-    """Pairs of passages that retriever and reader order differently.
-
-    Args:
-        gold_ranks: the reader's rank (0: highest score) of each passage, in the retriever's order.
-    """
-    return sum(earlier > later for earlier, later in itertools.combinations(gold_ranks, 2))
-
-
-def top_k_overlap(gold_ranks: Sequence[int], k: int) -> float:
-    """The share of the retriever's first k passages that are among the reader's first k."""
-    top = gold_ranks[:k]
-    return sum(rank < k for rank in top) / len(top)
-
-
-def last_gold_index(gold_ranks: Sequence[int], k: int) -> int:
-    """How many of the retriever's passages it takes to include all of the reader's first k."""
-    return max(number for number, rank in enumerate(gold_ranks, start=1) if rank < k)
-
-
 def first_hit(has_answers: Iterable[bool]) -> int:
     """Rank of the first passage with an answer, from 1; 0 if there is none."""
     return next((rank for rank, has in enumerate(has_answers, start=1) if has), 0)
@@ -41,18 +21,23 @@ def judge_ranks(
     gold_ranks: Sequence[int], marks: Sequence[bool], top: Sequence[int], recall_at: Iterable[int]
 ) -> dict[str, float]:
     """The dev metrics of a retriever for one question, by name; none without passages.
+    `inversions`: pairs of passages that retriever and reader order differently; `avg_top`: the
+    share of the retriever's first k that are among the reader's first k; `idx_top`: how many of the
+    retriever's it takes to include all of the reader's first k.
 
     Args:
-        gold_ranks: as above.
+        gold_ranks: the reader's rank (0: highest score) of each passage, in the retriever's order.
         marks: which passages have an answer, in the reader's order; empty if that is unknown.
         top: numbers of passages for overlap and index; recall_at: for recall.
     """
     if not gold_ranks:
         return {}
-    values: dict[str, float] = {"inversions": count_inversions(gold_ranks)}
+    pairs = itertools.combinations(gold_ranks, 2)
+    values: dict[str, float] = {"inversions": sum(earlier > later for earlier, later in pairs)}
     for k in [k for k in top if k <= len(gold_ranks)]:
-        values[f"avg_top{k}"] = top_k_overlap(gold_ranks, k)
-        values[f"idx_top{k}"] = last_gold_index(gold_ranks, k)
+        within = [number for number, rank in enumerate(gold_ranks, start=1) if rank < k]
+        values[f"avg_top{k}"] = sum(number <= k for number in within) / k
+        values[f"idx_top{k}"] = max(within)
     if marks:
         first = first_hit(marks[rank] for rank in gold_ranks)
         values |= {f"recall@{k}": float(0 < first <= k) for k in recall_at}
