@@ -190,11 +190,6 @@ class RetrieverItem(NamedTuple):
     marks: Sequence[bool] = ()
 
 
-def scored_passages(example: Example, n_context: int) -> list[Passage]:
-    """The passages among the first `n_context` that have a score."""
-    return [passage for passage in example.passages[:n_context] if passage.score is not None]
-
-
 @dataclasses.dataclass
 class RetrieverDataset(Dataset):
     """Questions with scored passages of a file, by (epoch, index).
@@ -218,7 +213,7 @@ class RetrieverDataset(Dataset):
         if self.loss == "contrastive":
             passages = self._draw(example, epoch)
         else:
-            passages = scored_passages(example, self.n_context)
+            passages = [p for p in example.passages[: self.n_context] if p.score is not None]
         for passage in passages:
             if abs(passage.score) > torch.finfo(torch.float32).max:
                 where = self.examples.where(index)

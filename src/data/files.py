@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -41,17 +40,14 @@ class Source:
 
     def __init__(self, path: str, plain: str | None = None):
         self.path, self.plain = path, plain or path
-        self.file = self._open()
+        with self._readable():
+            self.file = open(self.plain, "rb", buffering=0)  # noqa: SIM115 (open as long as this)
         self.stat = os.fstat(self.file.fileno())
         self.size = self.stat.st_size
         if self.size == 0:
             raise InputError(f"{path}: the file is empty; write or copy it again")
         has_mark = self.read(0, min(3, self.size)) == b"\xef\xbb\xbf"
         self.start = 3 if has_mark else 0  # after a byte-order mark
-
-    def _open(self) -> BinaryIO:
-        with self._readable():
-            return open(self.plain, "rb", buffering=0)
 
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
@@ -122,9 +118,8 @@ class Source:
 
     def _is_blank_line(self, start: int) -> bool:
         for position in range(start, self.size, 4096):
-            line, line_end, _ = self.read(position, min(position + 4096, self.size)).partition(
-                b"\n"
-            )
+            data = self.read(position, min(position + 4096, self.size))
+            line, line_end, _ = data.partition(b"\n")
             if line_end or line.strip():
                 return not line.strip()
         return True

@@ -123,8 +123,9 @@ class Passages(Sequence[Passage]):
         """
         found = []
         for identity in ids:
-            rows = map(self._look_up, (identity, identity.removeprefix(_DPR_PREFIX)))
-            row = next((row for row in rows if row is not None), None)
+            row = self._look_up(identity)
+            if row is None and identity.startswith(_DPR_PREFIX):
+                row = self._look_up(identity.removeprefix(_DPR_PREFIX))
             if row is None:
                 raise InputError(
                     f"{self.path}: no passage has the id {shorten(identity)}; "

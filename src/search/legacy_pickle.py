@@ -147,13 +147,16 @@ def read_legacy_embeddings(path: str | Path) -> LegacyEmbeddings:
 
 def _as_embeddings(content: Any, file_size: int) -> LegacyEmbeddings:
     """Errors: ValueError when the content has another form. None of it is printed."""
-    is_list = isinstance(content, list | tuple)
-    if is_list and len(content) == 2 and isinstance(content[1], _Array):
+
+    def is_pair(item: object) -> bool:
+        return isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[1], _Array)
+
+    if is_pair(content):
         ids, vectors = content[0], content[1].array
         if vectors.ndim != 2 or vectors.dtype.kind != "f":
             found = f"{vectors.dtype} {list(vectors.shape)}"
             raise ValueError(f"its array is {found}, not float [n, d]")
-    elif is_list and content and all(map(_is_pair, content)):
+    elif isinstance(content, list | tuple) and content and all(map(is_pair, content)):
         ids, vectors = [item[0] for item in content], [item[1].array for item in content]
         kinds = {(vector.shape, vector.dtype) for vector in vectors}
         if len(kinds) > 1 or vectors[0].ndim != 1 or vectors[0].dtype.kind != "f":
@@ -172,7 +175,3 @@ def _as_embeddings(content: Any, file_size: int) -> LegacyEmbeddings:
     if sum(map(len, texts)) > 4 * file_size:  # one can be named a million times
         raise ValueError(_TOO_MUCH)
     return LegacyEmbeddings(texts, vectors)
-
-
-def _is_pair(item: object) -> bool:
-    return isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[1], _Array)
