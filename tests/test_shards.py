@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -308,17 +309,6 @@ def setting(tensor: str, key: str, value: object):
         setting("embeddings", "data_offsets", [0, 1 << 40]),
         setting("embeddings", "data_offsets", [-110, 0]),
         setting("id_bytes", "data_offsets", []),
-    ],
-)
-def test_a_header_that_is_not_true(change, tmp_path):
-    path = with_header(tmp_path, change)
-    with pytest.raises(InputError, match=f"^{path}: not a complete shard"):
-        read_shard(path)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
         b"",
         b"id\ttext\ttitle\n",
         b"\xff" * 100,
@@ -327,9 +317,10 @@ def test_a_header_that_is_not_true(change, tmp_path):
         (10).to_bytes(8, "little") + b'{"\xff\xff":{}}',
     ],
 )
-def test_files_that_are_no_shards(content, tmp_path):
-    path = tmp_path / "wiki_00"
-    path.write_bytes(content)
+def test_what_is_no_shard(change, tmp_path):
+    """Other files, and shards whose header is not true."""
+    path = tmp_path / "changed"
+    path.write_bytes(change) if isinstance(change, bytes) else with_header(tmp_path, change)
     with pytest.raises(InputError, match=f"^{path}: not a complete shard") as caught:
         read_shard(path)
     assert "\n" not in str(caught.value)
@@ -348,15 +339,9 @@ def test_ids_that_are_broken(tmp_path):
 # Which shards belong together
 
 
-def write_all(folder: Path, total: int = 3, **changed: str) -> list[Path]:
-    numbers = {"num_shards": str(total)}
-    return [
-        write(
-            folder / f"wiki_{shard:02d}", shard_id=str(shard), first=str(shard * ROWS), **numbers,
-            **changed,
-        )
-        for shard in range(total)
-    ]  # fmt: skip
+def write_all(folder: Path) -> list[Path]:
+    numbers = [{"shard_id": str(n), "num_shards": "3", "first": str(n * ROWS)} for n in range(3)]
+    return [write(folder / f"wiki_0{n}", **more) for n, more in enumerate(numbers)]
 
 
 def test_shards_are_opened_in_order(tmp_path):
@@ -387,52 +372,41 @@ def test_no_such_shards(tmp_path):
         open_shards(tmp_path)
 
 
-def mismatch(folder: Path) -> str:
-    """The error, which `allow_mismatch` makes go away."""
+LAST = {"shard_id": "2", "num_shards": "3", "first": "22"}
+MIXED: dict[str, tuple[Callable[[Path], object], list[str]]] = {  # change, and what is said
+    **{
+        f"another {key}": (
+            lambda folder, key=key: write(folder / "wiki_02", **{**LAST, key: "4"}),
+            ["wiki_00", "wiki_02", key, {**METADATA, **LAST}[key], "4"],
+        )
+        for key in ("model", "passages", "options", "num_shards")
+    },
+    "the first missing": (lambda f: (f / "wiki_00").unlink(), ["shard 0 of 3 is missing"]),
+    "the last missing": (lambda f: (f / "wiki_02").unlink(), ["shard 2 of 3 is missing"]),
+    "one doubled": (lambda f: shutil.copy(f / "wiki_01", f / "wiki_copy"),
+        ["wiki_01", "wiki_copy", "both shard 1"]),
+    "a gap": (lambda f: write(f / "wiki_01", **{**LAST, "shard_id": "1", "first": "12"}),
+        ["wiki_00 ends at passage 11", "wiki_01 begins at 12"]),
+    "a pickle": (lambda f: (f / "wiki_03").write_bytes(pickle.dumps((IDS, VECTORS))),
+        ["wiki_00", "wiki_03"]),
+    "an absurd number of shards": (
+        lambda f: [path.unlink() for path in f.glob("wiki_*")]
+        and write(f / "wiki_00", shard_id="0", num_shards="9" * 18),
+        ["shard 1 of 999999999999999999 is missing"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_shards_that_do_not_belong_together(case, tmp_path):
+    """Named, unless `allow_mismatch` accepts them."""
+    change, words = MIXED[case]
+    write_all(tmp_path)
+    change(tmp_path)
     with pytest.raises(InputError) as caught:
-        open_shards(folder / "wiki_*")
-    assert "--allow_mismatch" in str(caught.value)
-    assert open_shards(folder / "wiki_*", allow_mismatch=True)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("key", ["model", "passages", "options", "num_shards"])
-def test_shards_of_two_runs(key, tmp_path):
-    write_all(tmp_path)
-    changed = {"shard_id": "2", "num_shards": "3", "first": "22", key: "4"}
-    write(tmp_path / "wiki_02", **changed)
-    error = mismatch(tmp_path)
-    for word in ("wiki_00", "wiki_02", key, {**METADATA, "num_shards": "3"}[key], "4"):
-        assert word in error
-
-
-@pytest.mark.parametrize("shard", [0, 2])
-def test_a_shard_is_missing(shard, tmp_path):
-    write_all(tmp_path)[shard].unlink()
-    assert f"shard {shard} of 3 is missing" in mismatch(tmp_path)
-
-
-def test_a_shard_is_doubled(tmp_path):
-    shutil.copy(write_all(tmp_path)[1], tmp_path / "wiki_copy")
-    error = mismatch(tmp_path)
-    for word in ("wiki_01", "wiki_copy", "both shard 1"):
-        assert word in error
-
-
-def test_shards_with_a_gap(tmp_path):
-    write_all(tmp_path)
-    write(tmp_path / "wiki_01", shard_id="1", num_shards="3", first="12")
-    error = mismatch(tmp_path)
-    for word in ("wiki_00 ends at passage 11", "wiki_01 begins at 12"):
-        assert word in error
-
-
-def test_a_shard_of_ours_with_a_pickle(tmp_path):
-    write_all(tmp_path, total=1)
-    (tmp_path / "wiki_01").write_bytes(pickle.dumps((IDS, VECTORS)))
-    error = mismatch(tmp_path)
-    assert "wiki_00" in error
-    assert "wiki_01" in error
+        open_shards(tmp_path / "wiki_*")
+    for word in ("--allow_mismatch", *words):
+        assert word in str(caught.value)
+    assert open_shards(tmp_path / "wiki_*", allow_mismatch=True)
 
 
 def test_shards_of_two_dimensions_never_mix(tmp_path):
@@ -449,8 +423,3 @@ def test_numbers_that_are_none(value, tmp_path):
     write(tmp_path / "wiki_00", shard_id=value)
     with pytest.raises(InputError, match=r"wiki_00: its shard_id is .*, not a number"):
         open_shards(tmp_path / "wiki_*")
-
-
-def test_absurd_numbers_of_shards_end_early(tmp_path):
-    write(tmp_path / "wiki_00", shard_id="0", num_shards="9" * 18)
-    assert "shard 1 of 999999999999999999 is missing" in mismatch(tmp_path)
