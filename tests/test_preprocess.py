@@ -1,5 +1,4 @@
-"""Preprocessing: a JSON list under a key; resuming; broken inputs. (tests/test_get.py checks the
-examples themselves.)"""
+"""Preprocessing: broken inputs. (tests/test_get.py checks the examples themselves.)"""
 
 import json
 import random
@@ -8,52 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from src.data import files
-from src.data.json_files import JsonItems
-from src.runtime.errors import InputError
 from src.tools import preprocess
-from tests.test_examples import random_value
-
-
-@pytest.fixture(params=[1 << 20, 64, 5])
-def chunk(request, monkeypatch):
-    """Small chunks put every kind of boundary in the middle of every kind of thing."""
-    monkeypatch.setattr(files, "_CHUNK", request.param)
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_a_list_under_a_key_equals_json(seed, tmp_path, chunk):
-    rng = random.Random(seed)
-    items = [{"Data": random_value(rng, 0)} for _ in range(rng.randrange(1, 8))]
-    around = {f"k{i}": random_value(rng, 1) for i in range(rng.randrange(4))}
-    around['"Data": ['] = 'a "Data": [{"x": 1}] \\'
-    whole = {"Data": items, **around}
-    file = tmp_path / "data.json"
-    for indent in (None, 2):
-        file.write_text(json.dumps(whole, indent=indent, ensure_ascii=False), encoding="utf-8")
-        opened = JsonItems(file)
-        assert [opened[i] for i in range(len(opened))] == items
-
-
-BROKEN_DATA = {
-    "a cut list": ('{"Data": [{"x": 1}, {"x"', "ends inside the object"),
-    "a cut end": ('{"Data": [{"x": 1}]', "ends inside the object"),
-    "more than one object": ('{"Data": [{"x": 1}]} {}', "bad JSON .text after its end"),
-    "numbers": ('{"Data": [1]}', "line 1.*there must be objects"),
-    "nothing": ('{"Data": []}', "no examples"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN_DATA)
-def test_broken_lists_under_a_key(case, tmp_path, chunk):
-    text, message = BROKEN_DATA[case]
-    (tmp_path / "data.json").write_text(text)
-    with pytest.raises(InputError, match=r"data\.json.*" + message):
-        JsonItems(tmp_path / "data.json")
-
-
-# ----------------------------------------------------------------------------------------------
-# Whole runs
 
 
 def make_folder(folder: Path, n_passages: int, n_train: int, n_contexts: int) -> None:
