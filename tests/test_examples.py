@@ -25,6 +25,7 @@ from src.data.examples import (
     skip_unscored,
 )
 from src.data.json_files import JsonItems, read_json
+from src.data.passages import Passages
 from src.runtime.errors import InputError
 
 
@@ -308,22 +309,18 @@ def test_a_worker_that_loads_data_reports_the_change(tmp_path):
         list(batches)
 
 
-SPARSE = {
-    "nothing": b"", "a line": line().encode() + b"\n", "in a string": b'[{"question": "',
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", SPARSE)
-def test_a_sparse_file_is_refused_at_once(case, tmp_path):
+@pytest.mark.parametrize("read", [load_data, read_json, Passages])
+@pytest.mark.parametrize(
+    "content", [b"", line().encode() + b"\n", b'[{"question": "', b"1\ttext\ttitle\n"]
+)
+def test_a_sparse_file_is_refused_at_once(content, read, tmp_path):
     path = tmp_path / "data.json"
-    path.write_bytes(SPARSE[case])
+    path.write_bytes(content)
     os.truncate(path, 5 << 30)
     tracemalloc.start()
     try:
-        with pytest.raises(InputError, match=r"line [12]: a NUL byte, .*not UTF-8 text"):
-            load_data(path)
-        with pytest.raises(InputError, match=r"line [12]: a NUL byte, .*not UTF-8 text"):
-            read_json(path)
+        with pytest.raises(InputError, match=r"a NUL byte, .*not UTF-8 text"):
+            read(path)
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
         tracemalloc.stop()

@@ -162,6 +162,7 @@ PACKED = {
     "utf16": (lambda content: content.decode().encode("utf-16"), "UTF-16 text; re-encode"),
     "utf16be": (lambda c: b"\xfe\xff" + c.decode().encode("utf-16-be"), "UTF-16 text; re-encode"),
     "utf16 in gzip": (lambda c: gzip.compress(c.decode().encode("utf-16")), "UTF-16 text"),
+    "NUL bytes in gzip": (lambda content: gzip.compress(bytes(9**6)), "a NUL byte"),
     "utf16 without mark": (lambda content: content.decode().encode("utf-16-le"), "a NUL byte"),
     "parquet": (lambda content: b"PAR1" + content + b"PAR1", "a Parquet table; write it as JSONL"),
     "arrow": (lambda content: b"\xff\xff\xff\xff\x10\0\0\0" + content, "an Arrow table"),

@@ -213,12 +213,6 @@ def test_a_pipe_that_appears_while_a_file_is_written_is_not_replaced(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_the_null_device_stays_one():
-    with pytest.raises(InputError, match=r"/dev/null: cannot be written .*give another"):
-        write_whole(Path(os.devnull), ["text"])
-    assert stat.S_ISCHR(os.lstat(os.devnull).st_mode)
-
-
 @pytest.mark.parametrize("kind", ["pipe", "symbolic link"])
 def test_a_cache_in_place_of_something_else_is_made_elsewhere(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

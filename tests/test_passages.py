@@ -340,30 +340,21 @@ def test_the_cache_is_rebuilt_when_the_source_changes(keeps, tmp_path):
     assert opened.find(["3"]) == [len(opened) - 1]
 
 
-def damaged(good: bytes) -> dict[str, bytes]:
-    """What may become of a cache."""
-    swapped = good[8:16] + good[:8] + good[16:]
-    shorter = np.delete(np.frombuffer(good, dtype=np.int64), 1)
-    shorter[-2] -= 1  # its length is right again
-    return {
-        "empty": b"", "short": good[:8], "cut": good[8:], "cut off": good[:-16], "odd": good[:-3],
-        "long": good + b"x" * 8, "other": b"x" * 999, "zeros": bytes(len(good)),
-        "swapped": swapped, "shorter": shorter.tobytes(), "a hole": bytes(8) + good[8:],
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("suffix", [".offsets", ".ids"])
 def test_a_damaged_cache_is_rebuilt(suffix, tmp_path):
     path = write(tmp_path, "".join(f"a{i * i}\ttext {i}\tT{i}\n" for i in range(9)))
     wanted = list(Passages(path))
     cache = path.with_name(f".{path.name}{suffix}")
     good = cache.read_bytes()
-    for case, content in damaged(good).items():
-        cache.write_bytes(content)
+    shorter = np.delete(np.frombuffer(good, dtype=np.int64), 1)
+    shorter[-2] -= 1  # its length is right again
+    swapped = good[8:16] + good[:8] + good[16:]
+    for damaged in (b"", good[8:], good[:-3], bytes(len(good)), swapped, shorter.tobytes()):
+        cache.write_bytes(damaged)
         opened = Passages(path)
-        assert list(opened) == wanted, case
-        assert opened.find(["a16", "a64"]) == [4, 8], case
-        assert cache.read_bytes() == good, case
+        assert list(opened) == wanted
+        assert opened.find(["a16", "a64"]) == [4, 8]
+        assert cache.read_bytes() == good
 
 
 def test_a_cache_of_another_file_or_version_is_rebuilt(tmp_path, monkeypatch):
@@ -549,17 +540,3 @@ def test_a_collection_that_changes_at_its_first_opening(lines, tmp_path, monkeyp
     with pytest.raises(InputError, match="changed while it was being read"):
         Passages(path)
     assert caches(path) == []
-
-
-def test_a_sparse_collection_is_refused_at_once(tmp_path):
-    for content in (
-        b"",
-        b"1\ttext\ttitle\n",
-        b'{"id": 1, "text": "a"}\n',
-        gzip.compress(bytes(9**6)),
-    ):
-        path = write(tmp_path, content)
-        if not content.startswith(b"\x1f"):
-            os.truncate(path, 5 << 30)
-        with pytest.raises(InputError, match="a NUL byte, so not UTF-8 text"):
-            Passages(path)
