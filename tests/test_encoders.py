@@ -10,11 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 
 from src.models.embedder import TextEmbedder
 from src.models.encoders import KINDS, longest
@@ -22,22 +18,8 @@ from src.models.retriever import fingerprint, load_retriever, open_retriever, st
 from src.runtime.errors import InputError
 from tests.conftest import REFERENCE
 
-WORDS = [
-    "a",
-    "the",
-    "tidal",
-    "river",
-    "is",
-    "long",
-    "title",
-    "context",
-    "question",
-    "query",
-    "passage",
-    ":",
-    "How",
-    "Nile",
-]
+WORDS = ["a", "the", "tidal", "river", "is", "long", "title", "context", "question", "query"]
+WORDS += ["passage", ":", "How", "Nile"]
 TEXTS = ["a tidal river is long", "the Nile", "a", "a tidal river " * 7, "How long is the river"]
 SIZE = 16
 
@@ -52,15 +34,8 @@ def make_tokenizer(folder: Path, pad: int, lower: bool = False) -> PreTrainedTok
         own.normalizer = normalizers.Lowercase()
     ids = [(name, words.index(name)) for name in ("<s>", "</s>")]
     own.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=ids)
-    names = {
-        "bos": "<s>",
-        "cls": "<s>",
-        "eos": "</s>",
-        "sep": "</s>",
-        "unk": "<unk>",
-        "pad": "<pad>",
-    }
-    tokens = {f"{name}_token": token for name, token in names.items()}
+    names = {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>", "unk": "<unk>"}
+    tokens = {f"{name}_token": token for name, token in (names | {"pad": "<pad>"}).items()}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, model_max_length=30, **tokens)
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -171,10 +146,8 @@ def make_folder(folder: Path, changes: dict[str, Any], modules: str, at: str = "
         for n, name in enumerate(names)
     ]
     files = {"modules.json": listed, f"{at}/sentence_bert_config.json": {"max_seq_length": 24}}
-    files["1_Pooling/config.json"] = {
-        "word_embedding_dimension": SIZE,
-        "pooling_mode_cls_token": True,
-    }
+    pooling = {"word_embedding_dimension": SIZE, "pooling_mode_cls_token": True}
+    files["1_Pooling/config.json"] = pooling
     for n, name in enumerate(names):
         if name == "Dense":
             dense = {"in_features": SIZE, "out_features": 6, "bias": True}
@@ -300,9 +273,8 @@ def test_what_is_not_understood_is_named(name, tmp_path):
 def test_a_folders_own_settings_are_kept(tmp_path):
     make_folder(tmp_path, FOLDERS["e5"][0], FOLDERS["e5"][1])
     same = {"pooling": "mean", "normalize": True, "question_prefix": "query : "}
-    assert fingerprint(load_retriever(str(tmp_path), **same)) == fingerprint(
-        load_retriever(str(tmp_path))
-    )
+    own = fingerprint(load_retriever(str(tmp_path)))
+    assert fingerprint(load_retriever(str(tmp_path), **same)) == own
     for name, other in (("pooling", "cls"), ("question_prefix", ""), ("passage_prefix", "x: ")):
         with pytest.raises(InputError, match=f"has {name} .*, not {other}.*leave out --{name}"):
             load_retriever(str(tmp_path), **{name: other})

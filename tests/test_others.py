@@ -29,6 +29,7 @@ from src.evaluation import answers as evaluation
 from src.models.retriever import load_retriever
 from src.runtime.errors import InputError
 from src.search.embeddings import open_shards
+from tests.conftest import REFERENCE
 
 SHAPE = {
     "vocab_size": 700, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -42,7 +43,7 @@ def tokenizer(reference: Path) -> BertTokenizer:
     return BertTokenizer.from_pretrained(reference / "bert")
 
 
-def make_contriever(folder: Path, vocabulary: Path) -> BertModel:
+def make_contriever(folder: Path) -> BertModel:
     """A folder as `facebook/contriever` has it: BERT's own keys, the pooler's among them, in a
     `.bin`, and a config that names a class which Transformers does not know."""
     torch.manual_seed(0)
@@ -51,7 +52,7 @@ def make_contriever(folder: Path, vocabulary: Path) -> BertModel:
     config = {**bert.config.to_dict(), "architectures": ["Contriever"], "model_type": "bert"}
     (folder / "config.json").write_text(json.dumps(config))
     torch.save(bert.state_dict(), folder / "pytorch_model.bin")
-    shutil.copy(vocabulary, folder)
+    shutil.copy(REFERENCE / "bert" / "vocab.txt", folder)
     return bert
 
 
@@ -89,7 +90,7 @@ def texts_of(data: Path) -> list[str]:
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_contriever_embeds_as_bert_with_a_mean(plain, reference, passages, tokenizer, tmp_path):
-    bert = make_contriever(tmp_path / "contriever", reference / "bert" / "vocab.txt")
+    bert = make_contriever(tmp_path / "contriever")
     more = ["--plain_text"] if plain else []
     generate_passage_embeddings.main(
         ["--model_path", str(tmp_path / "contriever"), "--passages", str(passages),
@@ -110,7 +111,7 @@ def test_contriever_embeds_as_bert_with_a_mean(plain, reference, passages, token
 
 def test_contrievers_own_shards(reference, passages, tokenizer, tmp_path):
     """`(list of texts, array)`, as its generate_passage_embeddings.py pickles them."""
-    bert = make_contriever(tmp_path / "contriever", reference / "bert" / "vocab.txt")
+    bert = make_contriever(tmp_path / "contriever")
     collection = list(Passages(passages))
     ids = [passage.id for passage in collection]
     texts = [f"{passage.title} {passage.text}" for passage in collection]
@@ -128,11 +129,14 @@ def test_contrievers_own_shards(reference, passages, tokenizer, tmp_path):
     )
 
 
-def make_dpr(folder: Path, vocabulary: Path) -> DPRQuestionEncoder:
-    torch.manual_seed(1)
-    encoder = DPRQuestionEncoder(DPRConfig(**SHAPE, initializer_range=0.3)).eval()
+def make_dpr(
+    folder: Path, kind: type = DPRQuestionEncoder, projection_dim: int = 0
+) -> torch.nn.Module:
+    torch.manual_seed(len(folder.name))
+    sizes = {**SHAPE, "initializer_range": 0.3, "projection_dim": projection_dim}
+    encoder = kind(DPRConfig(**sizes)).eval()
     encoder.save_pretrained(folder)
-    shutil.copy(vocabulary, folder)
+    shutil.copy(REFERENCE / "bert" / "vocab.txt", folder)
     return encoder
 
 
@@ -147,7 +151,7 @@ def test_dprs_own_shards_and_questions(prefix, reference, passages, tokenizer, t
     """A list of `(id, vector)`, each vector a row of a tensor, as its generate_dense_embeddings.py
     pickles them; ids with the prefix of its `dpr_wiki` source, or without, as before; questions in
     its `.csv`, embedded by its question encoder."""
-    encoder = make_dpr(tmp_path / "dpr", reference / "bert" / "vocab.txt")
+    encoder = make_dpr(tmp_path / "dpr")
     ids = list(Passages(passages).ids())
     vectors = torch.randn(len(ids), SHAPE["hidden_size"])
     for number, rows in enumerate((range(60), range(60, len(ids)))):

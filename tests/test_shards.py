@@ -55,6 +55,10 @@ def files(folder: Path) -> list[str]:
     [
         ("wikipedia_embeddings", "wikipedia_embeddings/wiki_07"),
         ("a/b/", "a/b/wiki_07"),
+        ("./emb", "emb/wiki_07"),
+        ("././emb", "emb/wiki_07"),
+        (".//emb/", "emb/wiki_07"),
+        ("./emb/x", "emb/x_07"),
         ("dir/passages", "dir/passages_07"),
         ("/passages", "/passages_07"),
         (".", "wiki_07"),

@@ -13,20 +13,18 @@ from transformers import (
     BertConfig,
     BertModel,
     BertTokenizer,
-    DPRConfig,
     DPRContextEncoder,
     DPRQuestionEncoder,
 )
 
 import generate_passage_embeddings
-import passage_retrieval
 import train_retriever
 from src.data.passages import Passages
 from src.models.retriever import fingerprint, load_retriever
 from src.search.embeddings import open_shards
-from src.search.shards import shard_path
+from tests import test_others as others
 from tests.conftest import REFERENCE
-from tests.test_others import N_DOCS, SHAPE, expect
+from tests.test_others import SHAPE, expect, make_dpr
 
 QUESTIONS = REFERENCE / "questions.json"
 
@@ -46,12 +44,7 @@ def embed(model: Path, passages: Path, *more: str) -> np.ndarray:
 
 
 def retrieve(model: Path, passages: Path, *more: str) -> list[dict]:
-    output = passages.with_name("found.json")
-    command = ["--model_path", model, "--passages", passages, "--data", QUESTIONS]
-    command += ["--passages_embeddings", passages.with_name("emb") / "x_*"]
-    command += ["--output_path", output, "--n-docs", N_DOCS, *more]
-    passage_retrieval.main(list(map(str, command)))
-    return json.loads(output.read_text())
+    return others.retrieve(model, passages, passages.with_name("emb") / "x_*", QUESTIONS, *more)
 
 
 def pooled(model: torch.nn.Module, encoded: list, pooling: str) -> np.ndarray:
@@ -59,15 +52,6 @@ def pooled(model: torch.nn.Module, encoded: list, pooling: str) -> np.ndarray:
         states = [model(row["input_ids"]).last_hidden_state[0] for row in encoded]
     rows = [state[0] if pooling == "cls" else state.mean(dim=0) for state in states]
     return torch.stack(rows).numpy()
-
-
-def make_dpr(folder: Path, kind: type, projection_dim: int = 0) -> torch.nn.Module:
-    torch.manual_seed(len(folder.name))
-    sizes = {**SHAPE, "initializer_range": 0.3, "projection_dim": projection_dim}
-    encoder = kind(DPRConfig(**sizes)).eval()
-    encoder.save_pretrained(folder)
-    shutil.copy(REFERENCE / "bert" / "vocab.txt", folder)
-    return encoder
 
 
 @pytest.mark.parametrize("projection_dim", [0, 8])
@@ -183,9 +167,3 @@ def test_settings_of_a_folder_without_its_own(passages, tokenizer, tmp_path, ref
     assert "the model is" in refused(retrieve, tmp_path / "b", passages, *SETTINGS[:-2])
     line = refused(embed, tmp_path / "b", passages, *SETTINGS, "--plain_text")
     assert "--plain_text embeds without prefixes: leave out it or --question_prefix" in line
-
-
-@pytest.mark.parametrize("path", ["emb", "./emb", "emb/", "./emb/", "././emb", ".//emb"])
-def test_a_folder_is_a_folder_however_it_is_written(path):
-    assert shard_path(path, 0) == Path("emb/wiki_00")
-    assert shard_path(f"./{path.strip('./')}/x", 3) == Path("emb/x_03")

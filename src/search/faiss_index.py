@@ -18,14 +18,7 @@ import numpy as np
 from src.runtime.errors import InputError, shorten
 from src.search import saved_index
 from src.search.embeddings import require_same
-from src.search.exact import (
-    Found,
-    Indexer,
-    Proposals,
-    check_request,
-    inner_products,
-    stable_search,
-)
+from src.search.exact import Found, Indexer, Proposals, check_request, inner_products, stable_search
 from src.search.shards import FINGERPRINTS
 
 _FILE = "index.faiss"

@@ -132,11 +132,7 @@ class EmbeddingSearch:
     """
 
     def __init__(
-        self,
-        options: SearchOptions,
-        passages: Passages,
-        device: torch.device,
-        log: logging.Logger,
+        self, options: SearchOptions, passages: Passages, device: torch.device, log: logging.Logger
     ):
         self._options, self._passages = options, passages
         shards = open_shards(options.passages_embeddings, options.allow_mismatch)
