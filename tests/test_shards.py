@@ -191,39 +191,38 @@ def test_rows_are_on_disk_before_they_are_called_finished(tmp_path, monkeypatch)
     ]
 
 
-def test_a_partial_file_that_was_cut_off_is_not_trusted(tmp_path):
-    whole = write(tmp_path / "whole").read_bytes()
-    path, partial = tmp_path / "wiki_00", tmp_path / ".wiki_00.partial"
-    for missing in (1, 10, 200, 400, len(whole)):
-        writer = writer_of(path)
-        writer.append(IDS[:8], VECTORS[:8])
-        os.truncate(partial, max(0, partial.stat().st_size - missing))
-        with writer_of(path) as writer:
-            assert writer.position == 0
-            assert "shorter" in writer.discarded
-            write_rest(writer, 5)
-        assert path.read_bytes() == whole
-        path.unlink()
+def cut(missing: int) -> Callable[[Path], object]:
+    partial = ".wiki_00.partial"
+    size = lambda folder: max(0, (folder / partial).stat().st_size - missing)  # noqa: E731
+    return lambda folder: os.truncate(folder / partial, size(folder))
 
 
-@pytest.mark.parametrize(
-    "progress", ["", "[]", "{}", '{"rows": 4', '{"rows": [], "text_bytes": 1}']
-)
-def test_a_broken_progress_file_is_not_trusted(progress, tmp_path):
-    writer_of(tmp_path / "wiki_00").append(IDS[:4], VECTORS[:4])
-    (tmp_path / ".wiki_00.progress.json").write_text(progress)
-    with writer_of(tmp_path / "wiki_00") as writer:
+def progress(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / ".wiki_00.progress.json").write_text(text)
+
+
+UNTRUSTED = [  # what was written of a shard, what became of it, and what is said
+    *((np.float16, {}, cut(missing), "shorter") for missing in (1, 10, 200, 400, 9999)),
+    *(
+        (np.float16, {}, progress(text), "cannot be read")
+        for text in ("", "[]", "{}", '{"rows": 4', '{"rows": [], "text_bytes": 1}')
+    ),
+    (np.float16, {"model": "m2"}, lambda folder: None, "another model"),
+    (np.float32, {}, lambda folder: None, "another model"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "changed", "damage", "said"), UNTRUSTED)
+def test_a_partial_shard_that_is_not_trusted(dtype, changed, damage, said, tmp_path):
+    """Cut off, without its progress, or another run's: it is begun again."""
+    whole, path = write(tmp_path / "whole").read_bytes(), tmp_path / "wiki_00"
+    writer_of(path, dtype, **changed).append(IDS[:8], VECTORS[:8])
+    damage(tmp_path)
+    with writer_of(path) as writer:
         assert writer.position == 0
-        assert "cannot be read" in writer.discarded
-
-
-def test_another_runs_partial_file_is_not_continued(tmp_path):
-    path = tmp_path / "wiki_00"
-    for dtype, changed in ((np.float16, {"model": "m2"}), (np.float32, {})):
-        writer_of(path, dtype, **changed).append(IDS[:4], VECTORS[:4])
-        with writer_of(path) as writer:
-            assert writer.position == 0
-            assert "another model" in writer.discarded
+        assert said in writer.discarded
+        write_rest(writer, 5)
+    assert path.read_bytes() == whole
 
 
 def test_whether_a_shard_is_finished(tmp_path):
