@@ -1,7 +1,6 @@
 """BM25 search with the library bm25s: needs no model, and finds a reader's first passages."""
 
 import contextlib
-import dataclasses
 import itertools
 import logging
 from collections import defaultdict, deque
@@ -12,7 +11,7 @@ import bm25s
 import numpy as np
 
 from src.data.passages import Passages
-from src.options import BM25Options
+from src.options import BM25Options, select
 from src.runtime.errors import InputError
 from src.runtime.terminal import Bar, no_bar
 from src.search import saved_index
@@ -94,12 +93,9 @@ class BM25:
 
 
 def _made_from(passages: Passages, options: BM25Options) -> dict[str, object]:
-    names = [field.name for field in dataclasses.fields(BM25Options)]
-    return {
-        "passages": passages.fingerprint(),
-        "words": 2,  # changes with what `split_words` does
-        **{name: getattr(options, name) for name in names},
-    }
+    words = 2  # changes with what `split_words` does
+    given = vars(select(BM25Options, options))
+    return {"passages": passages.fingerprint(), "words": words, **given}
 
 
 # ----------------------------------------------------------------------------------------------
