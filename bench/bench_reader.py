@@ -59,7 +59,7 @@ class PlainFiD(torch.nn.Module):
         self.t5 = t5
 
     def encode(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        B, N, L = ids.shape
+        (B, N, L), mask = ids.shape, mask.to(ids.device)
         hidden = self.t5.encoder(input_ids=ids.view(B * N, L), attention_mask=mask.view(B * N, L))
         return hidden.last_hidden_state.view(B, N * L, -1), mask.view(B, N * L)
 

@@ -73,6 +73,7 @@ def test_expected_memory_of_exact_search():
     tile = 4 * 768 + 2 * 768 + 4 * 768  # a row, rounded, and what that loses
     tile += tiles.QUERIES_AT_ONCE * (4 + 1 + 8)  # scores, which of them count, and copies to sort
     assert expected_memory(21_000_000, 768, 50_000) == tiles.TILE_ROWS * tile
+    assert expected_memory(10, 768, 50_000) == 10 * tile
 
 
 def test_building_again_gives_the_same(exact, tmp_path):

@@ -391,6 +391,7 @@ echo finished >&{write}"""
     running = subprocess.Popen(
         ["bash", ROOT / script, *arguments], env=variables, pass_fds=[write],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests may ignore it
     )  # fmt: skip
     os.close(write)
     assert os.read(read, 100) == b"started\n"

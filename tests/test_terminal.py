@@ -155,7 +155,7 @@ def test_the_circle_by_the_commands_that_scripts_end_with(reference, tmp_path, d
     ]  # fmt: skip
     assert said["data"] == f"{n} of {n} questions of {data}, 4 passages for each"
     assert re.match(
-        r"120 embeddings of size 32 in 3 shards; exact search takes about \d+ kB of memory$",
+        r"120 embeddings of size 32 in 3 shards; exact search takes about [\d.]+ MB of memory$",
         said["search"],
     )
     train, answer = next_commands(printed)

@@ -102,7 +102,7 @@ def answer_questions(
         for given in _in_step(batches) if isinstance(reader, FSDPModule) else batches:
             batch = given or _FILLER
             ids = batch["input_ids"].to(device, non_blocking=True)
-            mask = batch["attention_mask"].to(device, non_blocking=True)
+            mask = batch["attention_mask"]  # on the CPU, where the reader looks at it first
             names = [f"{file}example {index} (the first is 0)" for index in batch["index"]]
             with autocast(device, precision):
                 found = reader.answer(ids, mask, options, laid_out, score, names)
@@ -111,7 +111,7 @@ def answer_questions(
             answers = _as_answers(batch, found, tokenizer, reader.config.eos_token_id)
             if score_by:
                 best = found.tokens[:: found.n_best]
-                read = zip(answers, questions(found.encoded, mask), best, names, strict=True)
+                read = zip(answers, questions(found.encoded, mask.to(device)), best, names, strict=True)
                 answers = [score_by(*one, right_answer(one[0].index)) for one in read]
             yield answers
     finally:

@@ -207,7 +207,7 @@ def _factory_error(factory: str, dimension: int, error: RuntimeError) -> InputEr
 def expected_memory(rows: int, dimension: int, block_rows: int, factory: str = "") -> int:
     """Bytes that a search takes, building its index included, estimated from sizes alone."""
     if not factory:  # tiles.py: 2,048 embeddings, and the same rounded, twice; 1,024 scores of each
-        return 2048 * (10 * dimension + 13 * 1024)
+        return min(rows, 2048) * (10 * dimension + 13 * 1024)
     block = 4 * min(rows, block_rows) * dimension
     try:
         index = _empty_index(factory, dimension)

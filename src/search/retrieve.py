@@ -144,6 +144,8 @@ class EmbeddingSearch:
         )
         of = f"{len(exact):,} embeddings of size {exact.dimension} in {count(len(shards), 'shard')}"
         kind = options.factory or "exact"
+        if device.type == "cuda" and not options.factory:  # two blocks, on their way to the GPU
+            memory = 8 * min(len(exact), options.indexing_batch_size) * exact.dimension
         say(log, "search", "%s; %s search takes about %s of memory", of, kind, size(memory))
         if len(exact) < len(passages):
             n_lost = f"{len(passages) - len(exact):,} of {count(len(passages), 'passage')}"
