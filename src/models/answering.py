@@ -110,7 +110,8 @@ def answer_questions(
                 continue
             answers = _as_answers(batch, found, tokenizer, reader.config.eos_token_id)
             if score_by:
-                asked, best = questions(found.encoded, mask.to(device)), found.tokens[:: found.n_best]
+                best = found.tokens[:: found.n_best]
+                asked = questions(found.encoded, mask.to(device))
                 read = zip(answers, asked, best, names, strict=True)
                 answers = [score_by(*one, right_answer(one[0].index)) for one in read]
             yield answers
