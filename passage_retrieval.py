@@ -31,6 +31,7 @@ from src.evaluation import retrieved
 from src.runtime import distributed
 from src.runtime.device import describe
 from src.runtime.terminal import count, duration, say, say_next
+from src.search.embeddings import shard_paths
 from src.search.retrieve import open_search
 from src.training.metrics import passing_bar, start_log
 
@@ -44,7 +45,9 @@ def main(arguments: list[str] | None = None) -> None:
     # Environment
     device = distributed.join(options)
     part = distributed.rank(), distributed.world_size()
-    beside, inputs = (retrieved.MADE_BY, retrieved.RECALL), (options.data, options.passages)
+    beside = retrieved.MADE_BY, retrieved.RECALL
+    inputs = options.data, options.passages, options.from_trec
+    inputs += tuple(shard_paths(options.passages_embeddings))
     distributed.run_on_main(lambda: claim_output(options.output_path, beside=beside, inputs=inputs))
     log = start_log(None)
     is_found = options.from_trec != "none"
