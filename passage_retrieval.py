@@ -20,7 +20,6 @@ if __name__ == "__main__":
     reports_input_errors(parse_args)(passage_retrieval_parser())  # --help and --plan
 
 import logging
-import shlex
 import time
 from pathlib import Path
 
@@ -104,7 +103,8 @@ def print_next_steps(
 ) -> None:
     """What to do with the retrieved data."""
     if as_trec:
-        say(log, "next", "judge the run: trec_eval QRELS.txt %s", shlex.quote(str(path)))
+        judge = ["-m", "src.tools.evaluate", "--qrels", "QRELS.txt", path]
+        say_next(log, "judge the run, as trec_eval does", judge)
         return
     if has_answers:
         train = ["train_reader.py", "--train_data", path, "--eval_data", "DEV_DATA.json"]
