@@ -19,6 +19,11 @@ from tests.terminal import Terminal
 PROMPT = r"question: \Z"
 
 
+def test_the_tools_own_name_is_in_its_errors(refused):
+    line = refused(ask.make_parser().parse_args, ["--bm25"])
+    assert line.endswith("(python -m src.tools.ask --help lists the options)")
+
+
 def reader(reference: Path) -> list:
     return ["--model_path", reference / "t5", "--n_context", 3, "--text_maxlength", 96]
 

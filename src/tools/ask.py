@@ -24,8 +24,16 @@ from src.options import (
 )
 from src.runtime.errors import InputError, reports_input_errors
 
+
+def make_parser() -> argparse.ArgumentParser:
+    """That of test_reader.py, under the name of this tool."""
+    parser = test_reader_parser()
+    parser.prog = "-m src.tools.ask"
+    return parser
+
+
 if __name__ == "__main__":
-    reports_input_errors(test_reader_parser().parse_args)()  # answers --help at once
+    reports_input_errors(make_parser().parse_args)()  # answers --help at once
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -158,4 +166,4 @@ class Conversation:
 
 
 if __name__ == "__main__":
-    reports_input_errors(lambda: main(test_reader_parser().parse_args()))()
+    reports_input_errors(lambda: main(make_parser().parse_args()))()
