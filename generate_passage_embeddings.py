@@ -18,7 +18,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from glob import escape
 
-from src.data.outputs import claim
+from src.data.outputs import claim, claim_output
 from src.data.passages import Passages
 from src.models.embedder import TextEmbedder, embed_blocks
 from src.models.retriever import fingerprint, open_retriever, text_settings
@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         say_next(log, *next_step(parser, options))
         distributed.stop()
         return
+    distributed.run_on_main(lambda: claim_output(str(path), inputs=[options.passages]))
     retriever = (retriever.half() if precision == "fp16" else retriever).to(device).eval()
     compile_layers(retriever.layers if options.compile else [])
     n = options.per_gpu_batch_size

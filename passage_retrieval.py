@@ -20,7 +20,6 @@ if __name__ == "__main__":
     reports_input_errors(parse_args)(passage_retrieval_parser())  # --help and --plan
 
 import logging
-import shlex
 import time
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from src.evaluation import retrieved
 from src.runtime import distributed
 from src.runtime.device import describe
 from src.runtime.terminal import count, duration, say, say_next
+from src.search.embeddings import shard_paths
 from src.search.retrieve import open_search
 from src.training.metrics import passing_bar, start_log
 
@@ -44,7 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
     # Environment
     device = distributed.join(options)
     part = distributed.rank(), distributed.world_size()
-    beside, inputs = (retrieved.MADE_BY, retrieved.RECALL), (options.data, options.passages)
+    beside = retrieved.MADE_BY, retrieved.RECALL
+    inputs = options.data, options.passages, options.from_trec
+    inputs += tuple(shard_paths(options.passages_embeddings))
     distributed.run_on_main(lambda: claim_output(options.output_path, beside=beside, inputs=inputs))
     log = start_log(None)
     is_found = options.from_trec != "none"
@@ -101,7 +103,8 @@ def print_next_steps(
 ) -> None:
     """What to do with the retrieved data."""
     if as_trec:
-        say(log, "next", "judge the run: trec_eval QRELS.txt %s", shlex.quote(str(path)))
+        judge = ["-m", "src.tools.evaluate", "--qrels", "QRELS.txt", path]
+        say_next(log, "judge the run, as trec_eval does", judge)
         return
     if has_answers:
         train = ["train_reader.py", "--train_data", path, "--eval_data", "DEV_DATA.json"]

@@ -690,6 +690,12 @@ def preprocess_parser() -> _Parser:
     return parser
 
 
+def ask_parser() -> _Parser:
+    parser = test_reader_parser()
+    parser.prog = "-m src.tools.ask"
+    return parser
+
+
 def plan_parser() -> _Parser:
     description = "What NaturalQuestions takes on some GPUs, as a table. (For one command: --plan.)"
     parser = _Parser(description, None, "", "-m src.tools.plan")

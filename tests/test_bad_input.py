@@ -339,7 +339,7 @@ CASES: dict[str, list[tuple[str, str]]] = {  # by script: options, and the messa
         ("--output_path {out}/file/x",
          r"file/x_00: cannot be written \(File exists\); use another --output_path"),
         ("--output_path {out}/folder/wiki",
-         r"folder/wiki_00: cannot be written \(wiki_00 is a folder, .*; use another --output_path"),
+         r"folder/wiki_00: cannot be written \(wiki_00 is a .*; give another --output_path"),
     ],
     "bare retrieve": [
         ("", "give either --model_path .*, or --bm25"),

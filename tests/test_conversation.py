@@ -11,12 +11,18 @@ import pytest
 
 import passage_retrieval
 import test_reader
+from src.options import ask_parser
 from src.tools import ask
 from src.tools.replies import Evidence, Reply, clean, show
 from tests.conftest import ROOT
 from tests.terminal import Terminal
 
 PROMPT = r"question: \Z"
+
+
+def test_the_tools_own_name_is_in_its_errors(refused):
+    line = refused(ask_parser().parse_args, ["--bm25"])
+    assert line.endswith("(python -m src.tools.ask --help lists the options)")
 
 
 def reader(reference: Path) -> list:

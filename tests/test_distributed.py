@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from src.runtime.errors import SharedError, reports_input_errors
 from tests.conftest import ROOT, run, run_well
 
 
@@ -128,7 +129,7 @@ def test_collectives(tmp_path):
             sys.path.insert(0, {str(ROOT)!r})
             import torch
             from src.runtime import distributed
-            from src.runtime.errors import InputError
+            from src.runtime.errors import InputError, SharedError
             from src.training.metrics import Average
             from src.runtime.launch import detect_launch
 
@@ -153,7 +154,7 @@ def test_collectives(tmp_path):
 
             try:
                 distributed.raise_on_all(task)
-            except InputError as error:
+            except SharedError as error:
                 assert str(error) == "bad file"
             else:
                 raise SystemExit("no error reached this process")
@@ -165,7 +166,7 @@ def test_collectives(tmp_path):
 
             try:
                 distributed.run_on_main(task)
-            except InputError as error:
+            except SharedError as error:
                 assert str(error) == "process 0's file"
             else:
                 raise SystemExit("no error reached this process")
@@ -178,6 +179,18 @@ def test_collectives(tmp_path):
     )
     run_well(script, processes=3)
     assert sorted(path.name for path in tmp_path.glob("fine-*")) == ["fine-0", "fine-1", "fine-2"]
+
+
+def test_an_error_of_all_is_printed_once(monkeypatch, capsys):
+    def fail() -> None:
+        raise SharedError("bad file")
+
+    for rank in ("1", "0", "2"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as ended:
+            reports_input_errors(fail)()
+        assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: bad file\n"
 
 
 LOSSES_AND_MORE = [

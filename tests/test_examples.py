@@ -309,6 +309,14 @@ def test_a_worker_that_loads_data_reports_the_change(tmp_path):
         list(batches)
 
 
+def test_more_workers_than_cpus_are_no_warning(tmp_path, monkeypatch, recwarn):
+    (tmp_path / "data.jsonl").write_text(line())
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    dataset = ReaderDataset(load_data(tmp_path / "data.jsonl"), 1)
+    assert list(make_loader(dataset, [[(0, 0)]], list, num_workers=2))
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("read", [load_data, read_json, Passages])
 @pytest.mark.parametrize(
     "content", [b"", line().encode() + b"\n", b'[{"question": "', b"1\ttext\ttitle\n"]

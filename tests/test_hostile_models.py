@@ -196,6 +196,22 @@ def test_a_tokenizer_without_a_vocabulary(plain, tmp_path):
         read_tokenizer(tmp_path / "hostile")
 
 
+def test_a_damaged_vocabulary(tmp_path):
+    """Transformers asks for tiktoken."""
+    (tmp_path / "spiece.model").write_bytes((REFERENCE / "t5" / "spiece.model").read_bytes()[:999])
+    with pytest.raises(InputError, match=r"no tokenizer .*its spiece\.model is damaged"):
+        read_tokenizer(tmp_path)
+
+
+def test_a_part_of_the_weights_is_missing(plain, tmp_path):
+    make_hostile(plain, tmp_path / "model", {})
+    (tmp_path / "model" / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"shared.weight": "model-2.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"cannot be read \(model-2\.safetensors is missing\)"):
+        load_reader(str(tmp_path / "model"))
+
+
 def test_a_script_asks_nobody(plain, tmp_path, capfd, monkeypatch):
     """As in `yes | python test_reader.py ...`: one line, status 2, nothing read from stdin."""
     marker = make_hostile(plain, tmp_path / "hostile", {"config.json": FOREIGN})

@@ -21,6 +21,7 @@ from src.data.examples import Example, load_data
 from src.evaluation.answers import exact_match
 from src.models import encoder
 from src.models.answering import answer_questions
+from src.models.decoder import GreedyDecoder
 from src.models.losses import reader_loss
 from src.models.pretrained import load_tokenizer
 from src.models.reader import (
@@ -367,6 +368,7 @@ def test_checkpointing_the_encoder_changes_memory_only(reference, batch, monkeyp
         reader = load(reference, "t5").train()
         if use_checkpoint:
             reader.checkpoint_blocks()
+            assert isinstance(reader.decoder(), GreedyDecoder)  # no block counts as changed
         calls.clear()
         loss, _ = reader(batch["input_ids"], batch["attention_mask"], batch["labels"])
         assert len(calls) == reader.config.num_layers

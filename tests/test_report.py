@@ -268,6 +268,8 @@ def test_nothing_is_shown_of_what_was_not_computed(run):
          r"answers\.jsonl, line 1: must be the answer to question q0"),
         ("answers.jsonl", '{"id": "q0", "log_probability": -1}\n' * 60,
          r"answers\.jsonl, line 2: must be the answer to question q1"),
+        ("answers.jsonl", "[" * 100_000 + "\n" * 60,
+         r"answers\.jsonl, line 1: must be the answer to question q0"),
         ("n_context_curve.json", '{"5": 3}', r"n_context_curve\.json: not as a run writes it"),
         ("options.json", "[3]", r"options\.json: not as a run writes it"),
         ("../<other>/final_output.txt", None, r"final_output\.txt: cannot be read \(No such file"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import generate_passage_embeddings
 import passage_retrieval
 from src import options as all_options
 from src.data.examples import load_data
@@ -35,6 +36,7 @@ def retrieve(folder: Path, **changes: str) -> list[str]:
 
 
 NAMES = {
+    "a shard": ("wiki_00", "wiki_00 is a file that this command reads"),
     "an input": ("q.json", "q.json is a file that this command reads"),
     "the collection": ("p.tsv", "p.tsv is a file that this command reads"),
     "a link's target": ("link", "is a"),
@@ -50,6 +52,10 @@ NAMES = {
 def test_names_that_cannot_be_written(case, tmp_path, refused):
     name, message = NAMES[case]
     command = retrieve(tmp_path, output_path=f"{tmp_path}/{name}")
+    if case == "a shard":
+        (tmp_path / "wiki_00").touch()
+        command += ["--passages_embeddings", f"{tmp_path}/wiki_*", "--model_path", "x"]
+        command.remove("--bm25")
     if case == "a link's target":
         (tmp_path / "link").symlink_to("q.json")
     if case == "an input beside it":
@@ -68,6 +74,15 @@ def test_a_test_does_not_replace_what_it_reads(tmp_path):
         InputError, match=r"dataset_wscores\.json is a file that this command reads"
     ):
         check_results(tmp_path, str(scores))
+
+
+def test_embeddings_do_not_replace_their_passages(passages, refused):
+    collection = passages.rename(passages.with_name("p_00"))
+    model = ["--model_path", REFERENCE / "legacy_retriever_mask_mean"]
+    command = [*model, "--tokenizer", REFERENCE / "bert", "--passages", collection]
+    command += ["--output_path", collection.with_name("p")]
+    line = refused(generate_passage_embeddings.main, list(map(str, command)))
+    assert "p_00 is a file that this command reads" in line
 
 
 def test_a_pattern_without_quotes(tmp_path, refused):

@@ -11,7 +11,8 @@ import pytest
 from src.data.passages import Passages
 from src.data.trec import read_qrels, read_run
 from src.evaluation.relevance import compare, judge_run
-from src.tools import evaluate, fuse, split_documents
+from src.tools import evaluate, fuse, split_documents, targets
+from src.tools.report import page
 
 # What pytrec_eval 0.5.11 gives: nDCG@10, MRR, MAP, recall@1, recall@5 (q4 is not in the run).
 RUN = """q1 Q0 d 1 2 x
@@ -233,6 +234,8 @@ FILES = {
     "zero.txt": b"text \0\1", "latin.txt": "na\u00efve".encode("latin-1"), "empty.txt": "",
     "word.txt": "x" * 3_000_000, "cut.jsonl": '{"text": "a"}\n{"text"', "a.txt.gz": "not gzip",
     "number.jsonl": '{"contents": 3}', "a.jsonl": '{"text": "a"}', "docs/image.png": "",
+    "deep.jsonl": "[" * 100_000,
+    "scores.json": json.dumps([{**ROW, "ctxs": [{"text": "", "scores": {"attention": "high"}}]}]),
 }  # fmt: skip
 JUDGE, FUSE, SPLIT = (
     (tool, f"{options} " if options else "")
@@ -242,6 +245,7 @@ BAD = [
     (JUDGE, "bad.run --qrels bad.run", "line 1: a line of qrels must be question"),
     (JUDGE, "bad.run --qrels qrels", "line 1: a line of a run must"),
     (JUDGE, "good.run --qrels other", "no question of the run is in"),
+    (JUDGE, "nowhere", "nowhere: cannot be read (No such file or directory)"),
     (JUDGE, "good.run", "good.run: to judge answers, --data must name"),
     (JUDGE, "good.run --compare", "--compare needs two files, not 1"),
     (JUDGE, "good.run --k 5,0", "0 must be at least 1"),
@@ -250,6 +254,11 @@ BAD = [
     (FUSE, "a.json c.json", 'passage 1: an "id" is needed to tell passages apart'),
     (FUSE, "a.json", "give at least two files to fuse"),
     (FUSE, "a.json a.json --weights 1", "--weights must be 2 numbers"),
+    (FUSE, "a.json a.json -o a.json", "a.json is a file that this command reads"),
+    ((page, ""), "a.json -o a.json", "a.json is a file that this command reads"),
+    ((targets, ""), "scores.json", '(line 1): a passage\'s "scores" must be numbers'),
+    (SPLIT, "a.jsonl -o a.jsonl", "a.jsonl is a file that this command reads"),
+    (SPLIT, "deep.jsonl", "deep.jsonl, line 1: not JSON"),
     (SPLIT, "zero.txt", "zero.txt: byte 5 is 0; not a text file"),
     (SPLIT, "latin.txt", "latin.txt: byte 2 is not UTF-8 text; re-encode"),
     (SPLIT, "empty.txt", "empty.txt: no text in these files"),

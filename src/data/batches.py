@@ -7,6 +7,7 @@ import hashlib
 import math
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -374,6 +375,8 @@ def make_loader(
     if num_workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are parallel
         _end_workers_at_exit()
+    # PyTorch advises against more workers than CPUs, which a SLURM task often has one of.
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -174,7 +174,7 @@ def read_aligned(
             identity, value = parse(line)
             if " ".join(str(identity).split()) != expected:
                 raise ValueError
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             wanted = f"must be the answer to question {expected} of {data.path}, {shape}"
             problem = f"{wanted}, not {shorten(line, 60)}; {remedy}"
             raise InputError(f"{path}, line {index + 1}: {problem}") from None

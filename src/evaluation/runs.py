@@ -30,7 +30,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
             for name, value in row.items():
                 if math.isfinite(value):
                     values.setdefault(name, []).append((step, float(value)))
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
             if not line.endswith(b"\n"):
                 break  # the run was killed while writing it, or is writing it now
             shown = shorten(line.decode(errors="replace").strip(), 40)

@@ -361,6 +361,8 @@ def _reporting(path: str, what: str, cure: str):
         why = first_line(error, 200)
         if isinstance(error, pickle.UnpicklingError):  # torch.load advises to run the file's code
             why = "refused: more than tensors in it, or damaged"
+        elif "tiktoken" in str(error):  # which Transformers takes a damaged one for
+            why = "its spiece.model is damaged"
         elif "trust_remote_code" in str(error):
             what = "it needs Python code of its own, which is never run here"
             why, cure = "auto_map", "give a T5 or BERT that Transformers reads without it"

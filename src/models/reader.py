@@ -114,6 +114,7 @@ class FiDT5(nn.Module):
         """Recompute all blocks' activations in the backward pass instead of keeping them."""
         for stack in (self.t5.encoder, self.t5.decoder):
             stack.activation_checkpointing_enable({"use_reentrant": False})
+            stack.disable_input_require_grads()  # a hook, for frozen embeddings
 
     def _warn_once(self, part: str, consequence: str) -> None:
         if consequence not in self._warned:
@@ -125,8 +126,7 @@ class FiDT5(nn.Module):
         on the CPU spares waiting for a GPU.)"""
         B, N, L = input_ids.shape
         self._attach_positions()
-        changed = changed_part(self.t5.encoder)
-        if changed is not None:
+        if changed := changed_part(self.t5.encoder):
             self._warn_once(changed, "the encoder runs with padding, which is slower")
         mask = attention_mask.cpu()
         packing = pack(mask.flatten(0, 1))

@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 
 from src.runtime import distributed
 from src.runtime.errors import InputError
+from src.runtime.terminal import count
 
 SAVED_WITH = "give the config.json that was saved with these weights, or make the model again"
 _SEEDED = torch.Tag.nondeterministic_seeded  # what draws random numbers
@@ -203,8 +204,8 @@ class StoredWeights:
                 )
         if missing:
             raise InputError(
-                f"{path}: the weights lack {len(missing)} tensors, such as {_short(min(missing))}; "
-                f"{SAVED_WITH}"
+                f"{path}: the weights lack {count(len(missing), 'tensor')}, such as "
+                f"{_short(min(missing))}; {SAVED_WITH}"
             )
         return sources
 
@@ -237,6 +238,9 @@ def weight_files(path: str, folder: str) -> list[str]:
         if file := find(name):
             return [file]
         if index := find(f"{name}.index.json"):
-            parts = json.loads(Path(index).read_text())["weight_map"].values()
-            return [str(find(part)) for part in sorted(set(parts))]
+            parts = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+            found = [find(part) for part in parts]
+            if None in found:
+                raise FileNotFoundError(f"{parts[found.index(None)]} is missing")
+            return found
     raise FileNotFoundError("no file named model.safetensors or pytorch_model.bin")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from src.runtime.device import pick_device
-from src.runtime.errors import InputError
+from src.runtime.errors import InputError, SharedError
 from src.runtime.launch import Launch, StopRequest, detect_launch
 
 Value = TypeVar("Value")
@@ -120,7 +120,7 @@ def run_on_main(task: Callable[[], Value]) -> Value | None:
     """Run a task in the main process alone; returns its value there, None elsewhere. The others
     wait for it however long it takes, without the timeout of `start`; if it dies, they end too.
 
-    Errors: an `InputError` of the task, in every process.
+    Errors: an `InputError` of the task, as a `SharedError` in every process.
     """
     if world_size() == 1:
         return task()
@@ -132,7 +132,7 @@ def run_on_main(task: Callable[[], Value]) -> Value | None:
             message = [str(error)]
     dist.broadcast_object_list(message, group=_patient_group)
     if message[0] is not None:
-        raise InputError(message[0])
+        raise SharedError(message[0])
     return value
 
 
@@ -148,8 +148,8 @@ def main_first(task: Callable[[], Value]) -> Value:
 
 
 def raise_on_all(task: Callable[[], Value]) -> Value:
-    """Run a task in every process. An `InputError` in one is raised in all: none is left waiting
-    for another that has ended."""
+    """Run a task in every process. An `InputError` in one becomes a `SharedError` in all: none is
+    left waiting for another that has ended."""
     if world_size() == 1:
         return task()
     value, message = None, None
@@ -159,5 +159,5 @@ def raise_on_all(task: Callable[[], Value]) -> Value:
         message = str(error)
     for found in all_gather(message):
         if found is not None:
-            raise InputError(found)
+            raise SharedError(found)
     return value

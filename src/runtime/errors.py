@@ -26,6 +26,10 @@ class InputError(ValueError):
     """Bad use or bad input. The message is one line: file, value, remedy."""
 
 
+class SharedError(InputError):
+    """The same in every process: the main one reports it for all."""
+
+
 def shorten(value: object, width: int = 80) -> str:
     """`repr` of a user's value on one line, cut to `width` characters for an error message."""
     text = repr(value)
@@ -118,6 +122,8 @@ def _report(error: Exception) -> None:
         sys.exit(128 + signal.SIGPIPE)
     if isinstance(error, OSError) and isinstance(error.filename, str | bytes | os.PathLike):
         _end(f"{os.fsdecode(error.filename)}: {error.strerror}; check the path, and try again")
+    if isinstance(error, SharedError) and process_number() != "0":
+        sys.exit(2)
     if isinstance(error, InputError):
         # A data-loading worker passes on its traceback, with the message on the last line.
         _end(str(error).strip().split("\n")[-1].removeprefix("src.runtime.errors.InputError: "))

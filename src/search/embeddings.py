@@ -25,10 +25,7 @@ def open_shards(pattern: str | Path, allow_mismatch: bool = False) -> list[Shard
     Errors: `InputError` when it finds nothing, when two shards have different dimensions, and,
     without `allow_mismatch`, when fingerprints differ or a shard is missing or doubled.
     """
-    # The name itself, or with [ meaning itself, or as any pattern.
-    paths = [str(pattern)] if os.path.exists(pattern) else []
-    for attempt in (str(pattern).replace("[", "[[]"), str(pattern)):
-        paths = paths or sorted(glob.glob(attempt))
+    paths = shard_paths(pattern)
     if not paths:
         raise InputError(
             f"{pattern}: there are no embeddings of this name; "
@@ -47,6 +44,14 @@ def open_shards(pattern: str | Path, allow_mismatch: bool = False) -> list[Shard
     if not allow_mismatch:
         _check_together(shards)
     return shards
+
+
+def shard_paths(pattern: str | Path) -> list[str]:
+    """The files of a name: the name itself, or with [ meaning itself, or as any pattern."""
+    paths = [str(pattern)] if os.path.exists(pattern) else []
+    for attempt in (str(pattern).replace("[", "[[]"), str(pattern)):
+        paths = paths or sorted(glob.glob(attempt))
+    return paths
 
 
 def _order(shard: Shard) -> tuple[int, str]:

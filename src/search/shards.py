@@ -21,6 +21,7 @@ import safetensors
 
 from src.data.outputs import flush_to_disk, require_regular, write_whole, writing
 from src.runtime.errors import InputError, first_line, shorten
+from src.runtime.terminal import size
 
 # The metadata in which all shards of a collection, and an index of them, must agree.
 FINGERPRINTS = ("model", "passages", "options")
@@ -222,8 +223,8 @@ class ShardWriter:
             free = shutil.disk_usage(self.path.parent).free
             if needed > free:
                 raise InputError(
-                    f"{self.path}: needs {needed / 1e9:.1f} GB more, but its disk has "
-                    f"{free / 1e9:.1f} GB left; make room, or use another --output_path"
+                    f"{self.path}: needs {size(needed)} more, but its disk has "
+                    f"{size(free)} left; make room, or use another --output_path"
                 )
 
     def __enter__(self) -> "ShardWriter":

@@ -18,14 +18,14 @@ from typing import Any
 from src.options import (
     GenerationOptions,
     TargetOptions,
+    ask_parser,
     conversation_search,
     select,
-    test_reader_parser,
 )
 from src.runtime.errors import InputError, reports_input_errors
 
 if __name__ == "__main__":
-    reports_input_errors(test_reader_parser().parse_args)()  # answers --help at once
+    reports_input_errors(ask_parser().parse_args)()  # answers --help at once
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -158,4 +158,4 @@ class Conversation:
 
 
 if __name__ == "__main__":
-    reports_input_errors(lambda: main(test_reader_parser().parse_args()))()
+    reports_input_errors(lambda: main(ask_parser().parse_args()))()

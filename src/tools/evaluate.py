@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from src.data.examples import load_data
+from src.data.files import open_text
 from src.data.trec import read_qrels
 from src.evaluation.answers import METRICS, judge_answers, means
 from src.evaluation.calibration import expected_calibration_error, reliability
@@ -57,6 +58,7 @@ def _judge(path: str, options: argparse.Namespace, qrels: dict | None, rows: Row
     elif options.data:
         return options.data, _judge_answers(path, options, rows)
     else:
+        open_text(path)  # a wrong path is reported as such
         how = "to judge answers, --data must name the questions' file"
         raise InputError(f"{path}: {how}; to judge a TREC run, give --qrels")
     rows.append((path, means(values)))

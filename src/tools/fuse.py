@@ -26,7 +26,7 @@ from src.runtime.terminal import count
 @reports_input_errors
 def main(arguments: list[str] | None = None) -> None:
     options = fusion_parser().parse_args(arguments)
-    claim_output(options.output, "--output")
+    claim_output(options.output, "--output", inputs=options.files)
     runs = list(map(load_run, options.files))
     if options.output.endswith((".json", ".jsonl")):
         lines = as_json(options.output, _examples(runs, options))

@@ -51,7 +51,7 @@ def _is_read(batch: list[Document]) -> bool:
 @reports_input_errors
 def main(arguments: list[str] | None = None) -> None:
     options = splitting_parser().parse_args(arguments)
-    claim_output(options.output, "--output")
+    claim_output(options.output, "--output", inputs=options.files)
     files = [pair for name in options.files for pair in _find_files(Path(name), options.output)]
     total = sum(path.stat().st_size for path, _ in files)
     workers = min(options.workers or available_cpus(), max(1, total // _WORTH_A_PROCESS))
@@ -130,7 +130,7 @@ def _documents(
             if line.strip():
                 try:
                     raw = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     problem = f"not JSON: {shorten(line)}"
                     raise InputError(f"{path}, line {number + 1}: {problem}; correct it") from None
                 yield _from_json(raw, number, name, options)

@@ -29,7 +29,11 @@ def read_scores(path: str) -> Iterator[tuple[dict[str, np.ndarray], list[bool]]]
         raw = data[index]
         contexts = [c for c in raw.get("ctxs") or [] if isinstance(c.get("scores"), dict)]
         names = set.intersection(*(set(c["scores"]) for c in contexts)) if contexts else set()
-        scores = {name: np.array([c["scores"][name] for c in contexts], float) for name in names}
+        try:
+            scores = {n: np.array([c["scores"][n] for c in contexts], float) for n in names}
+        except (ValueError, TypeError):
+            problem = 'a passage\'s "scores" must be numbers; make the file again'
+            raise InputError(f"{data.where(index)}: {problem}") from None
         yield scores, list(find_answers(raw.get("answers") or [], (c["text"] for c in contexts)))
 
 

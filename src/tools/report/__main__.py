@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     files, is_run = find_files(run), run.is_dir()
     default = run / "report.html" if is_run else run.with_name(f"{run.name}.report.html")
     output = Path(options.output or default)
-    claim_output(str(output), "--output")
+    inputs = [*map(str, files), *filter(None, [options.data]), *options.retrieved]
+    claim_output(str(output), "--output", inputs=inputs)
 
     run_options = runs.read_run_options(run)
     path = runs.find_data(run, options.data, run_options)
