@@ -12,7 +12,7 @@ from src.data.passages import Passages
 from src.data.trec import read_qrels, read_run
 from src.evaluation.relevance import compare, judge_run
 from src.tools import evaluate, fuse, split_documents, targets
-from src.tools.report import page
+from src.tools.report import __main__ as report
 
 # What pytrec_eval 0.5.11 gives: nDCG@10, MRR, MAP, recall@1, recall@5 (q4 is not in the run).
 RUN = """q1 Q0 d 1 2 x
@@ -255,7 +255,7 @@ BAD = [
     (FUSE, "a.json", "give at least two files to fuse"),
     (FUSE, "a.json a.json --weights 1", "--weights must be 2 numbers"),
     (FUSE, "a.json a.json -o a.json", "a.json is a file that this command reads"),
-    ((page, ""), "a.json -o a.json", "a.json is a file that this command reads"),
+    ((report, ""), "a.json -o a.json", "a.json is a file that this command reads"),
     ((targets, ""), "scores.json", '(line 1): a passage\'s "scores" must be numbers'),
     (SPLIT, "a.jsonl -o a.jsonl", "a.jsonl is a file that this command reads"),
     (SPLIT, "deep.jsonl", "deep.jsonl, line 1: not JSON"),
