@@ -335,12 +335,12 @@ def test_training_does_not_wait_for_the_device(attention, n_questions, reference
     batch = {"attention_mask": torch.arange(12) < lengths[:, :, None], "input_ids": ids}
     batch |= {"labels": torch.ones(n_questions, 4, dtype=torch.long)}
     batch = move_to(batch, torch.device("meta"))
-    loss, count = reader_loss(reader, batch)
+    loss, _ = reader_loss(reader, batch)
     loss.backward()
     assert all(p.grad is not None for p in reader.parameters())
     torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
     with pytest.raises(RuntimeError, match="meta"):
-        count.item()
+        loss.item()
 
 
 def test_missing_passages_do_not_matter(reference, batch):
@@ -538,13 +538,9 @@ def test_a_broken_reader_is_reported_in_one_line(reference, tmp_path):
     legacy = torch.load(reference / "legacy_reader/checkpoint/step-20/pytorch_model.bin")
     legacy.pop("decoder.block.2.layer.1.EncDecAttention.q.weight")
     torch.save(legacy, tmp_path / "legacy.bin")
-    torch.save({"shared.weight": torch.zeros(800, 32)}, tmp_path / "few.bin")
-    cut = (reference / "t5" / "pytorch_model.bin").read_bytes()[:5000]
     cases = {
         "empty": (None, b"", "no config.json"),
         "bert": ('{"model_type": "bert"}', b"", "a bert model, but a t5"),
-        "cut": (config, cut, "the model's weights cannot be read"),
-        "few": (config, (tmp_path / "few.bin").read_bytes(), "the weights lack"),
         "legacy": (config, (tmp_path / "legacy.bin").read_bytes(), r"block.2.*EncDecAttention.q"),
     }
     for name, (config, weights, message) in cases.items():
