@@ -94,7 +94,8 @@ def regression_batches(start: int, size: int = 2):
     inputs = torch.randn(11, 3, generator=torch.Generator().manual_seed(1))
     for batch in training_batches(11, size, 0, 1, seed=0, start=start):
         index = [i for _, i in batch]
-        yield {"index": index, "x": inputs[index], "y": inputs[index].sum(dim=1, keepdim=True)}
+        x = inputs[index]
+        yield {"index": index, "x": x, "y": x.sum(dim=1, keepdim=True), "n_elements": len(index)}
 
 
 def run(

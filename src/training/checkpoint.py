@@ -257,7 +257,7 @@ def read_state(
         step: the updates that were made.
     Errors: `InputError`.
     """
-    saved = _load(path)
+    saved = load_state(path)
     try:
         theirs, scaler = saved["optimizer"], saved["scaler"]
         if optimizer is not None:
@@ -300,7 +300,8 @@ def _check_optimizer(
             raise ValueError(f"{found} for a tensor of shape {shape}")
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_state(path: Path) -> dict[str, Any]:
+    """The training state in a checkpoint, unchecked."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the one line below says it
