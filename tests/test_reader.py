@@ -293,6 +293,28 @@ def test_scores_equal_their_definition(name, reference, batch):
         assert missing.any()
 
 
+@pytest.mark.parametrize("name", ["t5", "legacy"])
+def test_folded_cross_attention_equals_transformers(name, reference, batch):
+    """Loss and gradients; and what is attached to the layers it leaves out is called."""
+    results, called = [], []
+    for kind in (encoder.FoldedAttention, T5Attention):
+        reader = load(reference, name)
+        for block in reader.t5.decoder.block:
+            assert type(block.layer[1].EncDecAttention) is encoder.FoldedAttention
+            block.layer[1].EncDecAttention.__class__ = kind
+        loss, _ = reader(batch["input_ids"], batch["attention_mask"], batch["labels"])
+        loss.backward()
+        results.append({"loss": loss.detach()} | {n: p.grad for n, p in reader.named_parameters()})
+    for key, value in results[0].items():
+        torch.testing.assert_close(value, results[1][key], atol=2e-5, rtol=1e-4)
+    reader = load(reference, name)
+    keys = reader.t5.decoder.block[1].layer[1].EncDecAttention.k
+    keys.register_forward_hook(lambda *_: called.append(1))
+    changed, _ = forward(reader, batch)
+    assert called == [1]
+    torch.testing.assert_close(changed, results[0]["loss"], atol=1e-6, rtol=1e-5)
+
+
 class _SameOnEveryRun(TorchDispatchMode):
     """No operation whose sums are in another order each time on a GPU (from PyTorch's list, see
     `torch.use_deterministic_algorithms`)."""
