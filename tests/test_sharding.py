@@ -171,9 +171,10 @@ def difference(one: Path, other: Path) -> float:
     return max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0])
 
 
+# At a higher rate, Adam makes much of gradients that are 0 but for rounding: at 1e-3, the norms of
+# a batch's and its halves' gradients differ by up to 2e-4 at update 15, in float64 by 4e-13.
 KINDS = {
-    "adam": ["--accumulation_steps", 2, "--clip", 0.1],
-    # (At a higher rate, Adam makes much of gradients that are 0 but for rounding.)
+    "adam": ["--accumulation_steps", 2, "--clip", 0.1, "--lr", 1e-4],
     "adamw": ["--optim", "adamw", "--use_checkpoint", "--lr", 1e-4],
 }
 

@@ -154,7 +154,8 @@ class _Folded:
             return super().forward(*given, **kwargs)
         by_head = "bthk,hkd->bhtd", "bhtd,hkd->bthk"
         key, value = (linear.weight.unflatten(0, (H, K)) for linear in (self.k, self.v))
-        queries = torch.einsum(by_head[0], self.q(hidden_states).unflatten(2, (H, K)), key)
+        queries = self.q(hidden_states).unflatten(2, (H, K)) * self.scaling
+        queries = torch.einsum(by_head[0], queries, key)
         scores = (queries.flatten(1, 2) @ key_value_states.mT).unflatten(1, (H, T))
         for bias in (position_bias, mask):
             scores = scores if bias is None else scores + bias
