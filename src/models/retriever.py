@@ -338,7 +338,7 @@ def _with_weights(
     for name in _DROPOUTS if dropout is not None else ():
         if hasattr(config, name):
             setattr(config, name, dropout)
-    config.dtype, fresh = torch.float32, FreshWeights()
+    config.dtype, fresh = torch.float32, FreshWeights(draws=not path)
     with fresh:
         retriever = build(Retriever, path or encoder, config)
     sources = fresh.sources(retriever)

@@ -69,10 +69,13 @@ def with_weights(model: Model, sources: Sources, by_shares: bool) -> Model:
 class FreshWeights(TorchDispatchMode):
     """While this context is active, new models have parameters on the meta device, and random
     numbers are drawn as ever. What was done to a parameter is noted, and done when it is read.
-    (Small parameters that do not begin empty, such as norms of ones, are real.)"""
+    (Small parameters that do not begin empty, such as norms of ones, are real.)
 
-    def __init__(self) -> None:
+    Args: draws: False where nothing will be read, because all weights are stored."""
+
+    def __init__(self, draws: bool = True) -> None:
         super().__init__()
+        self._draws = draws
         # By a storage's address: the storage, which keeps it, and what was done to it.
         self._made: dict[int, tuple[torch.UntypedStorage, list[tuple]]] = {}
 
@@ -99,7 +102,7 @@ class FreshWeights(TorchDispatchMode):
     def _note(self, func: Callable, tensor: torch.Tensor, *args: Any, **kwargs: Any):
         """Note that a function is to change a tensor; draw the numbers that it would."""
         view, state = (tensor.shape, tensor.stride(), tensor.storage_offset()), None
-        if _SEEDED in getattr(func, "tags", [_SEEDED]):
+        if self._draws and _SEEDED in getattr(func, "tags", [_SEEDED]):
             state = torch.get_rng_state()
             func(torch.zeros(tensor.shape), *args, **kwargs)
         storage = tensor.untyped_storage()
