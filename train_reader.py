@@ -19,7 +19,7 @@ from src.data.batches import ReaderCollator, ReaderDataset
 from src.data.examples import read_example
 from src.evaluation.results import Tally
 from src.models.answering import Answer, answer_questions
-from src.models.losses import reader_loss
+from src.models.losses import count_labels, reader_loss
 from src.models.reader import open_reader
 from src.runtime.terminal import say_next
 from src.training.loop import Evaluation
@@ -63,7 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
         train_data, options.n_context, not options.no_title, with_target=True, seed=options.seed
     )
     evaluation = Evaluation(evaluate, "exact_match", higher_is_better=True) if dev_data else None
-    weights = fit(run, reader, tokenizer, reader_loss, dataset, collate, evaluation)
+    loss = reader_loss, count_labels
+    weights = fit(run, reader, tokenizer, *loss, dataset, collate, evaluation)
 
     same = "n_context text_maxlength no_title num_beams generation_max_length checkpoint_dir"
     same += " no_clean_up per_gpu_batch_size num_workers precision decoder"

@@ -1,7 +1,6 @@
 """Train a retriever on the passage scores of a reader.
 
-    python train_retriever.py --train_data train_wscores.json --eval_data dev_wscores.json \\
-        --n_context 100 --lr 1e-4 --optim adamw --scheduler linear --total_steps 20000
+    python train_retriever.py --train_data train_wscores.json --eval_data dev_wscores.json
 
 Reads what `test_reader.py --write_crossattention_scores` wrote; writes checkpoints, log and metrics
 into `--checkpoint_dir/--name`. Run the same command again to resume.
@@ -21,8 +20,8 @@ import torch
 
 from src.data.batches import RetrieverCollator, RetrieverDataset, TextCollator, check_marks
 from src.evaluation.rankings import judge_ranks
-from src.models.losses import check_dev_loss, compare_to_reader, retriever_loss
-from src.models.pretrained import load_tokenizer
+from src.models.losses import check_dev_loss, count_elements, retriever_loss
+from src.models.pretrained import load_tokenizer, set_up
 from src.models.retriever import check_settings, gold_ranks, load_retriever, start_retriever
 from src.runtime.device import autocast
 from src.runtime.terminal import say_next
@@ -64,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     config, learning = retriever.config, (options.loss, options.seed)
     form = options.n_context, not options.no_title, *learning, *retriever.texts
     detail = f"embeddings of size {config.indexing_dimension}, "
-    run.prepare(retriever, tokenizer, source, retriever.layers, detail)
+    set_up(retriever, tokenizer, options, run.device, run.log, source, retriever.layers, detail)
 
     # Evaluation: the loss, and how the retriever ranks the passages that the reader prefers, and
     # those with an answer
@@ -87,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
         for batch in batches:
             batch = move_to(batch, run.device)
             with torch.no_grad(), autocast(run.device, run.precision):
-                loss, n_passages, scores = compare_to_reader(retriever, batch, *how)
+                loss, n_passages, scores = retriever_loss(retriever, batch, *how)
             check_dev_loss([] if loss.isfinite() else batch["index"], options.eval_data)
             ranked = gold_ranks(scores, batch["present"])
             yield loss.item(), int(n_passages), zip(ranked, batch["marks"], strict=True)
@@ -108,7 +107,8 @@ def main(arguments: list[str] | None = None) -> None:
     loss = functools.partial(retriever_loss, options=how[0], use_negatives=how[1])
     higher_is_better = best_by not in ("loss", "inversions")
     evaluation = Evaluation(evaluate, best_by, higher_is_better) if dev_data else None
-    weights = fit(run, retriever, tokenizer, loss, dataset, collate, evaluation)
+    count = functools.partial(count_elements, options=how[0])
+    weights = fit(run, retriever, tokenizer, loss, count, dataset, collate, evaluation)
 
     command = ["generate_passage_embeddings.py", "--model_path", weights]
     command += ["--passages", "PASSAGES.tsv", "--output_path", f"{run.folder / 'embeddings'}/"]

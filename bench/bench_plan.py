@@ -78,7 +78,7 @@ def train(kind: str, words: list[str]) -> None:
         batch |= {"gold_scores": torch.randn(B, N), "present": torch.ones(B, N, dtype=torch.bool)}
     optimizer = build_optimizer(model.train(), "adam", 1e-4, 0.0)
     for _ in range(2):
-        loss, _ = (reader_loss if is_reader else retriever_loss)(model, batch)
+        loss, *_ = (reader_loss if is_reader else retriever_loss)(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -182,7 +182,8 @@ def test_the_position_table_survives_a_replaced_layer(reference):
         layer = T5LayerCrossAttention(reader.config).eval()
         layer.load_state_dict(layers[1].state_dict())
         layers[1] = layer
-        assert torch.equal(reader(**batch)[1], expected)
+        # (A layer of Transformers' own computes keys and values, so sums are in another order.)
+        assert torch.allclose(reader(**batch)[1], expected, atol=1e-5)
     assert isinstance(reader.decoder(), GreedyDecoder)
 
 

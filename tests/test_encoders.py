@@ -254,7 +254,7 @@ REFUSED = {
     "residual": ({"2_Dense/config.json": {"out_features": 6, "use_residual": True}},
                  "Transformer Pooling Dense", "use_residual in 2_Dense/config.json is True"),
     "a size": ({"2_Dense/config.json": {"out_features": 7}}, "Transformer Pooling Dense",
-               r"2_Dense: by its config.json linear.bias is \[7\], but in the weights it is \[6\]"),
+               r"by its config.json linear.bias is \[7\], but in the weights it is \[6\]"),
     "expansion": ({"sentence_bert_config.json": {"query_expansion": {"length": 32}}},
                   "Transformer Pooling", "query_expansion in sentence_bert_config.json is"),
 }  # fmt: skip

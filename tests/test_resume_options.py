@@ -16,7 +16,7 @@ import train_retriever
 from src import options as all_options
 from src.data.batches import RetrieverDataset, _passage_key, training_batches
 from src.data.examples import load_data
-from src.models import reader
+from src.models import pretrained
 from src.models.pretrained import load_tokenizer
 from src.options import LossOptions
 from src.training import run
@@ -87,8 +87,7 @@ def resume(kind: str, begun: Path, folder: Path, *more: object) -> SimpleNamespa
     words = [*command(kind, begun / "data.json", folder / kind), "--total_steps", "12"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "train", train)
-        for module in (run, reader):  # each compiles one of the two models
-            patch.setattr(module, "compile_layers", lambda layers: setattr(seen, "compiled", True))
+        patch.setattr(pretrained, "compile_layers", lambda layers: setattr(seen, "compiled", True))
         patch.setattr(run.sharding, "shard", lambda *given: setattr(seen, "sharded", given[3]))
         patch.setattr(run, "make_loader", make_loader)
         patch.setattr(run, "_tokenizer_files", tokenizer_files)

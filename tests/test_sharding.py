@@ -165,29 +165,16 @@ def test_random_weights_are_those_of_transformers(reference, tmp_path):
         assert all(torch.equal(found[name], buffers[name]) for name in buffers)
 
 
-@pytest.mark.parametrize("change", [{"d_ff": 96}, {"num_layers": 9}])
-def test_weights_that_do_not_fit_are_refused_as_ever(change, reference, tmp_path):
-    (tmp_path / "t5").mkdir()
-    shutil.copy(reference / "t5/pytorch_model.bin", tmp_path / "t5")
-    shape = json.loads((reference / "t5/config.json").read_text()) | change
-    (tmp_path / "t5/config.json").write_text(json.dumps(shape))
-    lines = []
-    for by_shares in (False, True):
-        with pytest.raises(InputError) as error:
-            load_reader(str(tmp_path / "t5"), by_shares=by_shares)
-        lines.append(str(error.value))
-    assert lines[0] == lines[1]
-
-
 def difference(one: Path, other: Path) -> float:
     weights = [load_file(folder / "model.safetensors") for folder in (one, other)]
     assert weights[0].keys() == weights[1].keys()
     return max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0])
 
 
+# At a higher rate, Adam makes much of gradients that are 0 but for rounding: at 1e-3, the norms of
+# a batch's and its halves' gradients differ by up to 2e-4 at update 15, in float64 by 4e-13.
 KINDS = {
-    "adam": ["--accumulation_steps", 2, "--clip", 0.1],
-    # (At a higher rate, Adam makes much of gradients that are 0 but for rounding.)
+    "adam": ["--accumulation_steps", 2, "--clip", 0.1, "--lr", 1e-4],
     "adamw": ["--optim", "adamw", "--use_checkpoint", "--lr", 1e-4],
 }
 

@@ -86,18 +86,16 @@ class Dropped(nn.Module):
         return self.net(x)
 
 
-def regression_loss(model: nn.Module | None, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    count = torch.tensor(batch["y"].numel())
-    if model is None:
-        return torch.zeros(()), count
-    return ((model(batch["x"]) - batch["y"]) ** 2).mean(), count
+def regression_loss(model: nn.Module, batch: dict) -> tuple[torch.Tensor]:
+    return (((model(batch["x"]) - batch["y"]) ** 2).mean(),)
 
 
 def regression_batches(start: int, size: int = 2):
     inputs = torch.randn(11, 3, generator=torch.Generator().manual_seed(1))
     for batch in training_batches(11, size, 0, 1, seed=0, start=start):
         index = [i for _, i in batch]
-        yield {"index": index, "x": inputs[index], "y": inputs[index].sum(dim=1, keepdim=True)}
+        x = inputs[index]
+        yield {"index": index, "x": x, "y": x.sum(dim=1, keepdim=True), "n_elements": len(index)}
 
 
 def run(
@@ -316,8 +314,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(value, precis
     calls = itertools.count()  # two an update
 
     def spoiled(model, batch):
-        loss, count = regression_loss(model, batch)
-        return loss * (value if next(calls) >= 8 else 1.0), count
+        (loss,) = regression_loss(model, batch)
+        return (loss * (value if next(calls) >= 8 else 1.0),)
 
     remedy = "--precision bf16" if precision == "fp16" else "--lr"
     with pytest.raises(InputError, match=rf"loss of update 5 is (nan|inf).*{remedy}"):
@@ -342,8 +340,8 @@ def overflowing(until_update: float):
     calls = itertools.count()
 
     def loss(model, batch):
-        value, count = regression_loss(model, batch)
-        return (Overflow.apply(value) if next(calls) // 2 < until_update else value), count
+        (value,) = regression_loss(model, batch)
+        return (Overflow.apply(value) if next(calls) // 2 < until_update else value,)
 
     return loss
 

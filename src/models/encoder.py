@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.nn.functional import linear, pad, rms_norm, scaled_dot_product_attention
-from transformers.models.mt5.modeling_mt5 import MT5Block
+from transformers.models.mt5.modeling_mt5 import MT5Attention, MT5Block
 from transformers.models.t5.modeling_t5 import (
     T5Attention,
     T5Block,
@@ -128,11 +128,63 @@ class GatedFeedForward(T5DenseGatedActDense):
 _FEED_FORWARDS = {kind.stands_for: kind for kind in (FeedForward, GatedFeedForward)}
 
 
+class _Folded:
+    """What makes a T5's cross-attention never compute keys and values of the passages, as
+    `decoder.py` does. For T tokens of an answer, T <= K / 2, that is at most half the work."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        key_value_states: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        """As in T5: [B, T, D], states of passages [B, S, D] -> [B, T, D]."""
+        H, K, T = self.n_heads, self.key_value_proj_dim, hidden_states.shape[1]
+        if (
+            past_key_values is not None
+            or 2 * T > K
+            or self.config._attn_implementation != "sdpa"
+            or (mask is not None and mask.dtype == torch.bool)  # not one of ours
+            or not all(is_plain(linear, nn.Linear) for linear in (self.k, self.v))
+        ):
+            given = hidden_states, mask, key_value_states, position_bias, past_key_values
+            return super().forward(*given, **kwargs)
+        by_head = "bthk,hkd->bhtd", "bhtd,hkd->bthk"
+        key, value = (linear.weight.unflatten(0, (H, K)) for linear in (self.k, self.v))
+        queries = self.q(hidden_states).unflatten(2, (H, K)) * self.scaling
+        queries = torch.einsum(by_head[0], queries, key)
+        scores = (queries.flatten(1, 2) @ key_value_states.mT).unflatten(1, (H, T))
+        for bias in (position_bias, mask):
+            scores = scores if bias is None else scores + bias
+        weights = scores.softmax(dim=3)
+        weights = dropout(weights, self.dropout) if self.training else weights
+        mixed = (weights.flatten(1, 2) @ key_value_states).unflatten(1, (H, T))
+        mixed = torch.einsum(by_head[1], mixed, value).flatten(2)
+        return self.o(mixed), position_bias, None
+
+
+class FoldedAttention(_Folded, T5Attention):
+    stands_for = T5Attention
+
+
+class FoldedMT5Attention(_Folded, MT5Attention):
+    stands_for = MT5Attention
+
+
+_FOLDED = {kind.stands_for: kind for kind in (FoldedAttention, FoldedMT5Attention)}
+
+
 def prepare(t5: T5ForConditionalGeneration) -> None:
-    """Let a T5's encoder accept packed passages, its `wo` layers and head compute in float32 where
-    they must, and its dropout be fast."""
+    """Let a T5's encoder accept packed passages, its cross-attention read them as they are, its
+    `wo` layers and head compute in float32 where they must, and its dropout be fast."""
     for block in t5.encoder.block:
         block.__class__ = _PACKED.get(type(block), type(block))
+    for block in t5.decoder.block:
+        attention = block.layer[1].EncDecAttention
+        attention.__class__ = _FOLDED.get(type(attention), type(attention))
     use_fast_dropout(t5)
     dense = [module for module in t5.modules() if original_class(module) in _FEED_FORWARDS]
     for module in dense:

@@ -51,10 +51,6 @@ _KNOWN: dict[str, dict[str, list | None]] = {
     | {"similarity_fn_name": ["cosine", "dot", "dot_score"]},
 }
 
-Found = tuple[dict[str, Any], list[tuple[str, str]]]
-"""A folder's settings; and where the weights of each layer of `head` are: in which folder inside,
-and what their names begin with."""
-
 
 @dataclasses.dataclass
 class Settings:
@@ -161,9 +157,10 @@ def make_head(config: PreTrainedConfig) -> nn.ModuleList:
 # Reading other projects' folders
 
 
-def dpr(config: PreTrainedConfig, path: str) -> Found:
-    """A DPR encoder (Karpukhin et al., 2020, section 3): the first token's state of a question, or
-    of a title and a text with [SEP] between; with `projection_dim`, a linear layer follows."""
+def dpr(config: PreTrainedConfig, path: str) -> dict[str, Any]:
+    """The settings of a DPR encoder (Karpukhin et al., 2020, section 3): the first token's state of
+    a question, or of a title and a text with [SEP] between; with `projection_dim`, a linear layer
+    follows."""
     (name,) = config.architectures if len(config.architectures or []) == 1 else [""]
     settings: dict[str, Any] = {"pooling": "cls", "question_prefix": "", "passage_prefix": ""}
     if name == "DPRQuestionEncoder":
@@ -173,19 +170,21 @@ def dpr(config: PreTrainedConfig, path: str) -> Found:
     else:
         kinds = "of DPR's models, only question encoders and context encoders can be used"
         raise InputError(f"{path}: {kinds}, not {shorten(config.architectures)}")
-    if not config.projection_dim:
-        return settings, []
-    head = [{"size": config.projection_dim, "bias": True, "activation": "Identity"}]
-    prefix = "question" if settings["side"] == "questions" else "ctx"
-    return settings | {"head": head}, [("", f"{prefix}_encoder.encode_proj.")]
+    if config.projection_dim:
+        layer = {"size": config.projection_dim, "bias": True, "activation": "Identity"}
+        settings["head"] = [layer]
+    return settings
 
 
-def sentence_transformer(path: str, modules: list[dict[str, str]], longest: int) -> Found:
-    """The settings in a folder of sentence-transformers, whose encoder reads `longest` tokens.
+def sentence_transformer(
+    path: str, modules: list[dict[str, str]], longest: int
+) -> tuple[dict[str, Any], list[str]]:
+    """The settings in a folder of sentence-transformers, whose encoder reads `longest` tokens, and
+    the folders inside with the weights of each layer of `head`.
 
     Errors: `InputError` that names the first thing that is not understood.
     """
-    settings, sources, order = {"head": []}, [], []
+    settings, folders, order = {"head": []}, [], []
     for module in modules:
         package, _, kind = str(module.get("type")).rpartition(".")
         order.append(kind if package.startswith("sentence_transformers") else module.get("type"))
@@ -202,11 +201,11 @@ def sentence_transformer(path: str, modules: list[dict[str, str]], longest: int)
             activation = values.get("activation_function", "torch.nn.Tanh").rpartition(".")[2]
             layer = {"size": values["out_features"], "bias": values.get("bias", True)}
             settings["head"].append(layer | {"activation": activation})
-            sources.append((f"{module['path']}/", "linear."))
+            folders.append(f"{module['path']}/")
     if order[-1] == "Normalize":
         settings["normalize"] = True
         order.pop()
-    if order != ["Transformer", "Pooling", *["Dense"] * len(sources)]:
+    if order != ["Transformer", "Pooling", *["Dense"] * len(folders)]:
         _refuse(path, "modules.json", order)
 
     folder, file = encoder_folder(path), "sentence_{}_config.json"
@@ -224,7 +223,7 @@ def sentence_transformer(path: str, modules: list[dict[str, str]], longest: int)
     passages = [prompts[name] for name in ("document", "passage", "corpus") if name in prompts]
     settings["question_prefix"] = prompts.get("query", default)
     settings["passage_prefix"] = passages[0] if passages else default
-    return settings, sources
+    return settings, folders
 
 
 def _read(path: str, file: str, kind: str) -> dict[str, Any]:

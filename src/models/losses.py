@@ -21,30 +21,22 @@ KL = LossOptions()
 _NEVER = -1e30  # a log-probability; unlike -inf, it has a gradient where there is nothing else
 
 
-# (Of a batch without a model, losses return 0 or another number, and the number of elements.)
-def reader_loss(
-    model: nn.Module | None, batch: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean cross-entropy of a batch's label tokens, and their number."""
-    passages = batch["input_ids"], batch["attention_mask"]
-    loss = model(*passages, batch["labels"])[0] if model else torch.zeros(())
-    return loss, (batch["labels"] != -100).sum()
+def reader_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """The mean cross-entropy of a batch's label tokens, and the logits."""
+    return model(batch["input_ids"], batch["attention_mask"], batch["labels"])
+
+
+def count_labels(batch: dict[str, Any]) -> torch.Tensor:
+    """How many tokens `reader_loss` is the mean of."""
+    return (batch["labels"] != -100).sum()
+
+
+def count_elements(batch: dict[str, Any], options: LossOptions = KL) -> torch.Tensor:
+    """How many elements `retriever_loss` is the mean of: as many for any similarities."""
+    return DISTILLATION_LOSSES[options.loss](batch["gold_scores"], batch, options, None)[1]
 
 
 def retriever_loss(
-    model: nn.Module | None,
-    batch: dict[str, Any],
-    options: LossOptions = KL,
-    use_negatives: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean loss over a batch's elements, and their number (see `compare_to_reader`)."""
-    if model is None:
-        unknown = torch.zeros_like(batch["gold_scores"])
-        return DISTILLATION_LOSSES[options.loss](unknown, batch, options, None)
-    return compare_to_reader(model, batch, options, use_negatives)[:2]
-
-
-def compare_to_reader(
     model: nn.Module,
     batch: dict[str, Any],
     options: LossOptions = KL,

@@ -3,10 +3,12 @@
 Code in a model folder never runs: weights are safetensors, or `.bin` files read with weights_only.
 """
 
+import argparse
 import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import pickle
 import re
@@ -44,9 +46,11 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from src.data.json_files import read_json
 from src.models.pieces import load_pieces
-from src.models.stored import StoredWeights, weight_files
+from src.models.stored import Sources, stored_weights, weight_files
 from src.runtime import distributed
+from src.runtime.device import compile_layers, describe_size
 from src.runtime.errors import InputError, first_line, shorten
+from src.runtime.terminal import say
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -120,26 +124,25 @@ def unfilled(model_class: Callable[[Config], Model], path: str, config: Config) 
 
 def open_weights(
     path: str, rename: Callable[[str], str] = str, folder: str = "", by_shares: bool = False
-) -> StoredWeights:
+) -> Sources:
     """The weights at a folder or hub name, or in `folder/` inside it.
 
     Args: by_shares: only the main process opens a `.bin`, which it reads for all.
     Errors: `InputError` if they cannot be read.
     """
-    _check_index(path)
     reporting = functools.partial(_reporting, path, "the model's weights cannot be read", _COPY)
 
-    def read() -> StoredWeights:
+    def read() -> Sources:
         with reporting():
-            return StoredWeights(files, rename)
+            return stored_weights(files, rename)
 
     with reporting():
         files = weight_files(path, folder)
     if not (by_shares and any(file.endswith(".bin") for file in files)):
         return read()
-    stored = distributed.run_on_main(read)
-    described = distributed.all_gather(stored and stored.described())[0]
-    return stored or described
+    own = distributed.run_on_main(read) or {}
+    own = {name: weight._replace(by_rows=False) for name, weight in own.items()}
+    return distributed.from_main(lambda: {n: w._replace(read=None) for n, w in own.items()}) | own
 
 
 def _generation_settings(path: str) -> GenerationConfig | None:
@@ -150,15 +153,6 @@ def _generation_settings(path: str) -> GenerationConfig | None:
             found.validate(strict=True)
             return found
     return None
-
-
-def _check_index(path: str) -> None:
-    """Errors: `InputError` when weights in several files are not all in the model's folder."""
-    for index in Path(path).glob("*.index.json"):
-        with _reporting(str(index), "not an index of weights", _COPY):
-            for file in set(json.loads(index.read_text())["weight_map"].values()):
-                if Path(file).name != file:
-                    raise ValueError(f"{shorten(file)} is outside its folder")
 
 
 def encoder_folder(path: str) -> str:
@@ -245,6 +239,28 @@ def check_vocabulary(
             f"tokens of the tokenizer {tokenizer.name_or_path}; give its own with {option}, "
             "or raise vocab_size in --model_config"
         )
+
+
+def set_up(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    options: argparse.Namespace,
+    device: torch.device,
+    log: logging.Logger,
+    source: str,
+    layers: Iterable[nn.Module],
+    detail: str = "",
+) -> None:
+    """Check a model against its tokenizer, compile its layers if asked to, move it to the device
+    (but for a share of it, which goes there later), and log where it is from."""
+    check_vocabulary(model.config, tokenizer)
+    if options.compile:
+        compile_layers(layers)
+    if not options.shard:
+        model.to(device)
+    if source == getattr(options, "model_config", "none"):  # (a test lacks it)
+        source = f"fresh weights of the shape in {source}"
+    say(log, "model", "%s, %sfrom %s", describe_size(model), detail, source)
 
 
 def digest(model: nn.Module, settings: Iterable[str] = (), without: str = "\0") -> str:

@@ -31,20 +31,19 @@ from src.models.plain import FAMILY, changed_decoder_part, gathered
 from src.models.positions import CrossAttentionPositions
 from src.models.pretrained import (
     build,
-    check_vocabulary,
     load_config,
     load_tokenizer,
     open_weights,
     quiet_transformers,
+    set_up,
     unfilled,
 )
 from src.models.scores import passage_means, passage_scores
-from src.models.stored import FreshWeights, Sources, with_weights
+from src.models.stored import FreshWeights, Sources, fit, with_weights
 from src.options import GenerationOptions
 from src.runtime import distributed
-from src.runtime.device import compile_layers, number_format
+from src.runtime.device import number_format
 from src.runtime.errors import InputError
-from src.runtime.terminal import say
 
 # T5 under transformers 3.0.2 added a table of relative positions to the decoder's cross-attention.
 # Published and legacy readers were trained with it; today's T5 drops it without a message.
@@ -320,17 +319,18 @@ def load_reader(
     """
     config = reader_config(path, dropout)
     t5 = unfilled(FAMILY[config.model_type], path, config)
-    stored = open_weights(path, _own_name, by_shares=by_shares)
+    found = open_weights(path, _own_name, by_shares=by_shares)
     is_wanted = use_position_table or getattr(config, "fid_position_table", False)
-    if is_wanted and _TABLE not in stored.shapes:
+    if is_wanted and _TABLE not in found:
         raise InputError(
             f"{path}: its weights hold no cross-attention position table ({POSITION_TABLE_KEY}); "
             "leave out --legacy_position_table"
         )
-    has_table = _TABLE in stored.shapes and (is_wanted or _LEGACY_KEY in stored.keys)
+    is_wanted = is_wanted or any(weight.key == _LEGACY_KEY for weight in found.values())
     with torch.device("meta"):
-        reader = FiDT5(t5, torch.empty(stored.shapes[_TABLE]) if has_table else None)
-    return with_weights(reader, stored.fit(reader, path), by_shares)
+        has_table = is_wanted and _TABLE in found
+        reader = FiDT5(t5, torch.empty(found[_TABLE].shape) if has_table else None)
+    return with_weights(reader, fit(reader, found, path), by_shares)
 
 
 def _own_name(key: str) -> str:
@@ -382,19 +382,16 @@ def open_reader(
     shape = getattr(options, "model_config", "none")
     by_shares = options.shard and distributed.world_size() > 1
     if newest is None and shape != "none":
-        source, path = f"fresh weights of the shape in {shape}", fallback
+        source, path = shape, fallback
         reader = new_reader(shape, dropout, by_shares)
     else:
         source = path = str(newest or path)
         table = newest is None and getattr(options, "legacy_position_table", False)
         reader = load_reader(path, dropout, table, by_shares)
     tokenizer = load_tokenizer(path, fallback)
-    check_vocabulary(reader.config, tokenizer)
     tokenizer.clean_up_tokenization_spaces = not options.no_clean_up
-    if options.compile:
-        compile_layers(parts_to_compile(reader.t5.encoder))
+    layers = parts_to_compile(reader.t5.encoder)
+    set_up(reader, tokenizer, options, device, log, source, layers)
     if getattr(options, "use_checkpoint", False):
         reader.checkpoint_blocks()
-    size = sum(p.numel() for p in reader.parameters()) / 1e6
-    say(log, "model", "%.1fM parameters, from %s", size, source)
-    return reader if options.shard else reader.to(device), tokenizer  # (a share goes there later)
+    return reader, tokenizer

@@ -43,7 +43,7 @@ from src.models.pretrained import (
     quiet_transformers,
     read_model_json,
 )
-from src.models.stored import FreshWeights, Sources, with_weights
+from src.models.stored import FreshWeights, Sources, fit, with_weights
 from src.runtime.device import full_precision
 from src.runtime.errors import InputError
 
@@ -260,24 +260,23 @@ def load_retriever(
     quiet_transformers()
     encoder = encoder_folder(path)
     config = load_config(encoder, *encoders.KINDS, "dpr")
-    found, sources = {}, []
+    found, heads = {}, []
     if hasattr(config, "indexing_dimension"):
         found = encoders.settings_of(config, path)
-        sources = [("", f"head.{number}.0.") for number in range(len(found["head"]))]
     elif config.model_type == "dpr":
-        found, sources = encoders.dpr(config, path)
+        found = encoders.dpr(config, path)
         shape = config.to_dict()
         config = BertConfig(**{key: shape[key] for key in shape if key != "model_type"})
     elif modules := read_model_json(path, "modules.json"):
         longest = encoders.longest(config)
-        found, sources = encoders.sentence_transformer(path, modules, longest)
+        found, heads = encoders.sentence_transformer(path, modules, longest)
     for name, wanted in settings.items():
         has = found.get(name, wanted)
         if has != wanted and (has or not name.endswith("_prefix")):
             raise InputError(
                 f"{path}: this retriever has {name} {has}, not {wanted}; leave out --{name}"
             )
-    return _with_weights(encoder, config, dropout, found | settings, by_shares, sources, path)
+    return _with_weights(encoder, config, dropout, found | settings, by_shares, heads, path)
 
 
 def start_retriever(
@@ -325,12 +324,12 @@ def _with_weights(
     dropout: float | None,
     settings: dict[str, Any],
     by_shares: bool,
-    sources: Sequence[tuple[str, str]] = (),
+    heads: Sequence[str] = (),
     path: str = "",
 ) -> Retriever:
     """A retriever with this config and settings around the encoder at a path (fresh if that is a
-    config file), and with the projection, the head (from its `sources`) and the second tower at
-    `path` (fresh if empty)."""
+    config file), and with the projection, the head (its layers in the folders `heads`, if not with
+    the encoder) and the second tower at `path` (fresh if empty)."""
     masks = {"apply_question_mask": True, "apply_passage_mask": True, "projection": False}
     for name, value in vars(encoders.Settings(**masks | settings)).items():
         setattr(config, name, value)
@@ -339,30 +338,30 @@ def _with_weights(
     for name in _DROPOUTS if dropout is not None else ():
         if hasattr(config, name):
             setattr(config, name, dropout)
-    config.dtype, fresh = torch.float32, FreshWeights()
+    config.dtype, fresh = torch.float32, FreshWeights(draws=not path)
     with fresh:
         retriever = build(Retriever, path or encoder, config)
-    weights = fresh.sources(retriever)
+    sources = fresh.sources(retriever)
     if not Path(encoder).is_file():
         own_name = functools.partial(_own_name, base=retriever.model.base_model_prefix)
-        stored = open_weights(encoder, own_name, by_shares=by_shares)
-        parts = ["model", "proj", "norm"] if path and config.projection else ["model"]
-        for name in parts:
-            weights |= stored.fit(getattr(retriever, name), path or encoder, f"{name}.")
-        heads = zip(retriever.head, sources, strict=True)
-        for number, ((linear, _), (folder, prefix)) in enumerate(heads):
-            stored = open_weights(path, folder=folder, by_shares=by_shares)
-            for name, weight in stored.fit(linear, str(Path(path) / folder), prefix).items():
-                weights[f"head.{number}.0.{name.removeprefix(prefix)}"] = weight
+        found = open_weights(encoder, own_name, by_shares=by_shares)
+        for number, folder in enumerate(heads):
+            layer = functools.partial(re.sub, r"^linear\.", f"head.{number}.0.")
+            found |= open_weights(path, layer, folder, by_shares)
+        if not path:
+            found |= {name: sources[name] for name in sources if not name.startswith("model.")}
+        sources = fit(retriever, found, path or encoder)
     if config.two_towers and path:
-        tower = load_retriever(f"{path}/{PASSAGE_TOWER}", dropout, by_shares)
-        retriever.passage_tower = tower
-        weights |= {f"passage_tower.{name}": weight for name, weight in tower.sources.items()}
-    return with_weights(retriever, weights, by_shares)
+        retriever.passage_tower = tower = load_retriever(
+            f"{path}/{PASSAGE_TOWER}", dropout, by_shares
+        )
+        sources |= {f"passage_tower.{name}": weight for name, weight in tower.sources.items()}
+    return with_weights(retriever, sources, by_shares)
 
 
 def _own_name(key: str, base: str) -> str:
     """The name in `Retriever` of a stored weight, where the encoder's may begin with `base`."""
+    key = re.sub(r"^(question|ctx)_encoder\.encode_proj\.", "head.0.0.", key)  # of DPR
     if re.match(r"(proj|norm|head\.\d+\.0)\.", key):
         return key
     key = re.sub(_OTHERS, "", key).removeprefix(f"{base}.")

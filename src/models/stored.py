@@ -4,7 +4,6 @@ A model is built without its weights, on the meta device, and its `sources` tell
 `fill` reads them; so does `training/sharding.py`, each process its share.
 """
 
-import copy
 import functools
 import json
 import re
@@ -22,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import cached_file
 
 from src.runtime import distributed
-from src.runtime.errors import InputError
+from src.runtime.errors import InputError, shorten
 from src.runtime.terminal import count
 
 SAVED_WITH = "give the config.json that was saved with these weights, or make the model again"
@@ -30,14 +29,14 @@ _SEEDED = torch.Tag.nondeterministic_seeded  # what draws random numbers
 
 
 class Weight(NamedTuple):
-    """Where a weight of a model is."""
+    """A weight that is still to be read: by `read(first=0, last=None)`, which returns these rows in
+    float32. `by_rows`: each process reads what it needs; else the main one, which alone can, reads
+    for all. `key`: its name in the file."""
 
-    store: "StoredWeights | FreshWeights"
-    key: Any
-
-    def read(self, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """The tensor, or its rows `first` to `last`, in float32."""
-        return self.store.read(self.key, first, last)
+    shape: list[int]
+    read: Callable[..., torch.Tensor]
+    by_rows: bool = True
+    key: str = ""
 
     def __deepcopy__(self, memo: dict) -> "Weight":
         return self  # of a copied model
@@ -70,13 +69,14 @@ def with_weights(model: Model, sources: Sources, by_shares: bool) -> Model:
 
 class FreshWeights(TorchDispatchMode):
     """While this context is active, new models have parameters on the meta device, and random
-    numbers are drawn as ever. What was done to a parameter is noted, and done by `read`.
-    (Small parameters that do not begin empty, such as norms of ones, are real.)"""
+    numbers are drawn as ever. What was done to a parameter is noted, and done when it is read.
+    (Small parameters that do not begin empty, such as norms of ones, are real.)
 
-    by_rows = True
+    Args: draws: False where nothing will be read, because all weights are stored."""
 
-    def __init__(self) -> None:
+    def __init__(self, draws: bool = True) -> None:
         super().__init__()
+        self._draws = draws
         # By a storage's address: the storage, which keeps it, and what was done to it.
         self._made: dict[int, tuple[torch.UntypedStorage, list[tuple]]] = {}
 
@@ -103,7 +103,7 @@ class FreshWeights(TorchDispatchMode):
     def _note(self, func: Callable, tensor: torch.Tensor, *args: Any, **kwargs: Any):
         """Note that a function is to change a tensor; draw the numbers that it would."""
         view, state = (tensor.shape, tensor.stride(), tensor.storage_offset()), None
-        if _SEEDED in getattr(func, "tags", [_SEEDED]):
+        if self._draws and _SEEDED in getattr(func, "tags", [_SEEDED]):
             state = torch.get_rng_state()
             func(torch.zeros(tensor.shape), *args, **kwargs)
         storage = tensor.untyped_storage()
@@ -114,10 +114,11 @@ class FreshWeights(TorchDispatchMode):
     def sources(self, model: nn.Module) -> Sources:
         """Of the parameters on the meta device of a model built in this context."""
         named = model.named_parameters(remove_duplicate=False)
-        return {name: Weight(self, p.detach()) for name, p in named if p.is_meta}
+        read = functools.partial
+        return {n: Weight([*p.shape], read(self._read, p.detach())) for n, p in named if p.is_meta}
 
     @torch.no_grad()
-    def read(self, like: torch.Tensor, first: int, last: int | None) -> torch.Tensor:
+    def _read(self, like: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
         whole = torch.empty(like.shape)
         with torch.random.fork_rng(devices=[]):
             for state, func, view, args, kwargs in self._made[like.untyped_storage()._cdata][1]:
@@ -127,97 +128,76 @@ class FreshWeights(TorchDispatchMode):
         return whole[first:last].clone()
 
 
-class StoredWeights:
-    """The weights in one or several files, safetensors or `.bin`. `shapes` has each one's shape, by
-    the name that `rename` gives it.
+def stored_weights(files: list[str], rename: Callable[[str], str]) -> Sources:
+    """The weights in files, safetensors or `.bin`, by the names that `rename` gives them."""
+    found: Sources = {}
+    for file in files:
+        if file.endswith(".bin"):
+            mmap = zipfile.is_zipfile(file)  # before 2020, PyTorch wrote others
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap).items()
+            tensors = {key: value for key, value in tensors if isinstance(value, torch.Tensor)}
+            shapes = {key: [*tensor.shape] for key, tensor in tensors.items()}
+            reads = {key: functools.partial(_copy, tensor) for key, tensor in tensors.items()}
+        else:
+            with safe_open(file, framework="pt") as stored:
+                keys = stored.keys()
+                shapes = {key: stored.get_slice(key).get_shape() for key in keys}
+            reads = {key: functools.partial(_read_rows, file, key) for key in shapes}
+        for key, shape in shapes.items():
+            found[rename(key)] = Weight(shape, reads[key], key=key)
+    return found
 
-    `by_rows`: whether each process reads what it needs; else the main one reads for all.
+
+def _copy(tensor: Any, first: int = 0, last: int | None = None) -> torch.Tensor:
+    return tensor[first:last].to(torch.float32, copy=True)
+
+
+def _read_rows(file: str, key: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+    with safe_open(file, framework="pt") as stored:  # (what is read stays mapped while open)
+        return _copy(stored.get_slice(key), first, last)
+
+
+def fit(model: nn.Module, found: Sources, path: str) -> Sources:
+    """Check that the weights of a model on the meta device are among those found, and return where
+    each is. As Transformers does, tie weights that are stored once or are equal, and no others.
+
+    Errors: `InputError` if weights are missing, or have other shapes than in the config.
     """
-
-    by_rows = True
-
-    def __init__(self, files: list[str], rename: Callable[[str], str]):
-        self.shapes: dict[str, list[int]] = {}
-        self.keys: set[str] = set()  # the names in the files
-        self._files: dict[str, tuple[str, str]] = {}  # and the names in there
-        self._tensors: dict[str, torch.Tensor] = {}  # of .bin files
-        for file in files:
-            if file.endswith(".bin"):
-                mmap = zipfile.is_zipfile(file)  # before 2020, PyTorch wrote others
-                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-                self.keys |= set(tensors)
-                self._tensors |= {
-                    rename(name): tensor
-                    for name, tensor in tensors.items()
-                    if isinstance(tensor, torch.Tensor)
-                }
-            else:
-                with safe_open(file, framework="pt") as stored:
-                    self.keys |= (names := set(stored.keys()))
-                    for name in names:
-                        self._files[rename(name)] = file, name
-                        self.shapes[rename(name)] = stored.get_slice(name).get_shape()
-        self.shapes |= {name: list(tensor.shape) for name, tensor in self._tensors.items()}
-
-    def described(self) -> "StoredWeights":
-        """The same without the contents of `.bin` files, for processes that do not read them."""
-        self.by_rows = False
-        other = copy.copy(self)
-        other._tensors = {name: tensor.to("meta") for name, tensor in self._tensors.items()}
-        return other
-
-    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-        if name in self._tensors:
-            return self._tensors[name][first:last].to(torch.float32, copy=True)
-        file, key = self._files[name]
-        with safe_open(file, framework="pt") as stored:  # (what is read stays mapped while open)
-            return stored.get_slice(key)[first:last].to(torch.float32, copy=True)
-
-    def fit(self, model: nn.Module, path: str, prefix: str = "") -> Sources:
-        """Check that a model on the meta device has these weights, whose names begin with `prefix`
-        here, and return where each is. As Transformers does, tie weights that are stored once or
-        are equal, and no others.
-
-        Errors: `InputError` if weights are missing, or have other shapes than in the config.
-        """
-        missing, shapes, sources = [], {}, {}
-        for own_names in tied_names(model):
-            names = [prefix + name for name in own_names]
-            stored = [name for name in names if name in self.shapes]
-            if not stored:
-                missing.append(names[0])
-                continue
-            parameter = model.get_parameter(own_names[0])
-            for name in stored:
-                shapes[name] = list(parameter.shape), self.shapes[name]
-                if not self._are_equal(stored[0], name):
-                    owner, _, key = name.removeprefix(prefix).rpartition(".")
-                    own = nn.Parameter(torch.empty_like(parameter))
-                    setattr(model.get_submodule(owner), key, own)
-            for name in names:
-                sources[name] = Weight(self, name if name in stored else stored[0])
-        for name, (wanted, found) in sorted(shapes.items()):
-            if found != wanted:
-                raise InputError(
-                    f"{path}: by its config.json {_short(name)} is {wanted}, but in the weights it "
-                    f"is {found}; {SAVED_WITH}"
-                )
-        if missing:
-            raise InputError(
-                f"{path}: the weights lack {count(len(missing), 'tensor')}, such as "
-                f"{_short(min(missing))}; {SAVED_WITH}"
-            )
-        return sources
-
-    def _are_equal(self, one: str, other: str) -> bool:
-        def compare() -> bool:
-            return torch.equal(self.read(one), self.read(other))
-
-        return one == other or (compare() if self.by_rows else distributed.from_main(compare))
+    missing, misshapen, sources = [], [], {}
+    for names in tied_names(model):
+        stored = [found[name] for name in names if name in found]
+        if not stored:
+            missing.append(names[0])
+            continue
+        parameter = model.get_parameter(names[0])
+        for name in names:
+            sources[name] = weight = found.get(name, stored[0])
+            if weight.shape != [*parameter.shape]:
+                misshapen.append((name, weight.key, [*parameter.shape], weight.shape))
+            elif not _are_equal(stored[0], weight):
+                owner, _, key = name.rpartition(".")
+                own = nn.Parameter(torch.empty_like(parameter))
+                setattr(model.get_submodule(owner), key, own)
+    if misshapen:
+        _, key, wanted, is_there = min(misshapen)
+        raise InputError(
+            f"{path}: by its config.json {key} is {wanted}, but in the weights it is {is_there}; "
+            f"{SAVED_WITH}"
+        )
+    if missing:
+        name = re.sub(r"^(t5|model)\.", "", min(missing))
+        raise InputError(
+            f"{path}: the weights lack {count(len(missing), 'tensor')}, such as {name}; "
+            f"{SAVED_WITH}"
+        )
+    return sources
 
 
-def _short(name: str) -> str:
-    return re.sub(r"^(t5|model)\.", "", name)
+def _are_equal(one: Weight, other: Weight) -> bool:
+    def compare() -> bool:
+        return torch.equal(one.read(), other.read())
+
+    return one is other or (compare() if one.by_rows else distributed.from_main(compare))
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:
@@ -239,8 +219,14 @@ def weight_files(path: str, folder: str) -> list[str]:
             return [file]
         if index := find(f"{name}.index.json"):
             parts = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+            for part in parts:
+                if Path(part).name != part:
+                    raise ValueError(f"{name}.index.json: {shorten(part)} is outside its folder")
             found = [find(part) for part in parts]
             if None in found:
                 raise FileNotFoundError(f"{parts[found.index(None)]} is missing")
             return found
-    raise FileNotFoundError("no file named model.safetensors or pytorch_model.bin")
+    raise FileNotFoundError(
+        "no file named model.safetensors or pytorch_model.bin; those of TensorFlow or Flax must "
+        "be converted"
+    )

@@ -72,6 +72,10 @@ class Shape(NamedTuple):
     def layer_weights(self, attention: int = 4) -> int:
         return attention * self.D * self.A + (2 + self.gated) * self.D * self.F
 
+    def is_folded(self, T: int) -> bool:
+        """Whether cross-attention from T tokens reads passages without keys and values."""
+        return 2 * T * self.H <= self.A
+
 
 def _path(options: Options, *names: str) -> str | None:
     paths = (getattr(options, name, "none") for name in names)
@@ -146,8 +150,12 @@ def encoder_flops(s: Shape, passages: float, W: float) -> float:
 
 
 def decoder_flops(s: Shape, B: float, S: float, T: float) -> float:
-    """Answers [B, T] in one pass, with keys and values of all S tokens."""
-    layer = T * (2 * s.layer_weights(6) + 4 * (T + S) * s.A) + 4 * S * s.D * s.A
+    """Answers [B, T] in one pass: from the hidden states themselves (`_Folded` in
+    src/models/encoder.py), long ones with keys and values of all S tokens."""
+    if s.is_folded(T):
+        layer = T * (2 * s.layer_weights(8) + 4 * T * s.A + 4 * S * s.H * s.D)
+    else:
+        layer = T * (2 * s.layer_weights(6) + 4 * (T + S) * s.A) + 4 * S * s.D * s.A
     return B * (s.decoder_layers * layer + 2 * T * s.D * s.V)
 
 
@@ -199,8 +207,11 @@ def reader_activations(s: Shape, f: Format, options: Options) -> tuple[float, fl
     T = options.answer_maxlength if options.answer_maxlength > 0 else ANSWER
     P, states = B * N * W, B * N * W * s.D * 4
     block = P * layer_bytes(s, f, W, True)
-    across = P * (2 * s.A * f.element + (2 * s.D * 2 if f.element == 2 else 0))
-    across += B * T * (N * W * s.H * max(f.score, 1) + 2 * layer_bytes(s, f, T, True))
+    across = P * (2 * s.D * 2 if f.element == 2 else 0) + 2 * B * T * layer_bytes(s, f, T, True)
+    if s.is_folded(T):
+        across += B * T * s.H * (N * W * (4 + 5 * f.mask) + 2 * s.D * f.element)
+    else:
+        across += P * 2 * s.A * f.element + B * T * N * W * s.H * max(f.score, 1)
     logits = 3 * B * T * s.V * 4  # and their logarithms, and a gradient
     # Final norm, the states by question, and their gradient; the bias and its gradient.
     encoder = 5 * states + 3 * s.H * W * W * 4

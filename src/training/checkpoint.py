@@ -245,30 +245,23 @@ def read_meta(path: Path) -> dict[str, Any] | None:
 
 
 def read_state(
-    path: Path, optimizer: torch.optim.Optimizer, rank: int, step: int
+    path: Path, optimizer: torch.optim.Optimizer | None, rank: int, step: int
 ) -> tuple[dict[str, Any], dict[str, float], list[dict[str, torch.Tensor]]]:
     """The training state in a checkpoint: the optimizer's, the loss scaler's (empty without fp16),
     and the random states of all processes. They are checked to be of this model, because PyTorch
     takes tensors of any shape, and some kernels then never return.
 
-    Args: rank: whose random state is checked; step: the updates that were made.
+    Args:
+        optimizer: the one to restore; None: the checkpoint has its state in shares.
+        rank: whose random state is checked.
+        step: the updates that were made.
     Errors: `InputError`.
     """
     saved = load_state(path)
     try:
-        ours, theirs, scaler = optimizer.param_groups, saved["optimizer"], saved["scaler"]
-        parameters = [parameter for group in ours for parameter in group["params"]]
-        numbers = [number for group in theirs["param_groups"] for number in group["params"]]
-        known = set(theirs["state"]) & set(numbers)
-        if (len(ours), len(parameters)) != (len(theirs["param_groups"]), len(numbers)):
-            raise ValueError(f"for {len(numbers)} tensors, not {len(parameters)}")
-        if len(known) != len(theirs["state"]) or not (known or scaler or step == 0):
-            raise ValueError(f"{len(known)} of its tensors have been trained")
-        for number, parameter in zip(numbers, parameters, strict=True):
-            moments, shape = theirs["state"].get(number, {}), list(parameter.shape)
-            found = {n: list(v.shape) for n, v in moments.items() if v.is_floating_point()}
-            if number in known and found != {"step": [], "exp_avg": shape, "exp_avg_sq": shape}:
-                raise ValueError(f"{found} for a tensor of shape {shape}")
+        theirs, scaler = saved["optimizer"], saved["scaler"]
+        if optimizer is not None:
+            _check_optimizer(theirs, optimizer, may_be_new=bool(scaler) or step == 0)
         if scaler:
             torch.amp.GradScaler("cpu").load_state_dict(scaler)
         if not all(type(n) in (int, float) and math.isfinite(n) for n in scaler.values()):
@@ -290,8 +283,25 @@ def _bad_state(path: Path, problem: str) -> InputError:
     )
 
 
+def _check_optimizer(
+    saved: dict[str, Any], optimizer: torch.optim.Optimizer, may_be_new: bool
+) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    known = set(saved["state"]) & set(numbers)
+    if len(parameters) != len(numbers):
+        raise ValueError(f"for {len(numbers)} tensors, not {len(parameters)}")
+    if len(known) != len(saved["state"]) or not (known or may_be_new):
+        raise ValueError(f"{len(known)} of its tensors have been trained")
+    for number in known:
+        moments, shape = saved["state"][number], list(parameters[number].shape)
+        found = {n: list(v.shape) for n, v in moments.items() if v.is_floating_point()}
+        if found != {"step": [], "exp_avg": shape, "exp_avg_sq": shape}:
+            raise ValueError(f"{found} for a tensor of shape {shape}")
+
+
 def load_state(path: Path) -> dict[str, Any]:
-    """The training state in a checkpoint."""
+    """The training state in a checkpoint, unchecked."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the one line below says it

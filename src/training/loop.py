@@ -30,7 +30,7 @@ from src.training.sharding import full
 if TYPE_CHECKING:
     from src.training.run import State
 
-LossFunction = Callable[[nn.Module | None, dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]
+LossFunction = Callable[[nn.Module, dict[str, Any]], tuple[torch.Tensor, ...]]
 
 MOST_SKIPPED = 20  # updates in a row that fp16 may skip while its loss scale settles
 
@@ -72,9 +72,9 @@ def train(
     was, `state.position` says.
 
     Args:
-        loss_function: (model, batch) -> the mean loss over a batch's elements, and their number,
-            which it tells without a model, too.
-        batches: endless micro-batches of this process, starting at the state's position.
+        loss_function: (model, batch) -> the mean loss over a batch's elements, first.
+        batches: endless micro-batches of this process, starting at the state's position, each with
+            its number of elements, `n_elements`.
         learning_rate: the rate of update `step` (the first is 0).
         checkpoints: where to save, every `save_freq` updates, at the end, and when the dev
             value is the best so far.
@@ -139,7 +139,7 @@ def _update(
         # This process's shares of the means over every process's elements: exchanged once, and on
         # the CPU, where nothing waits for a GPU.
         micro_batches = list(micro_batches)
-        counts = torch.stack([loss_function(None, batch)[1] for batch in micro_batches])
+        counts = torch.tensor([batch["n_elements"] for batch in micro_batches])
         shares = (counts / distributed.sum_tensor(counts).clamp(min=1)).tolist()
     update_loss = torch.zeros((), device=state.device)
     for micro, batch in enumerate(micro_batches):

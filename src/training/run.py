@@ -28,10 +28,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from src.data.batches import evaluation_batches, make_loader, training_batches
 from src.data.examples import Examples, describe_passages, load_data, skip_unscored
-from src.models.pretrained import check_vocabulary, quiet_transformers, save_tokenizer
+from src.models.pretrained import quiet_transformers, save_tokenizer
 from src.options import LoopOptions, OptimOptions, select
 from src.runtime import distributed
-from src.runtime.device import compile_layers, gpu_memory, resolve_precision
+from src.runtime.device import gpu_memory, resolve_precision
 from src.runtime.errors import on_interrupt
 from src.runtime.launch import StopRequest
 from src.runtime.terminal import count, duration, say
@@ -39,7 +39,6 @@ from src.training import sharding
 from src.training.checkpoint import (
     Checkpoints,
     describe_resume,
-    load_state,
     read_meta,
     read_state,
     resume_point,
@@ -120,26 +119,6 @@ class Run:
         numbers = f"{len(data):,}", f"{total:,}", path
         say(self.log, name, f"{doing} on %s of %s examples of %s, %s", *numbers, passages)
         return data
-
-    def prepare(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        source: str,
-        layers: Iterable[nn.Module],
-        detail: str = "",
-    ) -> None:
-        """Check the model against its tokenizer, compile its layers if asked to, move it to the
-        device, and log where it is from."""
-        check_vocabulary(model.config, tokenizer)
-        if self.options.compile:
-            compile_layers(layers)
-        if not self.options.shard:  # (otherwise its share only)
-            model.to(self.device)
-        if self.is_fresh:
-            source = f"fresh weights of the shape in {self.options.model_config}"
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        say(self.log, "model", "%.1fM parameters, %sfrom %s", size, detail, source)
 
     def loader(
         self, dataset: Dataset, batches: Iterable[list], collate: Callable[[list], Batch]
@@ -246,26 +225,16 @@ class State:
         """Resume from a checkpoint, whose weights the model has already. The optimizer keeps its
         own hyperparameters, which may have changed. The random state is the checkpoint's, unless
         the seed or the number of processes has changed."""
-        meta, groups, rank = read_meta(checkpoint), self.optimizer.param_groups, distributed.rank()
+        meta, rank = read_meta(checkpoint), distributed.rank()
+        step = meta["step"]
         has_shares = (checkpoint / sharding.SHARES).exists()
-        if has_shares or self.is_sharded:
-            saved = load_state(checkpoint)
-            optimizer, scaler, random_states = map(
-                saved.get, ("optimizer", "scaler", "random_states")
-            )
-        else:
-            optimizer, scaler, random_states = distributed.raise_on_all(
-                lambda: read_state(checkpoint, self.optimizer, rank, meta["step"])
-            )
-        current = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        optimizer, scaler, random_states = distributed.raise_on_all(
+            lambda: read_state(checkpoint, None if has_shares else self.optimizer, rank, step)
+        )
         if has_shares:
             sharding.read_shares(checkpoint, self.optimizer, self._parameters)
-        elif self.is_sharded:
-            sharding.divide_state(optimizer, self.optimizer)
         else:
-            self.optimizer.load_state_dict(optimizer)
-        for group, values in zip(self.optimizer.param_groups, current, strict=True):
-            group.update(values)
+            sharding.divide_state(optimizer, self.optimizer)
         if scaler:  # trained in fp16
             self.scaler.load_state_dict(scaler)
         same_seed = meta["options"].get("seed") == seed
@@ -304,12 +273,15 @@ def fit(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     loss_function: LossFunction,
+    count_elements: Callable[[Batch], torch.Tensor],
     dataset: Dataset,
     collate: Callable[[list], Batch],
     evaluation: Evaluation | None = None,
 ) -> Path:
     """Train until `--total_steps`. Returns the checkpoint to use; does not return if a signal asks
-    the run to stop."""
+    the run to stop.
+
+    Args: loss_function: its first result is the mean over as many elements as are counted."""
     options, log, rank = run.options, run.log, distributed.rank()
     shape = options.per_gpu_batch_size, options.accumulation_steps, distributed.world_size()
     torch.manual_seed(options.seed + rank)  # dropout differs between processes
@@ -333,6 +305,7 @@ def fit(
     order = training_batches(
         len(dataset.examples), shape[0], rank, shape[2], options.seed, position.examples_seen
     )
+    loader = run.loader(dataset, order, collate)
     tokenizer_files = _tokenizer_files(tokenizer, run.resumed_from)
 
     def save_model(folder: Path) -> None:
@@ -348,7 +321,7 @@ def fit(
     train(
         state,
         loss_function,
-        iter(run.loader(dataset, order, collate)),
+        (batch | {"n_elements": int(count_elements(batch))} for batch in loader),
         build_schedule(select(OptimOptions, options)),
         Checkpoints(run.checkpoints, save_model, options.keep_checkpoints, run.started_with),
         metrics,

@@ -65,7 +65,7 @@ def _read_share(device: torch.device, weight: Weight, share: DTensor) -> DTensor
     """This process's share of a weight; if it cannot be read by rows, the main process reads and
     deals it out."""
     mesh, placements = share.device_mesh, share.placements
-    if not weight.store.by_rows:
+    if not weight.by_rows:
         empty = torch.empty(share.shape, device=device)
         whole = weight.read().to(device) if distributed.is_main() else empty
         return distribute_tensor(whole, mesh, placements)
@@ -136,13 +136,13 @@ def read_shares(checkpoint: Path, optimizer: torch.optim.Optimizer, parameters: 
 
 
 def divide_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Give a sharded optimizer its share of an unsharded one's state."""
+    """Give an optimizer, sharded or not, the state of one that is not."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, values in saved["state"].items():
         like = parameters[number]
         for key, value in values.items():
             value = value.to(like.device)
-            if value.dim():
+            if value.dim() and isinstance(like, DTensor):
                 mesh, placements = like.device_mesh, like.placements
                 value = distribute_tensor(value, mesh, placements, src_data_rank=None)
             optimizer.state[like][key] = value
