@@ -184,7 +184,7 @@ def break_one(case: str, folder: Path) -> None:
 
 
 CASES = {
-    "missing": r"the weights lack 1 tensors, such as .*; give the config\.json that was saved",
+    "missing": r"the weights lack 1 tensor, such as .*; give the config\.json that was saved",
     "shape": r"by its config\.json .* but in the weights it is .*; give the config\.json that was",
     "cut": "the model's weights cannot be read .*; was the file cut off",
     "cut bin": "the model's weights cannot be read .*; was the file cut off",
