@@ -34,7 +34,7 @@ from src.training.run import fit, start_run
 def main(arguments: list[str] | None = None) -> None:
     parser = train_retriever_parser()
     options = parse_args(parser, arguments)
-    run = start_run(options, "a retriever, by distillation")
+    run = start_run(options, f"a retriever, by --loss {options.loss}")
     train_data, dev_data = run.load_data(needs_scores=True)
 
     # Model: this run's newest checkpoint, else what the options name
