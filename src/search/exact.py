@@ -18,6 +18,7 @@ import numpy as np
 from src.runtime.errors import InputError, shorten
 from src.search.shards import Shard
 
+_MANY_PAIRS = 1 << 18  # that are worth FAISS's threads
 _NARROWEST = 256  # the width of the first search in `stable_search`
 
 
@@ -247,7 +248,11 @@ def inner_products(
     products = np.empty(len(rows), np.float32)
     arrays = [queries, numbers.astype(np.int64), block, rows.astype(np.int64), products]
     pointers = [faiss.swig_ptr(array) for array in arrays]
+    # FAISS's threads keep their cores busy for a while after each task, which slows down PyTorch's.
+    n_threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(n_threads if len(rows) > _MANY_PAIRS else 1)
     faiss.pairwise_indexed_inner_product(queries.shape[1], len(rows), *pointers)
+    faiss.omp_set_num_threads(n_threads)
     return products
 
 
