@@ -370,8 +370,8 @@ def make_loader(
     pin_memory: bool = False,
     n_ahead: int = 2,
 ) -> DataLoader:
-    """A loader over given batches of (epoch, index), of which each worker makes `n_ahead` before
-    they are asked for. It draws nothing from the global random state."""
+    """A loader of the given batches, lists of (epoch, index). Each worker makes `n_ahead` of them
+    in advance. It draws nothing from the global random state."""
     if num_workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are parallel
         _end_workers_at_exit()

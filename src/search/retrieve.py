@@ -91,7 +91,7 @@ class BM25Search:
             with passing_bar(len(questions), "question", "searching") as bar:
                 return self._index.search(questions, k, bar.update)
 
-        return _from_main(find)
+        return distributed.from_main(find)
 
 
 class FoundElsewhere:
@@ -223,14 +223,9 @@ class EmbeddingSearch:
                 found = index.search(queries, k, (rank, world_size), bar.update)
             return merge(distributed.all_gather(found), found.scores.shape[1])
         if not self._options.save_or_load_index:
-            return _from_main(lambda: index.search(queries, k))
+            return distributed.from_main(lambda: index.search(queries, k))
         parts = distributed.all_gather(index.search(queries[rank::world_size], k))
         found = Found.empty(len(queries), parts[0].scores.shape[1])
         for number, part in enumerate(parts):
             found.scores[number::world_size], found.positions[number::world_size] = part
         return found
-
-
-def _from_main(search: Callable[[], Found]) -> Found:
-    """The main process's result, in every process."""
-    return distributed.all_gather(distributed.run_on_main(search))[0]
